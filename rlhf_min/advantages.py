@@ -1,0 +1,66 @@
+"""Generalized advantage estimation: how much better than expected each token turned out."""
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Generalized advantage estimation over response tokens.                             [eq:gae]
+
+    A row is one response; it ends at its last real token, and V and A are 0 beyond that:
+
+        delta_t = r_t + gamma * V_{t+1} - V_t                                      (1)
+        A_t     = delta_t + gamma * lam * A_{t+1}                                  (2)
+        R_t     = A_t + V_t                                                        (3)
+
+    ``lam = 0`` keeps the one-step error, of low variance but biased by V; ``lam = 1`` gives the
+    discounted sum of rewards minus V, unbiased but of high variance.
+
+    Args:
+        rewards: shaped rewards (`shape_rewards`). Shape ``(B, T)``.
+        values: the value head's V_t, read before token t was sampled. Shape ``(B, T)``.
+        mask: True at real response tokens; rows are right-padded. Shape ``(B, T)``.
+        gamma: discount in [0, 1]; 1 is usual for responses.
+        lam: GAE's lambda in [0, 1].
+
+    Returns:
+        ``(advantages, returns)``, each ``(B, T)``, zero at padding, without gradient and not
+        whitened: whitening is a line of its own where the rollout is judged.
+
+    Raises:
+        ValueError: if the shapes differ or a mask row is not right-padded.
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, eqs. 16 to 18; trl 0.11.3
+    ``PPOTrainer.compute_advantages`` before its whitening.
+
+    Example: three real tokens and one pad, whose 9s must not matter.
+        >>> r = torch.tensor([[0.0, 0.0, 1.0, 9.0]])
+        >>> v = torch.tensor([[0.5, 0.5, 0.5, 9.0]])
+        >>> m = torch.tensor([[True, True, True, False]])
+        >>> gae(r, v, m, gamma=1.0, lam=1.0)[0]
+        tensor([[0.5000, 0.5000, 0.5000, 0.0000]])
+        >>> gae(r, v, m, gamma=1.0, lam=0.0)[0]
+        tensor([[0.0000, 0.0000, 0.5000, 0.0000]])
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        shapes = [tuple(x.shape) for x in (rewards, values, mask)]
+        raise ValueError(f"rewards, values and mask differ in shape: {shapes}")
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("a mask row has a real token after padding; rows must be right-padded")
+    rewards = torch.where(mask, rewards.detach(), 0)
+    values = torch.where(mask, values.detach(), 0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (1)
+        next_advantage = delta + gamma * lam * next_advantage  # (2); still 0 in the padding
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values  # (3)

@@ -1,0 +1,311 @@
+"""From texts to the tensors that the models see: encoding, cutting, padding, batching, order.
+
+Prompt and response are always encoded apart and their ids joined, in every stage, so that what is
+trained on is what is sampled. A row is [prompt, response, padding]:
+
+    sequence index          0     1     2  |  3     4     5     6       P = 3, T = 4
+    token                   p     p     p  |  r0    r1    EOS   pad
+    response index t                       |  0     1     2     3
+    predicted at index                     |  2     3     4     5       P - 1 + t
+    mask                                   |  1     1     1     0       EOS is real
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import require
+from .masking import response_mask
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of right-padded rows [prompt, response, padding].
+
+    `ids` and `attention_mask` are (B, L), `prompt_lengths` (B,), `responses` and `mask` (B, T).
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    prompt_lengths: Tensor
+    responses: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> "Sequences":
+        """These rows, with the padding that they no longer need cut off."""
+        index = torch.as_tensor(rows, device=self.ids.device)
+        length = int(self.attention_mask[index].sum(1).max())
+        width = int(self.mask[index].sum(1).max())
+        return Sequences(
+            self.ids[index, :length],
+            self.attention_mask[index, :length],
+            self.prompt_lengths[index],
+            self.responses[index, :width],
+            self.mask[index, :width],
+        )
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same rows on another device."""
+        return Sequences(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def collate(
+    prompt_ids: Sequence[Tensor], response_ids: Sequence[Tensor], *, pad_id: int
+) -> Sequences:
+    """Pad rows on the right. Masks come from lengths, so `pad_id` may be any id, EOS included.
+
+    Args:
+        prompt_ids: one ``(P_b,)`` tensor for each row.
+        response_ids: one ``(T_b,)`` tensor for each row, EOS included where there is one.
+        pad_id: what stands in the padding; no result depends on it.
+
+    Raises:
+        ValueError: if a prompt or a response has no token, since nothing could be predicted.
+    """
+    if not all(len(p) and len(r) for p, r in zip(prompt_ids, response_ids, strict=True)):
+        raise ValueError("every row needs at least one prompt token and one response token")
+    joined = [torch.cat([p, r]) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    lengths = torch.tensor([len(ids) for ids in joined])  # (B,)
+    response_lengths = torch.tensor([len(ids) for ids in response_ids])  # (B,)
+    return Sequences(
+        _pad(joined, pad_id),
+        response_mask(lengths, int(lengths.max())).long(),
+        lengths - response_lengths,
+        _pad(response_ids, pad_id),
+        response_mask(response_lengths, int(response_lengths.max())),
+    )
+
+
+def _pad(rows: Sequence[Tensor], pad_id: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt to sample from: its text before template and cut, its ids, its other columns."""
+
+    text: str
+    ids: Tensor
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SFTExample:
+    """A prompt with the response to imitate, as ids."""
+
+    prompt_ids: Tensor
+    response_ids: Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """A prompt with its chosen and its rejected response, as ids.
+
+    `ref_logprobs` holds the reference's summed log-probabilities of both, once they are cached.
+    """
+
+    prompt_ids: Tensor
+    chosen_ids: Tensor
+    rejected_ids: Tensor
+    ref_logprobs: tuple[float, float] | None = None
+
+
+@dataclass
+class CutReport:
+    """How much of the text did not fit, counted while encoding. Nothing is cut silently."""
+
+    prompts: int = 0
+    prompts_cut: int = 0
+    prompt_tokens_cut: int = 0
+    responses: int = 0
+    responses_cut: int = 0
+    response_tokens_cut: int = 0
+    equal_after_cut: int = 0
+
+    def __str__(self) -> str:
+        parts = []
+        for name in ("prompt", "response"):
+            total, cut = getattr(self, f"{name}s"), getattr(self, f"{name}s_cut")
+            if total:
+                tokens = getattr(self, f"{name}_tokens_cut")
+                parts.append(f"{cut} of {total} {name}s cut ({tokens} tokens lost)")
+        if self.equal_after_cut:
+            parts.append(f"{self.equal_after_cut} pairs dropped: equal after the cut")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text to ids and back for one tokenizer. The only place where a prompt gets its template.
+
+    A long response loses its end but keeps EOS; a long prompt loses its beginning.
+
+    Args:
+        tokenizer: with an EOS token.
+        max_prompt_tokens: a longer prompt is cut on the left.
+        max_response_tokens: a longer response is cut on the right, EOS counted in.
+        template: holds ``{prompt}`` once.
+
+    Raises:
+        BadInput: if a limit leaves no room, or the template has no place for the prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    max_response_tokens: int
+    template: str = "{prompt}\n"
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_prompt_tokens >= 1 and self.max_response_tokens >= 1,
+            f"no room: {self.max_prompt_tokens} tokens are left for the prompt and "
+            f"{self.max_response_tokens} for the response; raise max_length or lower "
+            "max_response_tokens",
+        )
+        require(
+            self.template.count("{prompt}") == 1,
+            f"template {self.template!r} must hold {{prompt}} exactly once",
+        )
+        require(
+            self.tokenizer.eos_token_id is not None,
+            "the policy's tokenizer has no EOS token, so no response could end; set one",
+        )
+
+    def encode_prompt(self, text: str, report: CutReport) -> Tensor:
+        """Ids of the templated prompt, ``(P,)``; its beginning is cut off if it is too long."""
+        ids = self._ids(self.template.replace("{prompt}", text))
+        report.prompts += 1
+        report.prompts_cut += len(ids) > self.max_prompt_tokens
+        report.prompt_tokens_cut += max(0, len(ids) - self.max_prompt_tokens)
+        return torch.tensor(ids[-self.max_prompt_tokens :])
+
+    def encode_response(self, text: str, report: CutReport) -> Tensor:
+        """Ids of the response and EOS, ``(T,)``; its end is cut off if it is too long."""
+        ids, room = self._ids(text), self.max_response_tokens - 1
+        report.responses += 1
+        report.responses_cut += len(ids) > room
+        report.response_tokens_cut += max(0, len(ids) - room)
+        return torch.tensor([*ids[:room], self.tokenizer.eos_token_id])
+
+    def encode_prompts(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[PromptExample], CutReport]:
+        """PPO and evaluation: rows with ``prompt`` and any further columns."""
+        report = CutReport()
+        examples = [
+            PromptExample(
+                row["prompt"],
+                self.encode_prompt(row["prompt"], report),
+                {name: value for name, value in row.items() if name != "prompt"},
+            )
+            for row in rows
+        ]
+        return examples, report
+
+    def encode_demonstrations(
+        self, rows: Sequence[Mapping[str, str]]
+    ) -> tuple[list[SFTExample], CutReport]:
+        """SFT: rows with ``prompt`` and ``response``."""
+        report = CutReport()
+        examples = [
+            SFTExample(
+                self.encode_prompt(row["prompt"], report),
+                self.encode_response(row["response"], report),
+            )
+            for row in rows
+        ]
+        return examples, report
+
+    def encode_preferences(
+        self, rows: Sequence[Mapping[str, str]]
+    ) -> tuple[list[PreferenceExample], CutReport]:
+        """DPO: rows with ``prompt``, ``chosen`` and ``rejected``. Both share the prompt's ids."""
+        report, examples = CutReport(), []
+        for row in rows:
+            prompt_ids = self.encode_prompt(row["prompt"], report)
+            chosen_ids = self.encode_response(row["chosen"], report)
+            rejected_ids = self.encode_response(row["rejected"], report)
+            if torch.equal(chosen_ids, rejected_ids):
+                report.equal_after_cut += 1
+            else:
+                examples.append(PreferenceExample(prompt_ids, chosen_ids, rejected_ids))
+        return examples, report
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Group rows of similar length so that no padded group holds more than `max_tokens`.
+
+    Memory then depends on `max_tokens` alone, however many rows there are, and little of it is
+    padding. A row longer than `max_tokens` gets a group of its own.
+
+    Example:
+        >>> micro_batches([3, 9, 3, 8], max_tokens=18)
+        [[1, 3], [0, 2]]
+    """
+    groups: list[list[int]] = []
+    width = 0  # of the current group: its first row is its longest
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            width = lengths[row]
+    return groups
+
+
+@dataclass
+class Cursor(Generic[Example]):
+    """Where a run stands in its shuffled data: epoch and position say all.
+
+    The order of each epoch depends on the seed and the epoch alone, so that a restored cursor
+    continues with the very rows that come next. Same order as the sampler of ``transformers``'
+    ``Trainer``.
+    """
+
+    examples: Sequence[Example]
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+    def take(self, n: int) -> list[Example]:
+        """The next n examples; fewer at the end of an epoch, since no batch spans two."""
+        if self.position >= len(self.examples):
+            self.epoch, self.position = self.epoch + 1, 0
+        rows = self._order()[self.position : self.position + n]
+        self.position += len(rows)
+        return [self.examples[i] for i in rows]
+
+    def take_across(self, n: int) -> list[Example]:
+        """The next n examples exactly, going on into the next epochs where need be."""
+        taken: list[Example] = []
+        while len(taken) < n:
+            taken += self.take(n - len(taken))
+        return taken
+
+    def batches_per_epoch(self, n: int) -> int:
+        """How many `take(n)` one epoch has."""
+        return -(-len(self.examples) // n)
+
+    def _order(self) -> list[int]:
+        rng = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.examples), generator=rng).tolist()
+
+
+def in_groups(
+    examples: Sequence[Example], length: Callable[[Example], int], *, max_tokens: int
+) -> Iterator[list[Example]]:
+    """The examples in `micro_batches` by their length."""
+    for rows in micro_batches([length(x) for x in examples], max_tokens=max_tokens):
+        yield [examples[i] for i in rows]

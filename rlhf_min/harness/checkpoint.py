@@ -1,0 +1,71 @@
+"""Finished models as folders that plain ``from_pretrained`` of ``transformers`` loads."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_min.errors import BadInput
+from rlhf_min.models import VALUE_FILE, Policy, RewardModel
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any."""
+    with _complete_folder(folder) as new:
+        _save_model(policy.lm, new)
+        policy.tokenizer.save_pretrained(new)
+        if policy.value_head is not None:
+            tensors = {k: v.contiguous().cpu() for k, v in policy.critic_tensors().items()}
+            save_file(tensors, new / VALUE_FILE)
+
+
+def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
+    """Write config, ``model.safetensors``, tokenizer and ``model.pt``."""
+    with _complete_folder(folder) as new:
+        _save_model(reward_model.model, new)
+        reward_model.tokenizer.save_pretrained(new)
+
+
+def load_state(model: nn.Module, file: Path) -> None:
+    """Load a ``model.pt`` into a model of the same shape. Reads tensors only, never code."""
+    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "model.pt")
+
+
+@contextmanager
+def _complete_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when everything in it is on the disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(new, folder)
+        _flush(folder.parent)
+    except OSError as error:
+        raise BadInput(f"{folder}: could not be saved: {error.strerror}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,160 @@
+"""What a run works on: rows of the embedded world or of the user's file, and models for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_min.data import Codec
+from rlhf_min.errors import require
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.datafile import Stage, load_rows, split_rows
+from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.rollout import RewardFunction
+from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small_gpt2, train_bpe
+
+Row = dict[str, Any]
+VOCABULARY = 4000  # at most; of the tokenizers of small new models
+HELDOUT_ROWS = 1000  # at most; looked at during training
+
+
+@dataclass
+class Inputs:
+    """Rows for the stages of a run; what a stage does not need may be empty.
+
+    `prompts` and `test` hold one row for each prompt; `test` rows have ``references``. `monitors`
+    are rewards to report beside the learned one: the gold reward of the world and its parts.
+    """
+
+    demonstrations: list[Row] = field(default_factory=list)
+    heldout_demonstrations: list[Row] = field(default_factory=list)
+    pairs: list[Row] = field(default_factory=list)
+    heldout_pairs: list[Row] = field(default_factory=list)
+    prompts: list[Row] = field(default_factory=list)
+    eval_prompts: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+    monitors: dict[str, RewardFunction] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every training text once, in the order of the rows: what tokenizers are made from."""
+        texts = dict.fromkeys(
+            text
+            for rows in (self.demonstrations, self.pairs, self.prompts)
+            for row in rows
+            for column in ("prompt", "response", "chosen", "rejected")
+            if (text := row.get(column)) is not None
+        )
+        return list(texts)
+
+
+def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Inputs:
+    """The rows for one stage, or for all of them if `stage` is None.
+
+    Raises:
+        BadInput: if the file does not have what the stage needs.
+    """
+    if options.data is None:
+        return world_inputs(make_world(seed))
+    loaded = load_rows(options.data, stage or "reward")
+    print(loaded.report())
+    if stage == "evaluation":
+        return Inputs(test=loaded.rows)
+    train, heldout = split_rows(
+        loaded.rows, heldout_share=options.heldout_share, seed=seed, group=lambda row: row["prompt"]
+    )
+    print(f"{len(train)} rows to train on, {len(heldout)} held out (split by prompt, seed {seed})")
+    inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
+    if stage == "sft":
+        inputs.demonstrations, inputs.heldout_demonstrations = train, heldout
+    elif stage != "ppo":
+        inputs.pairs, inputs.heldout_pairs = train, heldout
+        inputs.demonstrations = _chosen_as_response(train)
+        inputs.heldout_demonstrations = _chosen_as_response(heldout)
+        inputs.test = _with_references(heldout)
+    return inputs
+
+
+def world_inputs(world: World) -> Inputs:
+    """All rows of a world, with its gold reward and the parts of it as monitors."""
+    monitors: dict[str, RewardFunction] = {
+        "gold_reward": lambda p, r: [gold.total for gold in world.gold(p, r)],
+        "correct": lambda p, r: [gold.correct for gold in world.gold(p, r)],
+        "polite": lambda p, r: [gold.polite for gold in world.gold(p, r)],
+        "brief": lambda p, r: [gold.brief for gold in world.gold(p, r)],
+    }
+    return Inputs(
+        demonstrations=world.demonstrations,
+        heldout_demonstrations=world.heldout_demonstrations[:HELDOUT_ROWS],
+        pairs=world.pairs,
+        heldout_pairs=world.heldout_pairs,
+        prompts=[{"prompt": question.text} for question in world.train],
+        eval_prompts=[{"prompt": question.text} for question in world.validation],
+        test=[{"prompt": q.text, "references": [q.reference]} for q in world.test],
+        monitors=monitors,
+    )
+
+
+def make_codec(policy: Policy, options: RunOptions) -> Codec:
+    """The codec of a policy, within the room that the options give."""
+    return Codec(
+        policy.tokenizer,
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_response_tokens=options.max_response_tokens,
+        template=options.template.replace("\\n", "\n"),
+    )
+
+
+def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:
+    """The policy that ``--model`` names, or a small new GPT-2 with a tokenizer for these texts.
+
+    Raises:
+        BadInput: if the model cannot be loaded or has too few positions.
+    """
+    if options.model is None:
+        tokenizer = train_bpe(texts, VOCABULARY)
+        lm = small_gpt2(tokenizer, positions=options.max_length, seed=seed)
+        policy = Policy(lm, tokenizer, critic=critic)
+    else:
+        policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
+        positions = getattr(policy.lm.config, "max_position_embeddings", options.max_length)
+        require(
+            options.max_length <= positions,
+            f"--model {options.model} has {positions} positions; --max_length "
+            f"{options.max_length} does not fit, lower it",
+        )
+    return policy.to(options.torch_device())
+
+
+def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) -> RewardModel:
+    """The classifier that ``--reward_model`` names, or a small new BERT for these texts.
+
+    Its head may be new, so this is for training only.
+    """
+    if options.reward_model is None:
+        tokenizer = build_wordpiece(texts, VOCABULARY)
+        # Its own tokens may be shorter than the policy's, so it gets more of them.
+        positions = 2 * options.max_length
+        reward_model = RewardModel(small_bert(tokenizer, positions=positions, seed=seed), tokenizer)
+    else:
+        reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
+    return reward_model.to(options.torch_device())
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each prompt."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["prompt"], row)
+    return list(first.values())
+
+
+def _chosen_as_response(rows: Sequence[Row]) -> list[Row]:
+    return [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+
+
+def _with_references(rows: Sequence[Row]) -> list[Row]:
+    """One row for each prompt, with every chosen response to it as a reference."""
+    references: dict[str, list[str]] = {}
+    for row in rows:
+        references.setdefault(row["prompt"], []).append(row["chosen"])
+    return [{"prompt": prompt, "references": texts} for prompt, texts in references.items()]

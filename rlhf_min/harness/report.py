@@ -1,0 +1,191 @@
+"""What a run leaves to look at: the results table, the curves, and sample responses."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from rlhf_min.evaluation import Estimate, Evaluation
+from rlhf_min.harness.metrics import MetricsLog
+
+matplotlib.use("Agg")  # no window: this runs in scripts and on servers
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+# What the results table and results.json show of each model, in this order, where it was measured.
+ROWS = {
+    "score": "score",
+    "gold_reward": "gold reward",
+    "correct": "  correct",
+    "polite": "  polite",
+    "brief": "  brief",
+    "win_rate": "win rate by score",
+    "gold_win_rate": "win rate by gold",
+    "kl": "KL, nats",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "response_length": "length, tokens",
+    "eos_rate": "ended by EOS",
+}
+SHARES = {
+    "ties": "ties by score",
+    "gold_ties": "ties by gold",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repeated_4": "repeated 4-grams",
+}
+# JSON and table say gold_win_rate; the evaluation names it after its monitor.
+_RENAMED = {"gold_reward_win_rate": "gold_win_rate", "gold_reward_ties": "gold_ties"}
+
+_INK = {"sft": "#4c78a8", "reward_model": "#b279a2", "ppo": "#e45756", "dpo": "#54a24b"}
+# Panel title, then stage, metric and legend of each line in it.
+_PANELS: list[tuple[str, list[tuple[str, str, str]]]] = [
+    ("SFT: loss, nats per token", [("sft", "loss", "train"), ("sft", "eval/loss", "held out")]),
+    (
+        "Reward model: share of pairs ranked right",
+        [("reward_model", "accuracy", "train"), ("reward_model", "eval/accuracy", "held out")],
+    ),
+    ("PPO: score and gold reward", [("ppo", "score", "score"), ("ppo", "gold_reward", "gold")]),
+    ("PPO: KL to the reference, nats", [("ppo", "k1", "k1"), ("ppo", "k3", "k3")]),
+    (
+        "PPO: entropy per token, explained variance",
+        [("ppo", "entropy", "entropy"), ("ppo", "explained_variance", "explained variance")],
+    ),
+    (
+        "PPO: share of clipped tokens",
+        [("ppo", "clip_fraction", "policy"), ("ppo", "value_clip_fraction", "value")],
+    ),
+    ("PPO: response length, tokens", [("ppo", "response_length", "length")]),
+    (
+        "DPO: share of pairs ranked right",
+        [("dpo", "accuracy", "train"), ("dpo", "eval/accuracy", "held out")],
+    ),
+    (
+        "DPO: implicit rewards",
+        [("dpo", "chosen_rewards", "chosen"), ("dpo", "rejected_rewards", "rejected")],
+    ),
+]
+
+
+def results_table(evaluations: Mapping[str, Evaluation], *, baseline: str) -> str:
+    """One column for each model, one row for each measure with its 95% interval."""
+    columns = {name: _cells(evaluation) for name, evaluation in evaluations.items()}
+    lines = ["".join([" " * 20, *(f"{name.upper():>26}" for name in columns)])]
+    for key, title in (ROWS | SHARES).items():
+        if any(key in cells for cells in columns.values()):
+            cells = [columns[name].get(key, "") for name in columns]
+            lines.append(f"{title:<20}" + "".join(f"{cell:>26}" for cell in cells))
+    first = next(iter(evaluations.values()))
+    lines.append(
+        f"{len(first.responses)} test prompts, temperature 1, the same random numbers for all; "
+        f"95% bootstrap intervals; wins are over {baseline.upper()}, a tie is half a win"
+    )
+    return "\n".join([*lines, *first.signatures.values()])
+
+
+def results_json(
+    evaluations: Mapping[str, Evaluation],
+    *,
+    reward_model: Mapping[str, Estimate],
+    seed: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """The results as JSON values: each estimate with mean, ci95 and n."""
+    results: dict[str, Any] = {"seed": seed}
+    for name, evaluation in evaluations.items():
+        estimates = {_RENAMED.get(k, k): e.as_json() for k, e in evaluation.estimates.items()}
+        shares = {_RENAMED.get(k, k): share for k, share in evaluation.shares.items()}
+        results[name] = {key: estimates[key] for key in ROWS if key in estimates}
+        results[name] |= {key: shares[key] for key in SHARES if key in shares}
+        results[name]["signatures"] = evaluation.signatures
+    if reward_model:
+        results["reward_model"] = {name: e.as_json() for name, e in reward_model.items()}
+    return results | more
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """JSON with two spaces of indent, ending in a new line."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_samples(
+    file: Path, evaluations: Mapping[str, Evaluation], prompts: Sequence[str], *, n: int = 20
+) -> None:
+    """The first n test prompts with every model's response and its score, as Markdown."""
+    lines = [
+        "# Sample responses",
+        "",
+        "Drawn at temperature 1; in brackets the reward model's score.",
+        "",
+    ]
+    lines += ["| prompt | " + " | ".join(name.upper() for name in evaluations) + " |"]
+    lines += ["|---" * (1 + len(evaluations)) + "|"]
+    for i in range(min(n, len(prompts))):
+        cells = [_escape(prompts[i])]
+        for evaluation in evaluations.values():
+            cells.append(f"{_escape(evaluation.responses[i])} ({evaluation.scores[i]:+.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_curves(file: Path, log: MetricsLog) -> None:
+    """All stages' curves in one picture; panels of stages that did not run are left out."""
+    stages = {row["stage"] for row in log.rows}
+    panels = [(title, lines) for title, lines in _PANELS if lines[0][0] in stages]
+    rows = -(-len(panels) // 3)
+    figure, grid = plt.subplots(
+        rows, min(3, len(panels)), figsize=(13, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, lines) in zip(grid.flat, panels, strict=False):
+        _draw(axes, log, title, lines)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw(axes: Axes, log: MetricsLog, title: str, lines: list[tuple[str, str, str]]) -> None:
+    ink = _INK[lines[0][0]]
+    for i, (stage, metric, legend) in enumerate(lines):
+        steps, values = log.series(stage, metric)
+        if not steps:
+            continue
+        if i == 0 and len(steps) > 60:  # a train curve: noisy, so its running mean is the line
+            axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
+            values = _running_mean(values, len(values) // 30)
+        style: dict[str, Any] = {"color": ink if i == 0 else "#333333"}
+        if metric.startswith("eval/"):
+            style |= {"marker": "o", "markersize": 3}
+        axes.plot(steps, values, label=legend, linewidth=1.6, **style)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("rollout" if lines[0][0] == "ppo" else "optimizer step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    means = []
+    for i in range(len(values)):
+        part = values[max(0, i - window) : i + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def _cells(evaluation: Evaluation) -> dict[str, str]:
+    cells = {}
+    for name, estimate in evaluation.estimates.items():
+        digits = 1 if name in ("bleu", "response_length") else 3
+        lo, hi = f"{estimate.lo:.{digits}f}", f"{estimate.hi:.{digits}f}"
+        cells[_RENAMED.get(name, name)] = f"{estimate.mean:.{digits}f} [{lo}, {hi}]"
+    return cells | {_RENAMED.get(k, k): f"{share:.3f}" for k, share in evaluation.shares.items()}
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")

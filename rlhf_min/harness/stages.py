@@ -1,0 +1,189 @@
+"""The stages as the commands run them: encode and report, train with a bar, measure.
+
+Each function takes models and rows, and leaves the trained model; nothing here is an algorithm.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.data import Codec, PromptExample
+from rlhf_min.errors import require
+from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.rollout import RewardFunction, call_reward
+from rlhf_min.sampling import sample
+
+NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
+EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
+
+
+def run_sft(
+    policy: Policy, codec: Codec, inputs: Inputs, config: sft.SFTConfig, log: MetricsLog
+) -> None:
+    """Fine-tune the policy on the demonstrations."""
+    examples, cut = codec.encode_demonstrations(inputs.demonstrations)
+    heldout, _ = codec.encode_demonstrations(inputs.heldout_demonstrations)
+    print(f"SFT on {len(examples)} demonstrations; {cut}")
+    state = sft.new_state(policy, examples, config)
+    steps = sft.train(policy, config, state, heldout=heldout)
+    log.follow(
+        "sft", steps, total=sft.total(state.cursor, config), show=("loss", "eval/perplexity")
+    )
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """How well a reward model ranks held-out pairs, beside two rules that only look at length."""
+
+    estimates: dict[str, Estimate]
+    normalised_on: str
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<14} {estimate}" for name, estimate in self.estimates.items()]
+        return "\n".join(["reward model on held-out pairs:", *lines, f"  {self.normalised_on}"])
+
+
+def run_reward(
+    reward_model: RewardModel,
+    inputs: Inputs,
+    config: reward.RewardConfig,
+    log: MetricsLog,
+    *,
+    sft_policy: Policy | None = None,
+    codec: Codec | None = None,
+) -> RewardReport:
+    """Train the reward model, measure it on held-out pairs, and normalise its scores.
+
+    Args:
+        sft_policy, codec: if given, the scores are normalised on samples of this policy, else on
+            the training responses.
+    """
+    prompts = [pair["prompt"] for pair in inputs.pairs] * 2
+    responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
+    cut = reward_model.cut_report(prompts, responses)
+    print(f"reward model on {len(inputs.pairs)} pairs; {cut}")
+    state = reward.new_state(reward_model, inputs.pairs, config)
+    steps = reward.train(reward_model, config, state, heldout=inputs.heldout_pairs[:HELDOUT_ROWS])
+    total = reward.total(state.cursor, config)
+    log.follow("reward_model", steps, total=total, show=("loss", "eval/accuracy"))
+    estimates = measure_reward(
+        reward_model,
+        inputs.heldout_pairs,
+        gold=inputs.monitors.get("gold_reward"),
+        seed=config.seed,
+    )
+    normalised_on = "scores as trained, not normalised"
+    if config.normalise:
+        source = "training responses"
+        if sft_policy is not None and codec is not None:
+            source = "samples of the SFT model"
+            prompts, responses = sample_texts(
+                sft_policy, codec, inputs.prompts[:NORMALISE_ON], seed=config.seed
+            )
+        mean, std = reward.normalise(reward_model, prompts, responses)
+        normalised_on = (
+            f"scores normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
+        )
+    return RewardReport(estimates, normalised_on)
+
+
+def measure_reward(
+    reward_model: RewardModel,
+    pairs: Sequence[reward.Pair],
+    *,
+    gold: RewardFunction | None,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Accuracy, ties, margin, the two length rules, and what the gold reward itself reaches."""
+    chosen, rejected = reward.pair_scores(reward_model, pairs)
+    longer, shorter = reward.length_rules(pairs)
+    estimates = {
+        "accuracy": proportion_estimate(int((chosen > rejected).sum()), len(pairs)),
+        "ties": proportion_estimate(int((chosen == rejected).sum()), len(pairs)),
+        "margin": mean_estimate((chosen - rejected).numpy(), seed=seed),
+        "longer_wins": mean_estimate(longer.numpy(), seed=seed),
+        "shorter_wins": mean_estimate(shorter.numpy(), seed=seed),
+    }
+    if gold is not None:
+        prompts = [pair["prompt"] for pair in pairs]
+        gold_chosen = call_reward(gold, prompts, [pair["chosen"] for pair in pairs])
+        gold_rejected = call_reward(gold, prompts, [pair["rejected"] for pair in pairs])
+        right = int((gold_chosen > gold_rejected).sum())
+        estimates["gold_accuracy"] = proportion_estimate(right, len(pairs))
+    return estimates
+
+
+def run_ppo(
+    start: Policy,
+    codec: Codec,
+    reward_function: RewardFunction,
+    inputs: Inputs,
+    config: ppo.PPOConfig,
+    log: MetricsLog,
+) -> Policy:
+    """Train a copy of the policy against the reward; the start stays as its reference."""
+    require(
+        config.max_new_tokens <= codec.max_response_tokens,
+        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
+        f"{codec.max_response_tokens}, the room that is left beside the prompt",
+    )
+    prompts, cut = codec.encode_prompts(inputs.prompts)
+    print(f"PPO on {len(prompts)} prompts; {cut}")
+    policy, ref_policy = copy_policy(start, critic=config.critic), start.reference()
+    state = ppo.new_state(policy, prompts, config)
+    steps = ppo.train(
+        policy,
+        ref_policy,
+        reward_function,
+        config,
+        state,
+        monitors=inputs.monitors,
+        eval_prompts=codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0],
+    )
+    log.follow("ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"))
+    return policy
+
+
+def run_dpo(
+    start: Policy, codec: Codec, inputs: Inputs, config: dpo.DPOConfig, log: MetricsLog
+) -> Policy:
+    """Train a copy of the policy on the preference pairs; the start stays as its reference."""
+    examples, cut = codec.encode_preferences(inputs.pairs)
+    heldout, _ = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
+    require(len(examples) > 0, "no pair is left to train on: all are equal after the cut")
+    print(f"DPO on {len(examples)} pairs; {cut}")
+    policy, ref_policy = copy_policy(start, critic="none"), start.reference()
+    state = dpo.new_state(policy, ref_policy, examples, config)
+    steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
+    log.follow("dpo", steps, total=dpo.total(state.cursor, config), show=("loss", "eval/accuracy"))
+    return policy
+
+
+def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
+    """A copy of the language model to train; a value head is kept if it fits, else it is new."""
+    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic)
+    if critic == policy.critic:
+        copied.load_critic(policy.critic_tensors())
+    return copied
+
+
+def sample_texts(
+    policy: Policy, codec: Codec, rows: Sequence[dict[str, Any]], *, seed: int
+) -> tuple[list[str], list[str]]:
+    """Prompts and sampled responses as texts."""
+    prompts: list[PromptExample] = codec.encode_prompts(rows)[0]
+    response_ids = sample(
+        policy,
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=codec.max_response_tokens,
+        temperature=1.0,
+        rng=torch.Generator().manual_seed(seed),
+    )
+    return [prompt.text for prompt in prompts], [policy.decode(ids) for ids in response_ids]

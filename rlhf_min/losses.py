@@ -1,0 +1,298 @@
+"""The five losses. Each is a function of tensors and returns the loss first, then its count.
+
+`loss` is a mean, over real tokens or over pairs; `count` says over how many. A micro-batch is
+backpropagated as ``loss * count / count_of_the_minibatch``, so that splitting a minibatch never
+changes its gradient. What follows the count is worth logging and carries no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .kl import kl_estimate
+from .masking import masked_mean
+
+
+class SFTLoss(NamedTuple):
+    """Mean negative log-likelihood of the response tokens, in nats, and their number."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+
+
+class RewardLoss(NamedTuple):
+    """Mean loss of the pairs and their number; share ranked right (a tie is wrong), share of
+    ties, and mean margin."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    accuracy: Tensor
+    ties: Tensor
+    margin: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """Clipped surrogate over real tokens and their number; share of clipped tokens, mean k1 and
+    k3 of rollout policy against new policy, mean and largest ratio."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    clip_fraction: Tensor
+    k1: Tensor
+    k3: Tensor
+    ratio: Tensor
+    ratio_max: Tensor
+
+
+class ValueLoss(NamedTuple):
+    """Half the clipped squared error over real tokens and their number; share of clipped ones."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    clip_fraction: Tensor
+
+
+class DPOLoss(NamedTuple):
+    """Mean loss of the pairs and their number; the implicit rewards beta * log(pi/ref) of both
+    responses, each ``(B,)``."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor) -> SFTLoss:
+    r"""Negative log-likelihood of the response tokens, EOS included.                      [eq:sft]
+
+        L = -(1/n) sum_{b,t} m_bt log pi(y_bt | x_b, y_b<t)                        (1)
+
+    Args:
+        logprobs: of the response tokens. Shape ``(B, T)``.
+        mask: True at real response tokens. Shape ``(B, T)``.
+
+    Returns:
+        `SFTLoss`; n is the count.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5; trl ``SFTTrainer`` with
+    ``completion_only_loss=True``.
+
+    Example:
+        >>> sft_loss(torch.tensor([[-1.0, -3.0, 9.0]]), torch.tensor([[True, True, False]])).loss
+        tensor(2.)
+    """
+    return SFTLoss(-masked_mean(logprobs, mask), mask.sum())  # (1)
+
+
+def pairwise_reward_loss(
+    chosen_scores: Tensor,  # (B,)
+    rejected_scores: Tensor,  # (B,)
+    *,
+    margin: Tensor | None,  # (B,)
+    center_coef: float,
+) -> RewardLoss:
+    r"""The Bradley-Terry loss of a reward model.                                       [eq:reward]
+
+        L = -log sigmoid(r_chosen - r_rejected - margin)                           (1)
+          + center_coef * (r_chosen + r_rejected)^2                                (2)
+
+    averaged over pairs. (2) pulls the scores, of which (1) sees only differences, towards 0.
+
+    Args:
+        chosen_scores: r_chosen. Shape ``(B,)``.
+        rejected_scores: r_rejected. Shape ``(B,)``.
+        margin: how much better the chosen one should be, or None for 0. Shape ``(B,)``.
+        center_coef: weight of (2); 0 leaves it out.
+
+    Returns:
+        `RewardLoss`.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2;
+    centring: Eisenstein et al. 2023, arXiv:2312.09244; trl ``RewardTrainer.compute_loss``.
+
+    Example: equal scores give log 2.
+        >>> zero = torch.zeros(1)
+        >>> pairwise_reward_loss(zero, zero, margin=None, center_coef=0.0).loss
+        tensor(0.6931)
+    """
+    _same_shape(chosen_scores, rejected_scores, *([] if margin is None else [margin]))
+    difference = chosen_scores - rejected_scores  # (B,)
+    loss = -logsigmoid(difference if margin is None else difference - margin)  # (1)
+    if center_coef:
+        loss = loss + center_coef * (chosen_scores + rejected_scores).square()  # (2)
+    difference = difference.detach()
+    return RewardLoss(
+        loss.mean(),
+        torch.tensor(len(loss), device=loss.device),
+        accuracy=(difference > 0).to(loss.dtype).mean(),
+        ties=(difference == 0).to(loss.dtype).mean(),
+        margin=difference.mean(),
+    )
+
+
+def ppo_policy_loss(
+    new_logprobs: Tensor,  # (B, T)
+    logprobs: Tensor,  # (B, T)
+    advantages: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    *,
+    clip: float,
+) -> PolicyLoss:
+    r"""PPO's clipped surrogate objective, as a loss.                               [eq:ppo_policy]
+
+        ratio = exp(new_logprobs - logprobs)                                       (1)
+        L = mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip))          (2)
+
+    The larger of two losses is the pessimistic one: an improvement beyond the clip earns nothing,
+    a deterioration is felt in full. Where both are equal, at ratio 1, the gradient is REINFORCE's.
+
+    Args:
+        new_logprobs: under the policy in training; carries gradient. Shape ``(B, T)``.
+        logprobs: under the policy that sampled. Shape ``(B, T)``.
+        advantages: A. Shape ``(B, T)``.
+        mask: True at real response tokens. Shape ``(B, T)``.
+        clip: half-width of the trusted interval around 1.
+
+    Returns:
+        `PolicyLoss`.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; trl 0.11.3 ``PPOTrainer.loss``.
+
+    Example: a ratio of 2 with a positive advantage is clipped at 1.2.
+        >>> new = torch.tensor([[2.0]]).log(); one = torch.ones(1, 1)
+        >>> ppo_policy_loss(new, 0 * one, one, one.bool(), clip=0.2).loss
+        tensor(-1.2000)
+    """
+    _same_shape(new_logprobs, logprobs, advantages, mask)
+    log_ratio = torch.where(mask, new_logprobs - logprobs.detach(), 0)
+    advantages = torch.where(mask, advantages.detach(), 0)
+    ratio = log_ratio.exp()  # (1)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)  # (2)
+    with torch.no_grad():
+        k3 = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), kind="k3")
+        return PolicyLoss(
+            loss,
+            mask.sum(),
+            clip_fraction=masked_mean((clipped > unclipped).to(loss.dtype), mask),
+            k1=masked_mean(-log_ratio, mask),
+            k3=masked_mean(k3, mask),
+            ratio=masked_mean(ratio, mask),
+            ratio_max=ratio.max(),
+        )
+
+
+def ppo_value_loss(
+    new_values: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    returns: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    *,
+    clip: float,
+) -> ValueLoss:
+    r"""The value head's clipped squared error.                                      [eq:ppo_value]
+
+        V_clip = V + clip(V_new - V, -clip, clip)                                  (1)
+        L = mean of 1/2 max((V_new - R)^2, (V_clip - R)^2)                         (2)
+
+    Args:
+        new_values: V_new; carries gradient. Shape ``(B, T)``.
+        values: V at rollout time. Shape ``(B, T)``.
+        returns: R. Shape ``(B, T)``.
+        mask: True at real response tokens. Shape ``(B, T)``.
+        clip: how far a value may move from V within one rollout; infinity for no limit.
+
+    Returns:
+        `ValueLoss`, the factor 1/2 included.
+
+    Source: Ziegler et al. 2019's code, after OpenAI baselines ``ppo2``; trl 0.11.3
+    ``PPOTrainer.loss``.
+
+    Example: V moved from 0 to 1, further than 0.2, towards a return of 2: (0.2 - 2)^2 / 2.
+        >>> one = torch.ones(1, 1)
+        >>> ppo_value_loss(one, 0 * one, 2 * one, one.bool(), clip=0.2).loss
+        tensor(1.6200)
+    """
+    _same_shape(new_values, values, returns, mask)
+    new_values = torch.where(mask, new_values, 0)
+    values = torch.where(mask, values.detach(), 0)
+    returns = torch.where(mask, returns.detach(), 0)
+    near_values = values + (new_values - values).clamp(-clip, clip)  # (1)
+    error = (new_values - returns).square()
+    near_error = (near_values - returns).square()
+    loss = masked_mean(torch.maximum(error, near_error), mask) / 2  # (2)
+    clip_fraction = masked_mean((near_error > error).to(loss.dtype), mask)
+    return ValueLoss(loss, mask.sum(), clip_fraction)
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,  # (B,)
+    rejected_logprobs: Tensor,  # (B,)
+    ref_chosen_logprobs: Tensor,  # (B,)
+    ref_rejected_logprobs: Tensor,  # (B,)
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> DPOLoss:
+    r"""Direct preference optimization.                                                    [eq:dpo]
+
+    With y_w the chosen and y_l the rejected response to the same prompt x:
+
+        h = beta * [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]           (1)
+        L = -(1 - eps) * log sigmoid(h) - eps * log sigmoid(-h)                    (2)
+
+    averaged over pairs. eps = 0 is DPO; 0 < eps < 1/2 assumes that a share eps of the labels is
+    flipped.
+
+    Args:
+        chosen_logprobs: log pi(y_w|x), *summed* over response tokens. Shape ``(B,)``.
+        rejected_logprobs: log pi(y_l|x). Shape ``(B,)``.
+        ref_chosen_logprobs: log ref(y_w|x). Shape ``(B,)``.
+        ref_rejected_logprobs: log ref(y_l|x). Shape ``(B,)``.
+        beta: inverse temperature, above 0; larger keeps the policy nearer the reference.
+        label_smoothing: eps, in [0, 1/2).
+
+    Returns:
+        `DPOLoss`.
+
+    Raises:
+        ValueError: if the shapes differ, or beta or label_smoothing is out of range.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps: Mitchell 2023, "A note on DPO with
+    noisy preferences", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores its
+    ``label_smoothing`` there).
+
+    Example: a policy that equals the reference has h = 0 and the loss log 2, whatever beta is.
+        >>> x, y = torch.tensor([-3.0]), torch.tensor([-5.0])
+        >>> dpo_loss(x, y, x, y, beta=0.1, label_smoothing=0.0).loss
+        tensor(0.6931)
+        >>> dpo_loss(x + 10, y, x, y, beta=0.1, label_smoothing=0.0).loss  # h = 1: log(1 + 1/e)
+        tensor(0.3133)
+    """
+    _same_shape(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    if not beta > 0 or not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"beta must be above 0 and label_smoothing in [0, 0.5), not {beta}, {label_smoothing}"
+        )
+    chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
+    rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
+    h = chosen_rewards - rejected_rewards  # (1)
+    loss = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)  # (2)
+    return DPOLoss(
+        loss.mean(),
+        torch.tensor(len(loss), device=loss.device),
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+    )
+
+
+def _same_shape(first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        if other.shape != first.shape:
+            raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(other.shape)}")

@@ -1,0 +1,121 @@
+"""Reductions over real tokens. Padding is replaced before any arithmetic, so it never matters.
+
+A mask is boolean, True at real response tokens, and is built from lengths, never from token ids:
+a pad token that equals EOS is harmless. `torch.where(mask, x, 0)` is used instead of `x * mask`,
+because 0 * NaN is NaN, and it is used on the *inputs*, because the gradient of a masked NaN is NaN.
+"""
+
+import torch
+from torch import Tensor
+
+
+def response_mask(lengths: Tensor, width: int) -> Tensor:
+    """The mask of right-padded rows from their lengths.
+
+    Args:
+        lengths: number of real tokens in each row. Shape ``(B,)``.
+        width: T, the padded width.
+
+    Returns:
+        Boolean mask, True where the column is below the row's length. Shape ``(B, T)``.
+
+    Example:
+        >>> response_mask(torch.tensor([2, 1]), 3)
+        tensor([[ True,  True, False],
+                [ True, False, False]])
+    """
+    return torch.arange(width, device=lengths.device) < lengths[:, None]  # (B, T)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    r"""Mean over all real tokens of the batch, whatever their rows.             [eq:masked_mean]
+
+        mean = sum_{b,t} m_bt x_bt / n,   n = sum_{b,t} m_bt                       (1)
+
+    Args:
+        x: any values, padding included. Shape ``(B, T)``.
+        mask: True at real tokens. Shape ``(B, T)``.
+
+    Returns:
+        A scalar that carries gradient to the real tokens only.
+
+    Raises:
+        ValueError: if no token is real or the shapes differ.
+
+    Source: trl ``masked_mean``.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> masked_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask)
+        tensor(3.)
+    """
+    return torch.where(mask, x, 0).sum() / _count(x, mask, at_least=1)  # (1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    r"""Unbiased variance over all real tokens of the batch.                      [eq:masked_var]
+
+        var = sum_{b,t} m_bt (x_bt - mean)^2 / (n - 1)                             (1)
+
+    Shapes and source as in `masked_mean` (trl ``masked_var``).
+
+    Raises:
+        ValueError: if fewer than two tokens are real: one value has no variance.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> masked_var(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask)
+        tensor(7.)
+    """
+    n = _count(x, mask, at_least=2)
+    deviation = torch.where(mask, x - masked_mean(x, mask), 0)  # (B, T)
+    return deviation.square().sum() / (n - 1)  # (1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    r"""Shift and scale the real tokens to mean 0 and variance 1.                     [eq:whiten]
+
+        w_bt = (x_bt - mean) / sqrt(var + 1e-8)                                    (1)
+
+    Returns:
+        Shape ``(B, T)``, zero at padding.
+
+    Raises:
+        ValueError: if fewer than two tokens are real.
+
+    Source: Huang et al. 2024, arXiv:2403.17031, detail 17; trl ``masked_whiten``.
+
+    Example:
+        >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-0.7071,  0.7071,  0.0000]])
+    """
+    whitened = (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask) + 1e-8)  # (1)
+    return torch.where(mask, whitened, 0)
+
+
+def masked_scale(x: Tensor, mask: Tensor) -> Tensor:
+    r"""Scale the real tokens to variance 1 and leave their mean where it is.          [eq:scale]
+
+        s_bt = w_bt + mean,   w_bt whitened                                        (1)
+
+    For rewards: removing their mean would change what the policy is asked to do.
+
+    Returns:
+        Shape ``(B, T)``, zero at padding.
+
+    Source: trl ``masked_whiten(..., shift_mean=False)``.
+
+    Example:
+        >>> masked_scale(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+        tensor([[1.2929, 2.7071, 0.0000]])
+    """
+    return torch.where(mask, masked_whiten(x, mask) + masked_mean(x, mask), 0)  # (1)
+
+
+def _count(x: Tensor, mask: Tensor, *, at_least: int) -> Tensor:
+    if x.shape != mask.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, its mask {tuple(mask.shape)}")
+    n = mask.sum()
+    if n < at_least:
+        raise ValueError(f"{int(n)} real token(s) in the mask; at least {at_least} needed")
+    return n

@@ -1,0 +1,386 @@
+"""The models: a policy with a value head, its frozen reference, and a reward model on text."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .data import CutReport, Sequences, micro_batches
+from .errors import BadInput, require
+from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
+
+VALUE_FILE = "value_head.safetensors"
+CHUNK_TOKENS = 1024  # rows of logits held at once
+Critic = Literal["none", "shared", "separate"]
+
+
+class PolicyOutput(NamedTuple):
+    """`logprobs` of the response tokens, `entropy` there, and `values`; each (B, T), 0 at padding.
+
+    `values` is None for a policy without a critic.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None
+
+
+class Policy(nn.Module):
+    """A causal language model, its tokenizer, and a value head on its last hidden state.
+
+    Args:
+        lm: any ``AutoModelForCausalLM`` of ``transformers``.
+        tokenizer: the model's own.
+        critic: ``"shared"`` reads values off the policy's own trunk, ``"separate"`` off a copy of
+            it with weights of its own, ``"none"`` has no values (SFT, DPO, the reference).
+
+    A new value head is zero, so that the first advantages are the discounted sums of the rewards.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, critic: Critic = "none"
+    ) -> None:
+        super().__init__()
+        self.lm, self.tokenizer, self.critic = lm, tokenizer, critic
+        self.critic_trunk = copy.deepcopy(lm.base_model) if critic == "separate" else None
+        self.value_head: nn.Linear | None = None
+        if critic != "none":
+            weight = lm.get_output_embeddings().weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.value_head = nn.Linear(weight.shape[1], 1, dtype=dtype, device=weight.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, where no result depends on it; EOS serves where there is no pad token."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def decode(self, response_ids: Tensor) -> str:
+        """A response as rewards and readers see it: no special tokens, no outer white space."""
+        return str(self.tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
+
+    def forward(self, batch: Sequences, *, temperature: float = 1.0) -> PolicyOutput:
+        """Log-probabilities, entropy and values of the response tokens.
+
+        Only the positions that predict a real response token reach the vocabulary, which is most
+        of the work of a small model.
+        """
+        batch = batch.to(self.device)
+        hidden = self._trunk(self.lm.base_model, batch)  # (B, L, H)
+        at_tokens = response_hidden(hidden, batch)  # (N, H), N real response tokens
+        logprobs, entropy = lm_head_logprobs(
+            at_tokens,
+            tokens=batch.responses[batch.mask],
+            temperature=temperature,
+            chunk_tokens=CHUNK_TOKENS,
+            **lm_head(self.lm),
+        )
+        values = None
+        if self.value_head is not None:
+            if self.critic_trunk is not None:
+                at_tokens = response_hidden(self._trunk(self.critic_trunk, batch), batch)
+            with torch.autocast(self.device.type, enabled=False):
+                at_head = at_tokens.to(self.value_head.weight.dtype)
+                values = scatter_tokens(self.value_head(at_head)[:, 0], batch.mask)
+        return PolicyOutput(
+            scatter_tokens(logprobs, batch.mask), scatter_tokens(entropy, batch.mask), values
+        )
+
+    def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
+        """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
+        batch = batch.to(self.device)
+        hidden = response_hidden(self._trunk(self.lm.base_model, batch), batch)
+        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
+
+    def reference(self) -> "Policy":
+        """A frozen copy of the language model as it is now, without critic and dropout."""
+        reference = Policy(copy.deepcopy(self.lm), self.tokenizer)
+        reference.requires_grad_(False)
+        disable_dropout(reference)
+        return reference.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, critic: Critic, new_head: bool = False
+    ) -> "Policy":
+        """Load a causal language model with its tokenizer, and its value head if it has one.
+
+        Args:
+            name_or_path: a folder, or a name that ``transformers`` knows.
+            critic: as for the class.
+            new_head: whether a missing value head may start at zero; only to begin training.
+
+        Raises:
+            BadInput: if the model cannot be loaded, or its value head is missing.
+        """
+        lm, tokenizer = _load(AutoModelForCausalLM, name_or_path)
+        policy = cls(lm, tokenizer, critic=critic)
+        head_file = Path(name_or_path) / VALUE_FILE
+        if critic != "none" and head_file.is_file():
+            policy.load_critic(load_file(head_file))
+        else:
+            require(
+                critic == "none" or new_head,
+                f"{name_or_path}: no {VALUE_FILE}; only new_head=True may start from a new head",
+            )
+        return policy
+
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """The value head's tensors and, if there is one, the separate critic's."""
+        state = self.state_dict()
+        return {k: v for k, v in state.items() if k.startswith(("value_head.", "critic_trunk."))}
+
+    def load_critic(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `critic_tensors`; every name must be there, and no other."""
+        expected = set(self.critic_tensors())
+        require(
+            set(tensors) == expected,
+            f"{VALUE_FILE} does not fit critic={self.critic!r}: "
+            f"{sorted(set(tensors) ^ expected)[:3]} missing or unexpected",
+        )
+        self.load_state_dict(tensors, strict=False)
+
+    def _trunk(self, trunk: nn.Module, batch: Sequences) -> Tensor:
+        # Rows are right-padded, so the default positions 0, 1, 2, ... are the true ones.
+        return trunk(
+            input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+
+
+def response_hidden(hidden: Tensor, batch: Sequences) -> Tensor:
+    """The hidden states that predict the real response tokens: the one shift by P - 1.
+
+    Args:
+        hidden: the trunk's output for ``batch.ids``. Shape ``(B, L, H)``.
+        batch: the rows, each with its own prompt length P.
+
+    Returns:
+        Shape ``(N, H)``: for each real response token t of row b, row after row, the hidden state
+        at sequence index P_b - 1 + t.
+    """
+    rows, t = batch.mask.nonzero(as_tuple=True)  # (N,) each
+    return hidden[rows, batch.prompt_lengths[rows] - 1 + t]
+
+
+def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Put one number for each real token, ``(N,)``, in its place, ``(B, T)``; 0 at padding."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
+    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale."""
+    head, config = lm.get_output_embeddings(), lm.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return {
+        "weight": head.weight,
+        "bias": getattr(head, "bias", None),
+        "softcap": getattr(config, "final_logit_softcapping", None),
+        "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
+    }
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, in train mode too; the model's config keeps what it says."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # a plain number, no submodule
+
+
+class RewardModel(nn.Module):
+    """A one-label sequence classifier that scores text, with a tokenizer of its own.
+
+    Args:
+        model: any ``AutoModelForSequenceClassification`` with one label, such as BERT.
+        tokenizer: the model's own; the policy's may be another.
+        max_length: tokens of question and response together, special tokens included. A response
+            that is too long loses its end, then a prompt its beginning.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        positions = getattr(model.config, "max_position_embeddings", 512)
+        max_length = positions if max_length is None else max_length
+        require(model.config.num_labels == 1, "a reward model needs exactly one label")
+        require(
+            8 <= max_length <= positions,
+            f"max_length {max_length} must lie between 8 and the model's {positions} positions",
+        )
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Scores with gradient. Shape ``(B,)``, in at least float32."""
+        inputs = self.encode(prompts, responses).to(self.device)
+        return at_least_float32(self.model(**inputs).logits[:, 0])
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> BatchEncoding:
+        """Prompt and response as the classifier's input pair: training and scoring alike."""
+        prompts, responses = self._as_pairs(prompts, responses)
+        return self.tokenizer(
+            prompts,
+            self._cut(responses),
+            truncation="only_first",
+            max_length=self.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], *, max_tokens: int = 16384
+    ) -> Tensor:
+        """Scores without gradient and dropout, on the CPU. Shape ``(B,)``.
+
+        Args:
+            prompts: texts, before any template or cut.
+            responses: texts, without special tokens.
+            max_tokens: padded tokens in one forward pass; a matter of memory only.
+        """
+        was_training = self.training
+        self.eval()
+        scores = torch.empty(len(prompts), dtype=torch.float64)
+        lengths = [
+            min(n, self.max_length) for n in self._pair_lengths(*self._as_pairs(prompts, responses))
+        ]
+        for rows in micro_batches(lengths, max_tokens=max_tokens):
+            found = self([prompts[i] for i in rows], [responses[i] for i in rows])
+            scores[rows] = found.to("cpu", torch.float64)
+        self.train(was_training)
+        return scores
+
+    def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:
+        """How many of these rows do not fit into `max_length`, and by how many tokens."""
+        report = CutReport(prompts=len(prompts), responses=len(responses))
+        prompts, responses = self._as_pairs(prompts, responses)
+        for prompt, response in zip(prompts, responses, strict=True):
+            response_tokens = len(self._ids(response))
+            kept = min(response_tokens, self._response_room)
+            report.responses_cut += kept < response_tokens
+            report.response_tokens_cut += response_tokens - kept
+            prompt_tokens = len(self._ids(prompt))
+            room = self.max_length - self._special_tokens - kept
+            report.prompts_cut += prompt_tokens > room
+            report.prompt_tokens_cut += max(0, prompt_tokens - room)
+        return report
+
+    @torch.no_grad()
+    def rescale(self, *, gain: float, bias: float) -> None:
+        """Replace the score s by ``gain * s + bias``, folded into the classifier's last layer."""
+        last = [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
+        require(
+            last.out_features == 1 and last.bias is not None,
+            f"the last layer of {type(self.model).__name__} has no bias to fold the scores' mean "
+            "into; train with normalise=False",
+        )
+        last.weight.mul_(gain)
+        last.bias.mul_(gain).add_(bias)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, new_head: bool = False, max_length: int | None = None
+    ) -> "RewardModel":
+        """Load a sequence classifier with its tokenizer.
+
+        Args:
+            name_or_path: a folder, or a name that ``transformers`` knows.
+            new_head: whether a missing classifier may be drawn anew; only to begin training.
+            max_length: as for the class.
+
+        Raises:
+            BadInput: if the model cannot be loaded, or its classifier is missing.
+        """
+        model, tokenizer = _load(
+            AutoModelForSequenceClassification, name_or_path, may_lack=new_head, num_labels=1
+        )
+        return cls(model, tokenizer, max_length=max_length)
+
+    @property
+    def _special_tokens(self) -> int:
+        return self.tokenizer.num_special_tokens_to_add(pair=True)
+
+    @property
+    def _response_room(self) -> int:
+        # At least a quarter of the room stays for the prompt that the response is judged against.
+        return (self.max_length - self._special_tokens) * 3 // 4
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _pair_lengths(self, prompts: Iterable[str], responses: Iterable[str]) -> list[int]:
+        prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
+        response_ids = self.tokenizer(list(responses), add_special_tokens=False).input_ids
+        return [
+            len(p) + min(len(r), self._response_room) + self._special_tokens
+            for p, r in zip(prompt_ids, response_ids, strict=True)
+        ]
+
+    def _cut(self, responses: list[str]) -> list[str]:
+        offsets = self.tokenizer(
+            responses, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        room = self._response_room
+        return [
+            text if len(spans) <= room else text[: spans[room - 1][1]]
+            for text, spans in zip(responses, offsets, strict=True)
+        ]
+
+    def _as_pairs(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[list[str], list[str]]:
+        if self._special_tokens:  # BERT and its kin separate the two by themselves
+            return list(prompts), list(responses)
+        end = self.tokenizer.eos_token or ""
+        return [f"{prompt}\n" for prompt in prompts], [f"{response}{end}" for response in responses]
+
+
+def _load(
+    auto_class: Any, name_or_path: str | Path, *, may_lack: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model, info = auto_class.from_pretrained(
+            name_or_path, dtype="auto", output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{name_or_path}: no model could be loaded from there: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    require(
+        not missing or may_lack,
+        f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
+        "would be random; give a model that was trained for this, or train its head first",
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    # Half-precision weights lose small updates: training keeps float32 and may use autocast.
+    return model.to(torch.promote_types(model.dtype, torch.float32)).eval(), tokenizer

@@ -1,0 +1,185 @@
+"""The reward model: a classifier of (prompt, response) that learns which response people chose."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import option, require_not_negative, require_positive, require_share
+from .data import Cursor
+from .errors import BadInput
+from .losses import RewardLoss, pairwise_reward_loss
+from .models import RewardModel
+from .optim import Precision, Schedule, State, adamw
+
+Pair = Mapping[str, Any]  # prompt, chosen, rejected, and perhaps margin
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Options of reward training. Defaults suit the small models of the embedded world."""
+
+    epochs: int = option(2, "Passes over the preference pairs.")
+    batch_size: int = option(64, "Pairs for each optimizer step.")
+    micro_batch_size: int = option(64, "Pairs in one forward pass; memory only.")
+    learning_rate: float = option(1e-3, "AdamW's rate after warm-up.")
+    schedule: Schedule = option("linear", "How the rate falls after warm-up.")
+    warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
+    weight_decay: float = option(0.01, "AdamW's decay of matrices.")
+    max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
+    center_coef: float = option(0.01, "Pulls the scores, of which only differences count, to 0.")
+    normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
+    precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    eval_every: int = option(50, "Steps between looks at the held-out pairs.")
+    seed: int = option(0, "Order of the data.")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "epochs", "batch_size", "micro_batch_size", "learning_rate")
+        require_positive(self, "max_grad_norm", "eval_every")
+        require_not_negative(self, "weight_decay", "center_coef", "seed")
+        require_share(self, "warmup_share")
+
+
+def new_state(reward_model: RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> State:
+    """The state before the first step."""
+    cursor = Cursor(pairs, seed=config.seed)
+    total_steps = total(cursor, config)
+    optimizer = adamw(
+        reward_model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        warmup_steps=round(config.warmup_share * total_steps),
+        total_steps=total_steps,
+        max_grad_norm=config.max_grad_norm,
+        precision=config.precision,
+    )
+    return State(optimizer, cursor)
+
+
+def total(cursor: Cursor, config: RewardConfig) -> int:
+    """Optimizer steps in the whole run."""
+    return config.epochs * cursor.batches_per_epoch(config.batch_size)
+
+
+def batch_loss(
+    reward_model: RewardModel, pairs: Sequence[Pair], *, center_coef: float
+) -> RewardLoss:
+    """Loss of one micro-batch; both responses of a pair pass in the same forward."""
+    prompts = [pair["prompt"] for pair in pairs]
+    responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    chosen, rejected = reward_model(prompts * 2, responses).split(len(pairs))
+    margin = None
+    if any(pair.get("margin") is not None for pair in pairs):
+        margin = chosen.new_tensor([pair.get("margin") or 0.0 for pair in pairs])
+    return pairwise_reward_loss(chosen, rejected, margin=margin, center_coef=center_coef)
+
+
+def train(
+    reward_model: RewardModel,
+    config: RewardConfig,
+    state: State,
+    *,
+    heldout: Sequence[Pair] = (),
+) -> Iterator[dict[str, float]]:
+    """One optimizer step per yield, until the epochs are over. The pairs are the cursor's.
+
+    Yields:
+        ``loss``, ``accuracy``, ``ties``, ``margin`` over all pairs of the batch, before the step;
+        ``grad_norm``, ``learning_rate``; now and then the same of `heldout` under ``eval/``.
+
+    Raises:
+        NonFinite: before the optimizer step that would have used a number that is not finite.
+    """
+    total_steps = total(state.cursor, config)
+    while state.step < total_steps:
+        reward_model.train()
+        started = time.perf_counter()
+        learning_rate = state.optimizer.learning_rate
+        batch = state.cursor.take(config.batch_size)
+        metrics: dict[str, float] = {}
+        for start in range(0, len(batch), config.micro_batch_size):
+            part = batch[start : start + config.micro_batch_size]
+            with state.optimizer.autocast():
+                found = batch_loss(reward_model, part, center_coef=config.center_coef)
+            state.optimizer.backward(found.loss * found.count / len(batch))
+            _add_means(metrics, found, len(batch))
+        metrics["grad_norm"] = state.optimizer.step(batch)
+        state.step += 1
+        metrics |= {
+            "learning_rate": learning_rate,
+            "epoch": state.cursor.epoch + state.cursor.position / len(state.cursor.examples),
+            "time/seconds": time.perf_counter() - started,
+        }
+        if heldout and (state.step % config.eval_every == 0 or state.step == total_steps):
+            metrics |= evaluate(reward_model, heldout, config)
+        yield metrics
+
+
+@torch.no_grad()
+def evaluate(
+    reward_model: RewardModel, heldout: Sequence[Pair], config: RewardConfig
+) -> dict[str, float]:
+    """Loss, accuracy, ties and margin over held-out pairs, under ``eval/``."""
+    reward_model.eval()
+    metrics: dict[str, float] = {}
+    for start in range(0, len(heldout), config.micro_batch_size):
+        part = heldout[start : start + config.micro_batch_size]
+        found = batch_loss(reward_model, part, center_coef=config.center_coef)
+        _add_means(metrics, found, len(heldout))
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def pair_scores(reward_model: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and of the rejected responses, without dropout. ``(N,)`` each."""
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen = reward_model.score(prompts, [pair["chosen"] for pair in pairs])
+    return chosen, reward_model.score(prompts, [pair["rejected"] for pair in pairs])
+
+
+def length_rules(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """How "the longer one wins" and "the shorter one wins" do: right 1, wrong 0, equal length 1/2.
+
+    Length in characters. ``(N,)`` each.
+    """
+    longer = torch.tensor(
+        [(1 + _sign(len(pair["chosen"]) - len(pair["rejected"]))) / 2 for pair in pairs]
+    )
+    return longer, 1 - longer
+
+
+def normalise(
+    reward_model: RewardModel, prompts: Sequence[str], responses: Sequence[str]
+) -> tuple[float, float]:
+    """Fold a gain and a bias into the classifier so that these texts score mean 0, variance 1.
+
+    Returns:
+        Mean and standard deviation of the scores before.
+
+    Raises:
+        BadInput: if all scores are equal, so that no gain could give them a variance.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.1.
+    """
+    scores = reward_model.score(prompts, responses)
+    mean, std = float(scores.mean()), float(scores.std())
+    if not std > 1e-6:
+        raise BadInput(
+            f"the reward model gives all {len(scores)} texts the same score {mean:.4g}: "
+            "it has learned nothing; train it longer or look at the pairs"
+        )
+    reward_model.rescale(gain=1 / std, bias=-mean / std)
+    return mean, std
+
+
+def _add_means(metrics: dict[str, float], found: RewardLoss, pairs: int) -> None:
+    share = int(found.count) / pairs
+    for name in ("loss", "accuracy", "ties", "margin"):
+        metrics[name] = metrics.get(name, 0.0) + float(getattr(found, name).detach()) * share
+
+
+def _sign(x: int) -> int:
+    return (x > 0) - (x < 0)

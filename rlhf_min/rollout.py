@@ -1,0 +1,223 @@
+"""One rollout: prompts, sampled responses, and what everyone believed about them at the time."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .data import PromptExample, Sequences, collate, micro_batches
+from .errors import BadInput, require
+from .kl import exact_kl, kl_estimate
+from .models import Policy
+from .sampling import sample
+
+RewardFunction = Callable[..., Sequence[float] | Tensor]
+RolloutKL = Literal["k1", "abs", "k2", "k3", "full"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses and their scoring passes, aligned as drawn in ``data.py``.
+
+    `prompts` and `responses` are texts (empty for given tokens). `scores` (B,) is the reward of
+    each whole response, `ended` (B,) whether it ended by EOS instead of being cut. `logprobs`,
+    `ref_logprobs`, `kl`, `entropy` and `values` are (B, T), zero at padding; `values` is zero for
+    a policy without critic. `seconds` says where the time went.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    sequences: Sequences
+    scores: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+    entropy: Tensor
+    values: Tensor
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Tensor:
+        """True at real response tokens. Shape ``(B, T)``."""
+        return self.sequences.mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of real response tokens. Shape ``(B,)``."""
+        return self.mask.sum(1)
+
+
+def collect(
+    policy: Policy,
+    ref_policy: Policy,
+    reward: RewardFunction,
+    prompts: Sequence[PromptExample],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    kl: RolloutKL,
+    max_tokens: int,
+    rng: torch.Generator,
+) -> Rollout:
+    """Sample a response to each prompt, score it, and remember what everyone believed.
+
+    Args:
+        policy: samples, and gives log-probabilities and values.
+        ref_policy: frozen.
+        reward: any callable of texts, see `call_reward`.
+        prompts: one for each row.
+        max_new_tokens: the longest response.
+        temperature: of sampling and of all log-probabilities, the reference's too.
+        kl: the estimate that the rewards will be charged with.
+        max_tokens: padded tokens in one forward pass; a matter of memory only.
+        rng: a CPU generator.
+
+    Returns:
+        A `Rollout` without gradient, on the policy's device.
+    """
+    started = time.perf_counter()
+    prompt_ids = [prompt.ids for prompt in prompts]
+    response_ids = sample(
+        policy, prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, rng=rng
+    )
+    sampled = time.perf_counter()
+    texts = [prompt.text for prompt in prompts]
+    responses = [policy.decode(ids) for ids in response_ids]
+    scores = call_reward(reward, texts, responses, [prompt.columns for prompt in prompts])
+    rollout = score_rollout(
+        policy,
+        ref_policy,
+        prompt_ids,
+        response_ids,
+        scores,
+        temperature=temperature,
+        kl=kl,
+        max_tokens=max_tokens,
+    )
+    seconds = {"sample": sampled - started, "score": time.perf_counter() - sampled}
+    return replace(rollout, prompts=texts, responses=responses, seconds=seconds)
+
+
+@torch.no_grad()
+def score_rollout(
+    policy: Policy,
+    ref_policy: Policy,
+    prompt_ids: Sequence[Tensor],
+    response_ids: Sequence[Tensor],
+    scores: Tensor,
+    *,
+    temperature: float,
+    kl: RolloutKL,
+    max_tokens: int,
+) -> Rollout:
+    """The scoring passes of policy and reference over given tokens.
+
+    Args:
+        prompt_ids: one ``(P_b,)`` tensor for each row.
+        response_ids: one ``(T_b,)`` tensor for each row, at least one token long.
+        scores: shape ``(B,)``.
+        temperature, kl, max_tokens: as in `collect`.
+    """
+    sequences = collate(prompt_ids, response_ids, pad_id=policy.pad_id).to(policy.device)
+    logprobs, ref_logprobs, kls, entropies, values = (
+        torch.zeros(sequences.mask.shape, dtype=_at_least_float32(policy), device=policy.device)
+        for _ in range(5)
+    )
+    eos_id = policy.tokenizer.eos_token_id
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    for rows in micro_batches(lengths, max_tokens=max_tokens):
+        part = sequences.select(rows)
+        width = part.mask.shape[1]
+        found = policy(part, temperature=temperature)
+        ref_found = ref_policy(part, temperature=temperature)
+        logprobs[rows, :width] = found.logprobs
+        ref_logprobs[rows, :width] = ref_found.logprobs.to(policy.device)
+        entropies[rows, :width] = found.entropy
+        if found.values is not None:
+            values[rows, :width] = found.values
+        if kl == "full":
+            logits = policy.token_logits(part, temperature=temperature)
+            ref_logits = ref_policy.token_logits(part, temperature=temperature)
+            per_token = exact_kl(logits, ref_logits.to(policy.device))  # (N,)
+            kls[rows, :width] = torch.zeros_like(found.logprobs).masked_scatter(
+                part.mask, per_token
+            )
+    if kl != "full":
+        kls = kl_estimate(logprobs, ref_logprobs, kind=kl)
+    return Rollout(
+        prompts=[],
+        responses=[],
+        sequences=sequences,
+        scores=scores.to(policy.device, logprobs.dtype),
+        ended=torch.tensor([bool(ids[-1] == eos_id) for ids in response_ids]).to(policy.device),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        kl=kls,
+        entropy=entropies,
+        values=values,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutBuffer:
+    """A judged rollout, ready to be learned from in minibatches.
+
+    `rewards`, `advantages` and `returns` are (B, T), zero at padding. `value_mask` says which
+    cells the value loss counts; None means the rollout's own mask.
+    """
+
+    rollout: Rollout
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    value_mask: Tensor | None = None
+
+    def minibatches(self, order: Tensor, size: int) -> Iterator[list[int]]:
+        """The rows of each minibatch: consecutive slices of `order`; the last may be smaller."""
+        for rows in order.split(size):
+            yield rows.tolist()
+
+
+def call_reward(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Sequence[Mapping[str, Any]] = (),
+) -> Tensor:
+    """Score texts by any callable ``reward(prompts, responses) -> floats``.
+
+    Further columns of the data are handed over as keyword lists if the callable names them.
+
+    Returns:
+        Shape ``(B,)``, float64, on the CPU.
+
+    Raises:
+        BadInput: if the callable returns another number of scores, or one that is not finite.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+    named = {}
+    for key in list(inspect.signature(reward).parameters)[2:]:
+        if columns and key in columns[0]:
+            named[key] = [row[key] for row in columns]
+    found = reward(list(prompts), list(responses), **named)
+    try:
+        scores = [float(score) for score in found]
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"reward {name} must return one number per response: {error}") from error
+    require(
+        len(scores) == len(responses),
+        f"reward {name} returned {len(scores)} scores for {len(responses)} responses",
+    )
+    for prompt, score in zip(prompts, scores, strict=True):
+        require(math.isfinite(score), f"reward {name} gave {score} for the prompt {prompt[:60]!r}")
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _at_least_float32(policy: Policy) -> torch.dtype:
+    return torch.promote_types(policy.lm.dtype, torch.float32)

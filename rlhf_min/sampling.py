@@ -1,0 +1,91 @@
+"""Sampling responses with a key-value cache, one uniform number for each token."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .models import Policy, lm_head, lm_head_logits
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompt_ids: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    rng: torch.Generator,
+) -> list[Tensor]:
+    r"""Draw one response to each prompt from the policy's own distribution, unfiltered.
+
+    Token t of row b is the first v with  p(0) + ... + p(v) > u_bt,  where u_bt is uniform. All u
+    are drawn at the start, so a row's response does not depend on when other rows end. Rows that
+    have ended leave the batch and the cache.
+
+    Args:
+        policy: sampled without dropout; its training mode is restored.
+        prompt_ids: one ``(P_b,)`` tensor for each row.
+        max_new_tokens: a response without EOS is cut there.
+        temperature: divides the logits; the log-probabilities of a rollout use the same.
+        rng: a CPU generator, the only source of randomness.
+
+    Returns:
+        For each row the sampled ids, ``(T_b,)`` on the CPU, ending in EOS if it was drawn.
+    """
+    was_training = policy.training
+    policy.eval()
+    eos_id, device = policy.tokenizer.eos_token_id, policy.device
+    uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
+    uniforms = uniforms.to(device)
+    ids, attention_mask = _left_padded(prompt_ids, policy.pad_id)
+    ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
+    responses: list[list[int]] = [[] for _ in prompt_ids]
+    live = torch.arange(len(prompt_ids), device=device)  # rows that have not ended, (b,)
+    cache = None
+    for t in range(max_new_tokens):
+        # With padding on the left the position of a token is the number of real ones before it.
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = policy.lm.base_model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        logits = lm_head_logits(
+            output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
+        )  # (b, V)
+        tokens = _inverse_cdf(logits, uniforms[live, t])  # (b,)
+        for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
+            responses[row].append(token)
+        going = (tokens != eos_id).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(live):
+            cache.batch_select_indices(going)
+            live, tokens, attention_mask = live[going], tokens[going], attention_mask[going]
+        ids = tokens[:, None]  # (b, 1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
+    policy.train(was_training)
+    return [torch.tensor(response) for response in responses]
+
+
+def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        ids[b, width - len(row) :] = row
+        attention_mask[b, width - len(row) :] = 1
+    return ids, attention_mask
+
+
+def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulated probability exceeds the uniform number. Shape ``(b,)``."""
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    # Rounding may end the cdf a little off 1; scaling by its end keeps every draw inside.
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+        max=logits.shape[-1] - 1
+    )
