@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.evaluation import evaluate_policies
@@ -43,8 +41,6 @@ class QuickstartOptions(RunOptions):
 def main() -> None:
     options = parse(__doc__, QuickstartOptions)
     started = time.perf_counter()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     out = check_out(options, "quickstart")
     inputs = load_inputs(options, None, seed=options.seed)
     sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)

@@ -1,0 +1,64 @@
+"""RLHF written by hand: SFT, a BERT reward model, PPO, DPO, and their evaluation.
+
+The public names. Each algorithm is a module with a config, a state and ``train``, a generator of
+metrics: `sft`, `reward`, `ppo`, `dpo`.
+"""
+
+from . import dpo, evaluation, ppo, reward, sft
+from .advantages import gae
+from .data import Codec, PreferenceExample, PromptExample, Sequences, SFTExample, collate
+from .errors import BadInput, NonFinite
+from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
+from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
+from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
+from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
+from .models import Policy, RewardModel
+from .ppo import judge, ppo_epoch, ppo_update
+from .rollout import Rollout, RolloutBuffer, collect, score_rollout
+from .sampling import sample
+
+__all__ = [
+    "AdaptiveKL",
+    "BadInput",
+    "Codec",
+    "FixedKL",
+    "NonFinite",
+    "Policy",
+    "PreferenceExample",
+    "PromptExample",
+    "RewardModel",
+    "Rollout",
+    "RolloutBuffer",
+    "SFTExample",
+    "Sequences",
+    "collate",
+    "collect",
+    "dpo",
+    "dpo_loss",
+    "entropy",
+    "evaluation",
+    "exact_kl",
+    "gae",
+    "judge",
+    "kl_estimate",
+    "lm_head_logits",
+    "lm_head_logprobs",
+    "masked_mean",
+    "masked_scale",
+    "masked_var",
+    "masked_whiten",
+    "pairwise_reward_loss",
+    "ppo",
+    "ppo_epoch",
+    "ppo_policy_loss",
+    "ppo_update",
+    "ppo_value_loss",
+    "response_mask",
+    "reward",
+    "sample",
+    "score_rollout",
+    "sft",
+    "sft_loss",
+    "shape_rewards",
+    "token_logprobs",
+]

@@ -278,6 +278,7 @@ class Cursor(Generic[Example]):
     seed: int
     epoch: int = 0
     position: int = 0
+    _drawn: tuple[int, list[int]] | None = field(default=None, repr=False)  # the epoch's order
 
     def take(self, n: int) -> list[Example]:
         """The next n examples; fewer at the end of an epoch, since no batch spans two."""
@@ -299,8 +300,11 @@ class Cursor(Generic[Example]):
         return -(-len(self.examples) // n)
 
     def _order(self) -> list[int]:
-        rng = torch.Generator().manual_seed(self.seed + self.epoch)
-        return torch.randperm(len(self.examples), generator=rng).tolist()
+        if self._drawn is None or self._drawn[0] != self.epoch:
+            rng = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(len(self.examples), generator=rng).tolist()
+            self._drawn = (self.epoch, order)
+        return self._drawn[1]
 
 
 def in_groups(

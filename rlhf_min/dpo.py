@@ -11,7 +11,7 @@ from .config import option, require_not_negative, require_positive, require_shar
 from .data import Cursor, PreferenceExample, collate, in_groups
 from .errors import require
 from .losses import DPOLoss, dpo_loss
-from .models import Policy, disable_dropout
+from .models import Policy, disable_dropout, evaluating
 from .optim import Precision, Schedule, State, adamw
 
 
@@ -162,16 +162,15 @@ def train(
         yield metrics
 
 
-@torch.no_grad()
 def evaluate(
     policy: Policy, ref_policy: Policy, heldout: Sequence[PreferenceExample], config: DPOConfig
 ) -> dict[str, float]:
     """The metrics of `batch_loss` over held-out pairs, under ``eval/``."""
-    policy.eval()
     metrics: dict[str, float] = {}
-    for part in in_groups(heldout, _length, max_tokens=config.max_tokens):
-        found, per_pair = batch_loss(policy, ref_policy, part, config)
-        _add_means(metrics, found.loss.detach(), per_pair, len(heldout))
+    with evaluating(policy):
+        for part in in_groups(heldout, _length, max_tokens=config.max_tokens):
+            found, per_pair = batch_loss(policy, ref_policy, part, config)
+            _add_means(metrics, found.loss, per_pair, len(heldout))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -1,7 +1,8 @@
 """The models: a policy with a value head, its frozen reference, and a reward model on text."""
 
+import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -197,6 +198,18 @@ def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside, the models are in eval mode and record no gradient; their mode is restored after."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model, mode in zip(models, training, strict=True):
+        model.train(mode)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0, in train mode too; the model's config keeps what it says."""
     for module in model.modules():
@@ -255,7 +268,6 @@ class RewardModel(nn.Module):
             return_tensors="pt",
         )
 
-    @torch.no_grad()
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], *, max_tokens: int = 16384
     ) -> Tensor:
@@ -266,16 +278,14 @@ class RewardModel(nn.Module):
             responses: texts, without special tokens.
             max_tokens: padded tokens in one forward pass; a matter of memory only.
         """
-        was_training = self.training
-        self.eval()
         scores = torch.empty(len(prompts), dtype=torch.float64)
         lengths = [
             min(n, self.max_length) for n in self._pair_lengths(*self._as_pairs(prompts, responses))
         ]
-        for rows in micro_batches(lengths, max_tokens=max_tokens):
-            found = self([prompts[i] for i in rows], [responses[i] for i in rows])
-            scores[rows] = found.to("cpu", torch.float64)
-        self.train(was_training)
+        with evaluating(self):
+            for rows in micro_batches(lengths, max_tokens=max_tokens):
+                found = self([prompts[i] for i in rows], [responses[i] for i in rows])
+                scores[rows] = found.to("cpu", torch.float64)
         return scores
 
     def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:

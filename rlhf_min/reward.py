@@ -12,7 +12,7 @@ from .config import option, require_not_negative, require_positive, require_shar
 from .data import Cursor
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
-from .models import RewardModel
+from .models import RewardModel, evaluating
 from .optim import Precision, Schedule, State, adamw
 
 Pair = Mapping[str, Any]  # prompt, chosen, rejected, and perhaps margin
@@ -119,17 +119,16 @@ def train(
         yield metrics
 
 
-@torch.no_grad()
 def evaluate(
     reward_model: RewardModel, heldout: Sequence[Pair], config: RewardConfig
 ) -> dict[str, float]:
     """Loss, accuracy, ties and margin over held-out pairs, under ``eval/``."""
-    reward_model.eval()
     metrics: dict[str, float] = {}
-    for start in range(0, len(heldout), config.micro_batch_size):
-        part = heldout[start : start + config.micro_batch_size]
-        found = batch_loss(reward_model, part, center_coef=config.center_coef)
-        _add_means(metrics, found, len(heldout))
+    with evaluating(reward_model):
+        for start in range(0, len(heldout), config.micro_batch_size):
+            part = heldout[start : start + config.micro_batch_size]
+            found = batch_loss(reward_model, part, center_coef=config.center_coef)
+            _add_means(metrics, found, len(heldout))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import PromptExample, Sequences, collate, micro_batches
 from .errors import BadInput, require
 from .kl import exact_kl, kl_estimate
-from .models import Policy
+from .models import Policy, evaluating, scatter_tokens
 from .sampling import sample
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
@@ -104,7 +104,6 @@ def collect(
     return replace(rollout, prompts=texts, responses=responses, seconds=seconds)
 
 
-@torch.no_grad()
 def score_rollout(
     policy: Policy,
     ref_policy: Policy,
@@ -131,23 +130,22 @@ def score_rollout(
     )
     eos_id = policy.tokenizer.eos_token_id
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    for rows in micro_batches(lengths, max_tokens=max_tokens):
-        part = sequences.select(rows)
-        width = part.mask.shape[1]
-        found = policy(part, temperature=temperature)
-        ref_found = ref_policy(part, temperature=temperature)
-        logprobs[rows, :width] = found.logprobs
-        ref_logprobs[rows, :width] = ref_found.logprobs.to(policy.device)
-        entropies[rows, :width] = found.entropy
-        if found.values is not None:
-            values[rows, :width] = found.values
-        if kl == "full":
-            logits = policy.token_logits(part, temperature=temperature)
-            ref_logits = ref_policy.token_logits(part, temperature=temperature)
-            per_token = exact_kl(logits, ref_logits.to(policy.device))  # (N,)
-            kls[rows, :width] = torch.zeros_like(found.logprobs).masked_scatter(
-                part.mask, per_token
-            )
+    with evaluating(policy, ref_policy):
+        for rows in micro_batches(lengths, max_tokens=max_tokens):
+            part = sequences.select(rows)
+            width = part.mask.shape[1]
+            found = policy(part, temperature=temperature)
+            ref_found = ref_policy(part, temperature=temperature)
+            logprobs[rows, :width] = found.logprobs
+            ref_logprobs[rows, :width] = ref_found.logprobs.to(policy.device)
+            entropies[rows, :width] = found.entropy
+            if found.values is not None:
+                values[rows, :width] = found.values
+            if kl == "full":
+                logits = policy.token_logits(part, temperature=temperature)
+                ref_logits = ref_policy.token_logits(part, temperature=temperature)
+                per_token = exact_kl(logits, ref_logits.to(policy.device))  # (N,)
+                kls[rows, :width] = scatter_tokens(per_token, part.mask)
     if kl != "full":
         kls = kl_estimate(logprobs, ref_logprobs, kind=kl)
     return Rollout(

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .models import Policy, lm_head, lm_head_logits
+from .models import Policy, evaluating, lm_head, lm_head_logits
 
 
-@torch.no_grad()
 def sample(
     policy: Policy,
     prompt_ids: Sequence[Tensor],
@@ -24,7 +23,7 @@ def sample(
     have ended leave the batch and the cache.
 
     Args:
-        policy: sampled without dropout; its training mode is restored.
+        policy: sampled in eval mode, without dropout.
         prompt_ids: one ``(P_b,)`` tensor for each row.
         max_new_tokens: a response without EOS is cut there.
         temperature: divides the logits; the log-probabilities of a rollout use the same.
@@ -33,8 +32,17 @@ def sample(
     Returns:
         For each row the sampled ids, ``(T_b,)`` on the CPU, ending in EOS if it was drawn.
     """
-    was_training = policy.training
-    policy.eval()
+    with evaluating(policy):
+        return _sample(policy, prompt_ids, max_new_tokens, temperature, rng)
+
+
+def _sample(
+    policy: Policy,
+    prompt_ids: Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    rng: torch.Generator,
+) -> list[Tensor]:
     eos_id, device = policy.tokenizer.eos_token_id, policy.device
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     uniforms = uniforms.to(device)
@@ -68,7 +76,6 @@ def sample(
             live, tokens, attention_mask = live[going], tokens[going], attention_mask[going]
         ids = tokens[:, None]  # (b, 1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
-    policy.train(was_training)
     return [torch.tensor(response) for response in responses]
 
 

@@ -5,12 +5,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .config import option, require_not_negative, require_positive, require_share
 from .data import Cursor, SFTExample, collate, in_groups
 from .losses import SFTLoss, sft_loss
-from .models import Policy
+from .models import Policy, evaluating
 from .optim import Precision, Schedule, State, adamw
 
 
@@ -112,14 +110,13 @@ def train(
         yield metrics
 
 
-@torch.no_grad()
 def evaluate(policy: Policy, heldout: Sequence[SFTExample], *, max_tokens: int) -> dict[str, float]:
     """Loss and perplexity per response token, without dropout."""
-    policy.eval()
     loss_sum, tokens = 0.0, 0
-    for part in in_groups(heldout, _length, max_tokens=max_tokens):
-        loss, count = batch_loss(policy, part)
-        loss_sum, tokens = loss_sum + float(loss * count), tokens + int(count)
+    with evaluating(policy):
+        for part in in_groups(heldout, _length, max_tokens=max_tokens):
+            loss, count = batch_loss(policy, part)
+            loss_sum, tokens = loss_sum + float(loss * count), tokens + int(count)
     mean = loss_sum / tokens
     return {"eval/loss": mean, "eval/perplexity": math.exp(min(mean, 700.0))}
 

@@ -77,7 +77,7 @@ class RunOptions:
 
 
 def parse(description: str | None, *config_classes: Any) -> Any:
-    """Read the command line into one object for each config class.
+    """Read the command line into one object for each config class, and set the threads it asks for.
 
     Raises:
         SystemExit: with code 2 for an unknown option or a value that cannot be read.
@@ -87,6 +87,9 @@ def parse(description: str | None, *config_classes: Any) -> Any:
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}; --help lists all")
+    for config in configs:
+        if isinstance(config, RunOptions) and config.threads is not None:
+            torch.set_num_threads(config.threads)
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlhf_min.data import Codec
@@ -138,6 +139,26 @@ def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) 
     else:
         reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
     return reward_model.to(options.torch_device())
+
+
+def model_folders(models: str, run: str) -> dict[str, str]:
+    """Names and folders of models such as ``"sft,ppo"``, looked for in the run's folder first.
+
+    Raises:
+        BadInput: if none is named, or one twice.
+    """
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    require(len(names) > 0, "--models names no model; give for example --models sft,ppo")
+    require(len(set(names)) == len(names), f"--models {models} names a model twice")
+    folders = {}
+    for name in names:
+        inside = Path(run) / name
+        require(
+            inside.is_dir() or Path(name).is_dir() or "/" in name,
+            f"no model {name!r} in {run}; run examples/quickstart.py first, or give a folder",
+        )
+        folders[name] = str(inside) if inside.is_dir() else name
+    return folders
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -1,0 +1,71 @@
+"""Type a prompt and see what each model says to it, with the reward model's score.
+
+In the embedded world, try: What is 3 plus 4?
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.data import CutReport
+from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.harness.inputs import make_codec, model_folders, start_policy
+from rlhf_min.models import RewardModel
+from rlhf_min.sampling import sample
+
+
+@dataclass(frozen=True)
+class ChatOptions(RunOptions):
+    """Which models answer, and how freely."""
+
+    run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
+    models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
+    temperature: float = option(1.0, "Lower is safer, higher is bolder.")
+    seed: int = option(0, "Of the samples; each prompt goes on from where the last one ended.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "temperature")
+        require_not_negative(self, "seed")
+
+
+@command
+def main() -> None:
+    options = parse(__doc__, ChatOptions)
+    policies = {
+        name: start_policy(replace(options, model=folder), [], critic="none", seed=options.seed)
+        for name, folder in model_folders(options.models, options.run).items()
+    }
+    reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
+    reward_model = RewardModel.from_pretrained(reward_folder)
+    rng = torch.Generator().manual_seed(options.seed)
+    print("Type a prompt; an empty line ends.")
+    while prompt := _read():
+        for name, policy in policies.items():
+            report = CutReport()
+            ids = make_codec(policy, options).encode_prompt(prompt, report)
+            if report.prompts_cut:
+                print(f"(the first {report.prompt_tokens_cut} tokens of the prompt were cut off)")
+            (response_ids,) = sample(
+                policy,
+                [ids],
+                max_new_tokens=options.max_response_tokens,
+                temperature=options.temperature,
+                rng=rng,
+            )
+            response = policy.decode(response_ids)
+            score = float(reward_model.score([prompt], [response]))
+            print(f"{name:>6} ({score:+.2f}): {response}")
+
+
+def _read() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

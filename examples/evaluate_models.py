@@ -1,0 +1,71 @@
+"""Compare trained policies on the same prompts: scores, win rates, KL, BLEU, ROUGE, diversity.
+
+The models are the folders sft, ppo, dpo and reward_model of --run, or any folders or names. The
+first of --models is the baseline of the win rates and the reference of the KL.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.errors import require
+from rlhf_min.evaluation import evaluate_policies
+from rlhf_min.harness import report
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.models import RewardModel
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(RunOptions):
+    """Which models to compare, and on how many prompts."""
+
+    run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
+    models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
+    test_prompts: int = option(1000, "Test prompts, at most.")
+    seed: int = option(0, "Of the world, the samples and the bootstrap.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "test_prompts")
+        require_not_negative(self, "seed")
+
+
+@command
+def main() -> None:
+    options = parse(__doc__, EvaluateOptions)
+    require(options.model is None, "give the models to compare with --models a,b,c, not --model")
+    out = check_out(options, "evaluation")
+    inputs = load_inputs(options, "evaluation", seed=options.seed)
+    test = inputs.test[: options.test_prompts]
+    policies = {
+        name: start_policy(replace(options, model=folder), [], critic="none", seed=options.seed)
+        for name, folder in model_folders(options.models, options.run).items()
+    }
+    baseline, first = next(iter(policies.items()))
+    reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
+    reward_model = RewardModel.from_pretrained(reward_folder).to(first.device)
+    codec = make_codec(first, options)
+
+    evaluations = evaluate_policies(
+        policies,
+        first.reference(),
+        reward_model.score,
+        codec.encode_prompts(test)[0],
+        [row["references"] for row in test],
+        baseline=baseline,
+        monitors=inputs.monitors,
+        max_new_tokens=options.max_response_tokens,
+        max_tokens=8192,
+        seed=options.seed,
+    )
+    open_run(out, options)
+    results = report.results_json(evaluations, reward_model={}, seed=options.seed)
+    report.write_json(out / "results.json", results)
+    report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])
+    print(report.results_table(evaluations, baseline=baseline))
+    print(f"results.json and samples.md are in {out}")
+
+
+if __name__ == "__main__":
+    main()

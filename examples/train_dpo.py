@@ -1,0 +1,35 @@
+"""DPO of a policy on preference pairs, without a reward model.
+
+Without --model a small new GPT-2 is first fine-tuned on the demonstrations (with --data: on the
+chosen responses). The model lands in <out>/dpo.
+"""
+
+from rlhf_min import sft
+from rlhf_min.dpo import DPOConfig
+from rlhf_min.harness import report, stages
+from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
+from rlhf_min.harness.metrics import MetricsLog
+
+
+@command
+def main() -> None:
+    options, config = parse(__doc__, RunOptions, DPOConfig)
+    out = check_out(options, "dpo")
+    inputs = load_inputs(options, "dpo", seed=config.seed)
+    policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
+    codec = make_codec(policy, options)
+
+    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    if options.model is None:
+        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
+    policy = stages.run_dpo(policy, codec, inputs, config, log)
+
+    save_policy(policy, out / "dpo")
+    report.write_curves(out / "curves.png", log)
+    print(f"model, curves.png and metrics.jsonl are in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Train a reward model on preference pairs, and see whether it knows more than the lengths.
+
+Without options: a small new BERT on the embedded world. With --model its scores are normalised on
+samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
+"""
+
+from rlhf_min.harness import report, stages
+from rlhf_min.harness.checkpoint import save_reward_model
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.reward import RewardConfig
+
+
+@command
+def main() -> None:
+    options, config = parse(__doc__, RunOptions, RewardConfig)
+    out = check_out(options, "reward_model")
+    inputs = load_inputs(options, "reward", seed=config.seed)
+    reward_model = start_reward_model(options, inputs.texts, seed=config.seed)
+    policy = codec = None
+    if options.model is not None:
+        policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
+        codec = make_codec(policy, options)
+
+    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
+
+    save_reward_model(reward_model, out / "reward_model")
+    estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}
+    report.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
+    report.write_curves(out / "curves.png", log)
+    print(found)
+    print(f"model, curves.png, results.json and metrics.jsonl are in {out}")
+
+
+if __name__ == "__main__":
+    main()

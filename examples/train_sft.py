@@ -1,0 +1,31 @@
+"""Supervised fine-tuning of a causal language model on demonstrations.
+
+Without options: a small new GPT-2 on the embedded world. The model lands in <out>/sft.
+"""
+
+from rlhf_min.harness import report, stages
+from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
+from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.sft import SFTConfig
+
+
+@command
+def main() -> None:
+    options, config = parse(__doc__, RunOptions, SFTConfig)
+    out = check_out(options, "sft")
+    inputs = load_inputs(options, "sft", seed=config.seed)
+    policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
+    codec = make_codec(policy, options)
+
+    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    stages.run_sft(policy, codec, inputs, config, log)
+
+    save_policy(policy, out / "sft")
+    report.write_curves(out / "curves.png", log)
+    print(f"model, curves.png and metrics.jsonl are in {out}")
+
+
+if __name__ == "__main__":
+    main()
