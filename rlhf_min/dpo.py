@@ -29,7 +29,7 @@ class DPOConfig:
     beta: float = option(0.1, "DPO's temperature; larger keeps the policy nearer the reference.")
     label_smoothing: float = option(0.0, "Assumed share of flipped labels, below 0.5.")
     cache_reference: bool = option(True, "Score the reference once, before training.")
-    max_tokens: int = option(8192, "Padded tokens in one forward pass; memory only.")
+    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     eval_every: int = option(25, "Steps between looks at the held-out pairs.")
     seed: int = option(0, "Order of the data.")

@@ -184,7 +184,7 @@ def ppo_policy_loss(
             k1=masked_mean(-log_ratio, mask),
             k3=masked_mean(k3, mask),
             ratio=masked_mean(ratio, mask),
-            ratio_max=ratio.max(),
+            ratio_max=ratio[mask].max(),
         )
 
 
@@ -198,7 +198,7 @@ def ppo_value_loss(
 ) -> ValueLoss:
     r"""The value head's clipped squared error.                                      [eq:ppo_value]
 
-        V_clip = V + clip(V_new - V, -clip, clip)                                  (1)
+        V_clip = clip(V_new, V - clip, V + clip)                                   (1)
         L = mean of 1/2 max((V_new - R)^2, (V_clip - R)^2)                         (2)
 
     Args:
@@ -223,7 +223,7 @@ def ppo_value_loss(
     new_values = torch.where(mask, new_values, 0)
     values = torch.where(mask, values.detach(), 0)
     returns = torch.where(mask, returns.detach(), 0)
-    near_values = values + (new_values - values).clamp(-clip, clip)  # (1)
+    near_values = new_values.clamp(values - clip, values + clip)  # (1)
     error = (new_values - returns).square()
     near_error = (near_values - returns).square()
     loss = masked_mean(torch.maximum(error, near_error), mask) / 2  # (2)

@@ -49,7 +49,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask)
         tensor(3.)
     """
-    return torch.where(mask, x, 0).sum() / _count(x, mask, at_least=1)  # (1)
+    n = _count(x, mask, at_least=1)
+    return torch.where(mask, x, 0).sum() / n  # (1)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
@@ -89,8 +90,8 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    whitened = (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask) + 1e-8)  # (1)
-    return torch.where(mask, whitened, 0)
+    deviation = torch.where(mask, x - masked_mean(x, mask), 0)  # (B, T)
+    return deviation * torch.rsqrt(masked_var(x, mask) + 1e-8)  # (1)
 
 
 def masked_scale(x: Tensor, mask: Tensor) -> Tensor:

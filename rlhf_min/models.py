@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +66,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model's weights are."""
         return self.lm.device
 
     @property
@@ -204,10 +205,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     training = [model.training for model in models]
     for model in models:
         model.eval()
-    with torch.no_grad():
-        yield
-    for model, mode in zip(models, training, strict=True):
-        model.train(mode)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -249,6 +252,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model's weights are."""
         return self.model.device
 
     def forward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -279,14 +283,21 @@ class RewardModel(nn.Module):
             max_tokens: padded tokens in one forward pass; a matter of memory only.
         """
         scores = torch.empty(len(prompts), dtype=torch.float64)
-        lengths = [
-            min(n, self.max_length) for n in self._pair_lengths(*self._as_pairs(prompts, responses))
-        ]
         with evaluating(self):
-            for rows in micro_batches(lengths, max_tokens=max_tokens):
+            for rows in micro_batches(self.lengths(prompts, responses), max_tokens=max_tokens):
                 found = self([prompts[i] for i in rows], [responses[i] for i in rows])
                 scores[rows] = found.to("cpu", torch.float64)
         return scores
+
+    def lengths(self, prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
+        """How many tokens `encode` makes of each row, before padding."""
+        prompts, responses = self._as_pairs(prompts, responses)
+        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids
+        response_ids = self.tokenizer(responses, add_special_tokens=False).input_ids
+        return [
+            min(self.max_length, len(p) + min(len(r), self._response_room) + self._special_tokens)
+            for p, r in zip(prompt_ids, response_ids, strict=True)
+        ]
 
     def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:
         """How many of these rows do not fit into `max_length`, and by how many tokens."""
@@ -345,14 +356,6 @@ class RewardModel(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _pair_lengths(self, prompts: Iterable[str], responses: Iterable[str]) -> list[int]:
-        prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
-        response_ids = self.tokenizer(list(responses), add_special_tokens=False).input_ids
-        return [
-            len(p) + min(len(r), self._response_room) + self._special_tokens
-            for p, r in zip(prompt_ids, response_ids, strict=True)
-        ]
 
     def _cut(self, responses: list[str]) -> list[str]:
         offsets = self.tokenizer(

@@ -59,7 +59,7 @@ class PPOConfig:
     eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.")
     stop_kl: float | None = option(None, "k1 per token, new to rollout policy; ends an update.")
     max_kl: float | None = option(None, "Nats per response to the reference; ends the run.")
-    max_tokens: int = option(8192, "Padded tokens in one forward pass; memory only.")
+    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     eval_every: int = option(10, "Rollouts between looks at the fixed prompts.")
     seed: int = option(0, "Order of the data, sampling, and minibatches.")

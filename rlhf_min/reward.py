@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .config import option, require_not_negative, require_positive, require_share
-from .data import Cursor
+from .data import Cursor, CutReport, in_groups
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
 from .models import RewardModel, evaluating
 from .optim import Precision, Schedule, State, adamw
 
-Pair = Mapping[str, Any]  # prompt, chosen, rejected, and perhaps margin
+Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,61 @@ class RewardConfig:
 
     epochs: int = option(2, "Passes over the preference pairs.")
     batch_size: int = option(64, "Pairs for each optimizer step.")
-    micro_batch_size: int = option(64, "Pairs in one forward pass; memory only.")
     learning_rate: float = option(1e-3, "AdamW's rate after warm-up.")
     schedule: Schedule = option("linear", "How the rate falls after warm-up.")
     warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's decay of matrices.")
     max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
     center_coef: float = option(0.01, "Pulls the scores, of which only differences count, to 0.")
+    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     eval_every: int = option(50, "Steps between looks at the held-out pairs.")
     seed: int = option(0, "Order of the data.")
 
     def __post_init__(self) -> None:
-        require_positive(self, "epochs", "batch_size", "micro_batch_size", "learning_rate")
+        require_positive(self, "epochs", "batch_size", "max_tokens", "learning_rate")
         require_positive(self, "max_grad_norm", "eval_every")
         require_not_negative(self, "weight_decay", "center_coef", "seed")
         require_share(self, "warmup_share")
 
 
-def new_state(reward_model: RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> State:
+@dataclass(frozen=True)
+class RewardExample:
+    """A preference pair as texts, which the reward model encodes itself.
+
+    `length` is the number of tokens of its two inputs, each padded to the longer one.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float | None
+    length: int
+
+
+def prepare_pairs(
+    reward_model: RewardModel, pairs: Sequence[Pair]
+) -> tuple[list[RewardExample], CutReport]:
+    """Rows with ``prompt``, ``chosen``, ``rejected`` and perhaps ``margin``, and what was cut."""
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen, rejected = [pair["chosen"] for pair in pairs], [pair["rejected"] for pair in pairs]
+    report = reward_model.cut_report(prompts * 2, chosen + rejected)
+    longer = map(
+        max, reward_model.lengths(prompts, chosen), reward_model.lengths(prompts, rejected)
+    )
+    examples = [
+        RewardExample(pair["prompt"], pair["chosen"], pair["rejected"], pair.get("margin"), 2 * n)
+        for pair, n in zip(pairs, longer, strict=True)
+    ]
+    return examples, report
+
+
+def new_state(
+    reward_model: RewardModel, examples: Sequence[RewardExample], config: RewardConfig
+) -> State:
     """The state before the first step."""
-    cursor = Cursor(pairs, seed=config.seed)
+    cursor = Cursor(examples, seed=config.seed)
     total_steps = total(cursor, config)
     optimizer = adamw(
         reward_model,
@@ -66,15 +99,15 @@ def total(cursor: Cursor, config: RewardConfig) -> int:
 
 
 def batch_loss(
-    reward_model: RewardModel, pairs: Sequence[Pair], *, center_coef: float
+    reward_model: RewardModel, examples: Sequence[RewardExample], *, center_coef: float
 ) -> RewardLoss:
     """Loss of one micro-batch; both responses of a pair pass in the same forward."""
-    prompts = [pair["prompt"] for pair in pairs]
-    responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    chosen, rejected = reward_model(prompts * 2, responses).split(len(pairs))
+    prompts = [x.prompt for x in examples]
+    responses = [x.chosen for x in examples] + [x.rejected for x in examples]
+    chosen, rejected = reward_model(prompts * 2, responses).split(len(examples))
     margin = None
-    if any(pair.get("margin") is not None for pair in pairs):
-        margin = chosen.new_tensor([pair.get("margin") or 0.0 for pair in pairs])
+    if any(x.margin is not None for x in examples):
+        margin = chosen.new_tensor([x.margin or 0.0 for x in examples])
     return pairwise_reward_loss(chosen, rejected, margin=margin, center_coef=center_coef)
 
 
@@ -83,7 +116,7 @@ def train(
     config: RewardConfig,
     state: State,
     *,
-    heldout: Sequence[Pair] = (),
+    heldout: Sequence[RewardExample] = (),
 ) -> Iterator[dict[str, float]]:
     """One optimizer step per yield, until the epochs are over. The pairs are the cursor's.
 
@@ -101,8 +134,7 @@ def train(
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
         metrics: dict[str, float] = {}
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = batch[start : start + config.micro_batch_size]
+        for part in in_groups(batch, _length, max_tokens=config.max_tokens):
             with state.optimizer.autocast():
                 found = batch_loss(reward_model, part, center_coef=config.center_coef)
             state.optimizer.backward(found.loss * found.count / len(batch))
@@ -120,13 +152,12 @@ def train(
 
 
 def evaluate(
-    reward_model: RewardModel, heldout: Sequence[Pair], config: RewardConfig
+    reward_model: RewardModel, heldout: Sequence[RewardExample], config: RewardConfig
 ) -> dict[str, float]:
     """Loss, accuracy, ties and margin over held-out pairs, under ``eval/``."""
     metrics: dict[str, float] = {}
     with evaluating(reward_model):
-        for start in range(0, len(heldout), config.micro_batch_size):
-            part = heldout[start : start + config.micro_batch_size]
+        for part in in_groups(heldout, _length, max_tokens=config.max_tokens):
             found = batch_loss(reward_model, part, center_coef=config.center_coef)
             _add_means(metrics, found, len(heldout))
     return {f"eval/{name}": value for name, value in metrics.items()}
@@ -178,6 +209,10 @@ def _add_means(metrics: dict[str, float], found: RewardLoss, pairs: int) -> None
     share = int(found.count) / pairs
     for name in ("loss", "accuracy", "ties", "margin"):
         metrics[name] = metrics.get(name, 0.0) + float(getattr(found, name).detach()) * share
+
+
+def _length(example: RewardExample) -> int:
+    return example.length
 
 
 def _sign(x: int) -> int:

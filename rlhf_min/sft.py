@@ -23,7 +23,7 @@ class SFTConfig:
     warmup_share: float = option(0.05, "Share of the steps in which the rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's decay of matrices.")
     max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
-    max_tokens: int = option(8192, "Padded tokens in one forward pass; memory only.")
+    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     eval_every: int = option(50, "Steps between looks at the held-out demonstrations.")
     seed: int = option(0, "Order of the data.")

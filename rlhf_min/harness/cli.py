@@ -57,6 +57,7 @@ class RunOptions:
 
     @property
     def max_prompt_tokens(self) -> int:
+        """What the longest response leaves of `max_length`."""
         return self.max_length - self.max_response_tokens
 
     def torch_device(self) -> torch.device:

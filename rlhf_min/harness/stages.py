@@ -67,10 +67,11 @@ def run_reward(
     """
     prompts = [pair["prompt"] for pair in inputs.pairs] * 2
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
-    cut = reward_model.cut_report(prompts, responses)
-    print(f"reward model on {len(inputs.pairs)} pairs; {cut}")
-    state = reward.new_state(reward_model, inputs.pairs, config)
-    steps = reward.train(reward_model, config, state, heldout=inputs.heldout_pairs[:HELDOUT_ROWS])
+    examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
+    heldout, _ = reward.prepare_pairs(reward_model, inputs.heldout_pairs[:HELDOUT_ROWS])
+    print(f"reward model on {len(examples)} pairs; {cut}")
+    state = reward.new_state(reward_model, examples, config)
+    steps = reward.train(reward_model, config, state, heldout=heldout)
     total = reward.total(state.cursor, config)
     log.follow("reward_model", steps, total=total, show=("loss", "eval/accuracy"))
     estimates = measure_reward(
