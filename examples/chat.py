@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.data import CutReport
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import make_codec, model_folders, start_policy
@@ -28,7 +28,7 @@ class ChatOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "temperature")
-        require_not_negative(self, "seed")
+        require_seed(self, "seed")
 
 
 @command

@@ -7,7 +7,7 @@ first of --models is the baseline of the win rates and the reference of the KL.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report
@@ -28,7 +28,7 @@ class EvaluateOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "test_prompts")
-        require_not_negative(self, "seed")
+        require_seed(self, "seed")
 
 
 @command
@@ -36,6 +36,10 @@ def main() -> None:
     options = parse(__doc__, EvaluateOptions)
     require(options.model is None, "give the models to compare with --models a,b,c, not --model")
     out = check_out(options, "evaluation")
+    require(
+        not Path(options.run).resolve().is_relative_to(out.resolve()),
+        f"--out {out} would overwrite the models of --run {options.run}; give another folder",
+    )
     inputs = load_inputs(options, "evaluation", seed=options.seed)
     test = inputs.test[: options.test_prompts]
     policies = {

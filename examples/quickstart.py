@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
@@ -34,7 +34,7 @@ class QuickstartOptions(RunOptions):
         super().__post_init__()
         require_positive(self, "sft_epochs", "reward_epochs", "ppo_steps", "dpo_epochs")
         require_positive(self, "test_prompts")
-        require_not_negative(self, "seed")
+        require_seed(self, "seed")
 
 
 @command
@@ -55,8 +55,8 @@ def main() -> None:
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(dpo.DPOConfig, options.seed, epochs=options.dpo_epochs)
-    open_run(out, options, sft_config, reward_config, ppo_config, dpo_config)
-    log = MetricsLog(out / "metrics.jsonl")
+    configs = (options, sft_config, reward_config, ppo_config, dpo_config)
+    log = MetricsLog(lambda: open_run(out, *configs))
 
     stages.run_sft(sft_policy, codec, inputs, sft_config, log)
     save_policy(sft_policy, out / "sft")

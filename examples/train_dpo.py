@@ -21,7 +21,7 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    log = MetricsLog(lambda: open_run(out, options, config))
     if options.model is None:
         stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
     policy = stages.run_dpo(policy, codec, inputs, config, log)

@@ -23,6 +23,7 @@ def main() -> None:
         "PPO on your own prompts starts from trained models: give --model (see train_sft.py) and "
         "--reward_model (see train_reward_model.py)",
     )
+    stages.check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
@@ -32,7 +33,7 @@ def main() -> None:
     else:
         reward_model = start_reward_model(options, inputs.texts, seed=config.seed)
 
-    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    log = MetricsLog(lambda: open_run(out, options, config))
     if options.model is None:
         stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
     if options.reward_model is None:

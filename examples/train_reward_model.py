@@ -23,7 +23,7 @@ def main() -> None:
         policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
         codec = make_codec(policy, options)
 
-    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    log = MetricsLog(lambda: open_run(out, options, config))
     found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
 
     save_reward_model(reward_model, out / "reward_model")

@@ -19,7 +19,7 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(open_run(out, options, config) / "metrics.jsonl")
+    log = MetricsLog(lambda: open_run(out, options, config))
     stages.run_sft(policy, codec, inputs, config, log)
 
     save_policy(policy, out / "sft")

@@ -27,6 +27,11 @@ def require_share(config: Any, *names: str) -> None:
     _require_range(config, names, "between 0 and 1", lambda x: 0 <= x <= 1)
 
 
+def require_seed(config: Any, *names: str) -> None:
+    """Raise `BadInput` unless each of these fields is a seed that every generator accepts."""
+    _require_range(config, names, "between 0 and 2**31", lambda x: 0 <= x <= 2**31)
+
+
 def _require_range(config: Any, names: tuple[str, ...], range_text: str, within: Any) -> None:
     for name in names:
         value = getattr(config, name)

@@ -186,7 +186,7 @@ class Codec:
         report.prompts += 1
         report.prompts_cut += len(ids) > self.max_prompt_tokens
         report.prompt_tokens_cut += max(0, len(ids) - self.max_prompt_tokens)
-        return torch.tensor(ids[-self.max_prompt_tokens :])
+        return torch.tensor(ids[-self.max_prompt_tokens :], dtype=torch.long)
 
     def encode_response(self, text: str, report: CutReport) -> Tensor:
         """Ids of the response and EOS, ``(T,)``; its end is cut off if it is too long."""
@@ -279,6 +279,9 @@ class Cursor(Generic[Example]):
     epoch: int = 0
     position: int = 0
     _drawn: tuple[int, list[int]] | None = field(default=None, repr=False)  # the epoch's order
+
+    def __post_init__(self) -> None:
+        require(len(self.examples) > 0, "there is no example to train on")
 
     def take(self, n: int) -> list[Example]:
         """The next n examples; fewer at the end of an epoch, since no batch spans two."""

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import option, require_not_negative, require_positive, require_share
+from .config import (
+    option,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_share,
+)
 from .data import Cursor, PreferenceExample, collate, in_groups
 from .errors import require
 from .losses import DPOLoss, dpo_loss
@@ -37,7 +43,8 @@ class DPOConfig:
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm")
         require_positive(self, "beta", "max_tokens", "eval_every")
-        require_not_negative(self, "weight_decay", "seed")
+        require_not_negative(self, "weight_decay")
+        require_seed(self, "seed")
         require_share(self, "warmup_share")
         require(
             0 <= self.label_smoothing < 0.5,
@@ -53,8 +60,6 @@ def new_state(
     Dropout is switched off in the policy: it would make policy and reference differ at the start.
     """
     disable_dropout(policy)
-    if config.cache_reference:
-        examples = cache_reference(ref_policy, examples, max_tokens=config.max_tokens)
     cursor = Cursor(examples, seed=config.seed)
     total_steps = total(cursor, config)
     optimizer = adamw(
@@ -67,6 +72,9 @@ def new_state(
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,
     )
+    if config.cache_reference:
+        with optimizer.autocast():  # in the policy's precision, or the two would differ at step 0
+            cursor.examples = cache_reference(ref_policy, examples, max_tokens=config.max_tokens)
     return State(optimizer, cursor)
 
 
@@ -136,7 +144,8 @@ def train(
     """
     total_steps = total(state.cursor, config)
     if config.cache_reference and heldout:
-        heldout = cache_reference(ref_policy, heldout, max_tokens=config.max_tokens)
+        with state.optimizer.autocast():
+            heldout = cache_reference(ref_policy, heldout, max_tokens=config.max_tokens)
     while state.step < total_steps:
         policy.train()
         started = time.perf_counter()
@@ -158,7 +167,8 @@ def train(
             "time/tokens_per_second": sum(map(_length, batch)) / seconds,
         }
         if heldout and (state.step % config.eval_every == 0 or state.step == total_steps):
-            metrics |= evaluate(policy, ref_policy, heldout, config)
+            with state.optimizer.autocast():
+                metrics |= evaluate(policy, ref_policy, heldout, config)
         yield metrics
 
 

@@ -6,7 +6,7 @@ from typing import Any
 class BadInput(ValueError):
     """Something the user gave cannot be used: a file, a row, a config value, a model folder.
 
-    The command line prints the message and exits with code 2; nothing has been written by then.
+    The command line prints the message and exits with code 2.
     """
 
 

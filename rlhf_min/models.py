@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +24,7 @@ from .errors import BadInput, require
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 
 VALUE_FILE = "value_head.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 CHUNK_TOKENS = 1024  # rows of logits held at once
 Critic = Literal["none", "shared", "separate"]
 
@@ -152,11 +154,13 @@ class Policy(nn.Module):
 
     def load_critic(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `critic_tensors`; every name must be there, and no other."""
-        expected = set(self.critic_tensors())
+        expected = {name: tensor.shape for name, tensor in self.critic_tensors().items()}
+        given = {name: tensor.shape for name, tensor in tensors.items()}
+        differing = sorted(name for name, _ in expected.items() ^ given.items())
         require(
-            set(tensors) == expected,
-            f"{VALUE_FILE} does not fit critic={self.critic!r}: "
-            f"{sorted(set(tensors) ^ expected)[:3]} missing or unexpected",
+            not differing,
+            f"the value head does not fit critic={self.critic!r} of this model: {differing[:3]} "
+            "missing, unexpected, or of another shape",
         )
         self.load_state_dict(tensors, strict=False)
 
@@ -218,8 +222,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # a plain number, no submodule
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # as Llama and OPT have it
+                setattr(module, name, 0.0)
 
 
 class RewardModel(nn.Module):
@@ -240,8 +245,17 @@ class RewardModel(nn.Module):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        positions = getattr(model.config, "max_position_embeddings", 512)
-        max_length = positions if max_length is None else max_length
+        positions = _positions(model)
+        max_length = (
+            min(positions, tokenizer.model_max_length) if max_length is None else max_length
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        require(
+            tokenizer.pad_token is not None,
+            "the reward model's tokenizer has no pad and no EOS token; set tokenizer.pad_token",
+        )
+        model.config.pad_token_id = tokenizer.pad_token_id
         require(model.config.num_labels == 1, "a reward model needs exactly one label")
         require(
             8 <= max_length <= positions,
@@ -249,6 +263,7 @@ class RewardModel(nn.Module):
         )
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
+        self.tokenizer.model_max_length = max_length  # saved with the model
 
     @property
     def device(self) -> torch.device:
@@ -292,23 +307,21 @@ class RewardModel(nn.Module):
     def lengths(self, prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
         """How many tokens `encode` makes of each row, before padding."""
         prompts, responses = self._as_pairs(prompts, responses)
-        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids
-        response_ids = self.tokenizer(responses, add_special_tokens=False).input_ids
-        return [
-            min(self.max_length, len(p) + min(len(r), self._response_room) + self._special_tokens)
-            for p, r in zip(prompt_ids, response_ids, strict=True)
-        ]
+        tokens = zip(self._count(prompts), self._count(self._cut(responses)), strict=True)
+        return [min(self.max_length, p + r + self._special_tokens) for p, r in tokens]
 
     def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:
         """How many of these rows do not fit into `max_length`, and by how many tokens."""
         report = CutReport(prompts=len(prompts), responses=len(responses))
         prompts, responses = self._as_pairs(prompts, responses)
-        for prompt, response in zip(prompts, responses, strict=True):
-            response_tokens = len(self._ids(response))
-            kept = min(response_tokens, self._response_room)
+        for prompt_tokens, response_tokens, kept in zip(
+            self._count(prompts),
+            self._count(responses),
+            self._count(self._cut(responses)),
+            strict=True,
+        ):
             report.responses_cut += kept < response_tokens
             report.response_tokens_cut += response_tokens - kept
-            prompt_tokens = len(self._ids(prompt))
             room = self.max_length - self._special_tokens - kept
             report.prompts_cut += prompt_tokens > room
             report.prompt_tokens_cut += max(0, prompt_tokens - room)
@@ -354,16 +367,17 @@ class RewardModel(nn.Module):
         # At least a quarter of the room stays for the prompt that the response is judged against.
         return (self.max_length - self._special_tokens) * 3 // 4
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _count(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
 
     def _cut(self, responses: list[str]) -> list[str]:
         offsets = self.tokenizer(
             responses, add_special_tokens=False, return_offsets_mapping=True
         ).offset_mapping
         room = self._response_room
+        # A character may be several tokens: one that would be cut in two is left out.
         return [
-            text if len(spans) <= room else text[: spans[room - 1][1]]
+            text if len(spans) <= room else text[: min(spans[room - 1][1], spans[room][0])]
             for text, spans in zip(responses, offsets, strict=True)
         ]
 
@@ -376,6 +390,16 @@ class RewardModel(nn.Module):
         return [f"{prompt}\n" for prompt in prompts], [f"{response}{end}" for response in responses]
 
 
+def _positions(model: PreTrainedModel) -> int:
+    """How many tokens the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", 512)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        positions -= table.padding_idx + 1  # RoBERTa counts from behind its pad id
+    return positions
+
+
 def _load(
     auto_class: Any, name_or_path: str | Path, *, may_lack: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -384,16 +408,19 @@ def _load(
         model, info = auto_class.from_pretrained(
             name_or_path, dtype="auto", output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name_or_path}: no model could be loaded from there: {reason}") from error
+    folder = Path(name_or_path)
+    require(
+        not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
+        f"{name_or_path}: there is no tokenizer beside the model; save it there too",
+    )
     missing = sorted(info["missing_keys"])
     require(
         not missing or may_lack,
         f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
         "would be random; give a model that was trained for this, or train its head first",
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     # Half-precision weights lose small updates: training keeps float32 and may use autocast.
     return model.to(torch.promote_types(model.dtype, torch.float32)).eval(), tokenizer

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from .advantages import gae
-from .config import option, require_not_negative, require_positive, require_share
+from .config import (
+    option,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_share,
+)
 from .data import Cursor, PromptExample, micro_batches
 from .errors import require
 from .evaluation import distinct_n, repeated_ngrams
@@ -51,7 +57,9 @@ class PPOConfig:
     kl_coef: float = option(0.05, "Weight of the KL in the rewards, in score per nat.")
     kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
     kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.")
-    kl_horizon: float = option(10_000, "Adaptive: responses in which kl_coef may change by 20%.")
+    kl_horizon: float = option(
+        10_000, "Adaptive: responses in which kl_coef may change by a fifth."
+    )
     whiten_advantages: bool = option(True, "Advantages to mean 0, variance 1 over the rollout.")
     whiten_rewards: bool = option(False, "Rewards to variance 1 over the rollout, mean kept.")
     normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
@@ -69,9 +77,16 @@ class PPOConfig:
         require_positive(self, "temperature", "learning_rate", "adam_eps", "max_grad_norm", "clip")
         require_positive(self, "kl_target", "kl_horizon", "score_clip", "stop_kl", "max_kl")
         require_positive(self, "max_tokens", "eval_every")
-        require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "eos_penalty", "seed")
+        require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "eos_penalty")
+        require_seed(self, "seed")
         require_share(self, "gamma", "lam", "warmup_share")
         require(self.value_clip > 0, f"PPOConfig: value_clip is {self.value_clip}; it must be > 0")
+        require(
+            self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
+            f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
+            f"{self.batch_size}, or the coefficient could turn negative",
+        )
+        require(self.batch_size >= 2, "PPOConfig: batch_size is 1; whitening needs at least 2")
         require(
             self.minibatch_size <= self.batch_size,
             f"PPOConfig: minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}",
@@ -183,18 +198,21 @@ def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfi
     )
 
 
-def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float) -> RolloutBuffer:
+def judge(
+    rollout: Rollout, config: PPOConfig, *, kl_coef: float, moments: RunningMoments | None = None
+) -> RolloutBuffer:
     """From scores to advantages: how much better than expected was each token?
 
     Args:
-        rollout: its `scores` are clipped and, without EOS, reduced by the penalty.
+        rollout: its `scores` are normalised, clipped and, without EOS, reduced by the penalty.
         config: for everything but the KL coefficient, which may have moved.
         kl_coef: weight of the KL in the rewards.
+        moments: what the scores are normalised by, or None to take them as they are.
     """
-    scores = rollout.scores
+    scores = rollout.scores if moments is None else moments.normalise(rollout.scores)
     if config.score_clip is not None:
         scores = scores.clamp(-config.score_clip, config.score_clip)
-    scores = scores - config.eos_penalty * ~rollout.ended
+    scores = torch.where(rollout.ended, scores, scores - config.eos_penalty)
     rewards = shape_rewards(scores, rollout.kl, rollout.mask, kl_coef=kl_coef)  # (B, T)
     if config.whiten_rewards:
         rewards = masked_scale(rewards, rollout.mask)
@@ -216,7 +234,7 @@ def minibatch_step(
     """One optimizer step on these rows, in micro-batches that leave the gradient as it is."""
     rollout = buffer.rollout
     value_mask = rollout.mask if buffer.value_mask is None else buffer.value_mask
-    tokens, value_tokens = rollout.mask[rows].sum(), value_mask[rows].sum()
+    tokens, value_tokens = int(rollout.mask[rows].sum()), int(value_mask[rows].sum())
     lengths = rollout.sequences.attention_mask[rows].sum(1).tolist()
     stats = dict.fromkeys(UPDATE_STATS, 0.0)
     for group in micro_batches(lengths, max_tokens=config.max_tokens):
@@ -240,8 +258,8 @@ def minibatch_step(
             sequences.mask,
             clip=config.value_clip,
         )
-        share = policy_loss.count / tokens
-        value_share = value_loss.count / value_tokens
+        share = int(policy_loss.count) / tokens
+        value_share = int(value_loss.count) / value_tokens
         optimizer.backward(
             policy_loss.loss * share + config.value_coef * value_loss.loss * value_share
         )
@@ -351,11 +369,10 @@ def train(
             rollout = _collect(policy, ref_policy, reward, prompts, config, state.sampling_rng)
 
         # Judge: rewards for each token, then how much better than expected it was.
-        scores = rollout.scores
-        if config.normalise_scores:
-            state.moments.update(scores)
-            scores = state.moments.normalise(scores)
-        buffer = judge(replace(rollout, scores=scores), config, kl_coef=state.kl_control.coef)
+        moments = state.moments if config.normalise_scores else None
+        if moments is not None:
+            moments.update(rollout.scores)
+        buffer = judge(rollout, config, kl_coef=state.kl_control.coef, moments=moments)
 
         # Learn: several passes over the same rollout, never far from it.
         learning_rate = state.optimizer.learning_rate

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import option, require_not_negative, require_positive, require_share
+from .config import (
+    option,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_share,
+)
 from .data import Cursor, CutReport, in_groups
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
@@ -22,9 +28,9 @@ Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps mar
 class RewardConfig:
     """Options of reward training. Defaults suit the small models of the embedded world."""
 
-    epochs: int = option(2, "Passes over the preference pairs.")
-    batch_size: int = option(64, "Pairs for each optimizer step.")
-    learning_rate: float = option(1e-3, "AdamW's rate after warm-up.")
+    epochs: int = option(4, "Passes over the preference pairs.")
+    batch_size: int = option(32, "Pairs for each optimizer step.")
+    learning_rate: float = option(7e-4, "AdamW's rate after warm-up.")
     schedule: Schedule = option("linear", "How the rate falls after warm-up.")
     warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's decay of matrices.")
@@ -33,13 +39,14 @@ class RewardConfig:
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
-    eval_every: int = option(50, "Steps between looks at the held-out pairs.")
+    eval_every: int = option(200, "Steps between looks at the held-out pairs.")
     seed: int = option(0, "Order of the data.")
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "max_tokens", "learning_rate")
         require_positive(self, "max_grad_norm", "eval_every")
-        require_not_negative(self, "weight_decay", "center_coef", "seed")
+        require_not_negative(self, "weight_decay", "center_coef")
+        require_seed(self, "seed")
         require_share(self, "warmup_share")
 
 

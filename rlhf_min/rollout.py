@@ -204,6 +204,8 @@ def call_reward(
         if columns and key in columns[0]:
             named[key] = [row[key] for row in columns]
     found = reward(list(prompts), list(responses), **named)
+    if isinstance(found, Tensor):
+        found = found.detach()
     try:
         scores = [float(score) for score in found]
     except (TypeError, ValueError) as error:

@@ -5,7 +5,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .config import option, require_not_negative, require_positive, require_share
+from .config import (
+    option,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_share,
+)
 from .data import Cursor, SFTExample, collate, in_groups
 from .losses import SFTLoss, sft_loss
 from .models import Policy, evaluating
@@ -17,21 +23,22 @@ class SFTConfig:
     """Options of supervised fine-tuning. Defaults suit the small models of the embedded world."""
 
     epochs: int = option(3, "Passes over the demonstrations.")
-    batch_size: int = option(64, "Demonstrations for each optimizer step.")
-    learning_rate: float = option(1e-3, "AdamW's rate after warm-up.")
+    batch_size: int = option(32, "Demonstrations for each optimizer step.")
+    learning_rate: float = option(1.5e-3, "AdamW's rate after warm-up.")
     schedule: Schedule = option("cosine", "How the rate falls after warm-up.")
-    warmup_share: float = option(0.05, "Share of the steps in which the rate rises from 0.")
+    warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's decay of matrices.")
     max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
-    eval_every: int = option(50, "Steps between looks at the held-out demonstrations.")
+    eval_every: int = option(100, "Steps between looks at the held-out demonstrations.")
     seed: int = option(0, "Order of the data.")
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm")
         require_positive(self, "max_tokens", "eval_every")
-        require_not_negative(self, "weight_decay", "seed")
+        require_not_negative(self, "weight_decay")
+        require_seed(self, "seed")
         require_share(self, "warmup_share")
 
 

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_min.errors import BadInput
+from rlhf_min.errors import BadInput, require
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
 
@@ -45,20 +46,30 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name only when everything in it is on the disk."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    require(not folder.is_file(), f"{folder}: could not be saved: there is a file of this name")
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    old = new.with_name(f"{new.name}-old")
     try:
-        new.mkdir()
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
         yield new
         for file in new.rglob("*"):
             if file.is_file():
                 _flush(file)
         if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(new, folder)
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
         _flush(folder.parent)
-    except OSError as error:
-        raise BadInput(f"{folder}: could not be saved: {error.strerror}") from error
+        shutil.rmtree(old, ignore_errors=True)
+    # A full disk is an OSError for us, a SafetensorError or a RuntimeError for the libraries.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise BadInput(f"{folder}: could not be saved: {reason}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

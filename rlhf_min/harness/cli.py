@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -152,7 +153,7 @@ def open_run(out: Path, *configs: Any) -> Path:
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         record = {
-            "config": {type(c).__name__: asdict(c) for c in configs},
+            "config": {type(c).__name__: _json_values(asdict(c)) for c in configs},
             "versions": {name: version(name) for name in ("rlhf_min", "torch", "transformers")},
             "threads": torch.get_num_threads(),
         }
@@ -160,6 +161,11 @@ def open_run(out: Path, *configs: Any) -> Path:
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     return out
+
+
+def _json_values(options: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: it becomes the word that the command line understands."""
+    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in options.items()}
 
 
 def _fail(message: str, code: int) -> None:

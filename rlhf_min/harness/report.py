@@ -188,4 +188,4 @@ def _cells(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    return "<br>".join(text.replace("|", "\\|").splitlines())

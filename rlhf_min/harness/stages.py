@@ -130,11 +130,7 @@ def run_ppo(
     log: MetricsLog,
 ) -> Policy:
     """Train a copy of the policy against the reward; the start stays as its reference."""
-    require(
-        config.max_new_tokens <= codec.max_response_tokens,
-        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
-        f"{codec.max_response_tokens}, the room that is left beside the prompt",
-    )
+    check_room(config, codec.max_response_tokens)
     prompts, cut = codec.encode_prompts(inputs.prompts)
     print(f"PPO on {len(prompts)} prompts; {cut}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference()
@@ -150,6 +146,15 @@ def run_ppo(
     )
     log.follow("ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"))
     return policy
+
+
+def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
+    """Raise `BadInput` if PPO could write more than there is room for beside the prompt."""
+    require(
+        config.max_new_tokens <= max_response_tokens,
+        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
+        f"{max_response_tokens}; lower the first or raise the second",
+    )
 
 
 def run_dpo(

@@ -1,0 +1,207 @@
+"""Tiny models over eight words, and what the tests of the trainers share."""
+
+import io
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
+from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.world import build_wordpiece
+
+torch.set_num_threads(1)  # models so small only wait for a second thread
+
+WORDS = ["red", "blue", "green", "big", "small", "ball", "one", "two"]
+END, PAD = 0, 1  # their ids; the words follow
+RED, BLUE, GREEN, BIG, SMALL, BALL, ONE, TWO = range(2, 10)
+
+Metrics = dict[str, float]
+# The module that is trained, its State, and what starts its generator.
+Run = tuple[nn.Module, Any, Callable[[], Iterator[Metrics]]]
+
+
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each word, an end and a pad."""
+    vocab = {word: i for i, word in enumerate(["<end>", "<pad>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
+
+
+def small_policy(
+    *,
+    critic: Critic = "none",
+    seed: int = 0,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Policy:
+    """A GPT-2 of one layer of width 16 whose value head, if any, is not zero."""
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 2,
+        n_positions=16,
+        n_layer=1,
+        n_embd=16,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        initializer_range=0.2,
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = Policy(GPT2LMHeadModel(config).to(dtype), word_tokenizer(), critic=critic)
+        if policy.value_head is not None:
+            nn.init.normal_(policy.value_head.weight, std=0.2)
+    return policy
+
+
+def small_reward_model(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> RewardModel:
+    """A BERT of one layer of width 16."""
+    tokenizer = build_wordpiece([" ".join(WORDS)], 100)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=32,
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RewardModel(BertForSequenceClassification(config).to(dtype), tokenizer)
+
+
+def ids(*tokens: int) -> torch.Tensor:
+    return torch.tensor(tokens)
+
+
+# Rows of unequal lengths, on both sides.
+DEMONSTRATIONS = [
+    SFTExample(ids(RED, BALL), ids(ONE, END)),
+    SFTExample(ids(BIG), ids(TWO, TWO, SMALL, BALL, END)),
+    SFTExample(ids(BLUE, BIG, BALL, BALL), ids(END)),
+    SFTExample(ids(GREEN, ONE, SMALL), ids(RED, BLUE, END)),
+    SFTExample(ids(TWO, SMALL), ids(BIG, ONE, BIG, END)),
+    SFTExample(ids(ONE, RED, ONE, RED, ONE), ids(GREEN, END)),
+    SFTExample(ids(SMALL), ids(SMALL, RED, END)),
+    SFTExample(ids(BALL, BLUE, TWO), ids(BLUE, END)),
+]
+
+PREFERENCES = [
+    PreferenceExample(ids(RED, BALL), ids(ONE, END), ids(TWO, TWO, TWO, END)),
+    PreferenceExample(ids(BIG), ids(TWO, TWO, SMALL, BALL, END), ids(END)),
+    PreferenceExample(ids(BLUE, BIG, BALL, BALL), ids(END), ids(RED, END)),
+    PreferenceExample(ids(GREEN, ONE, SMALL), ids(RED, BLUE, END), ids(BLUE, RED, END)),
+    PreferenceExample(ids(TWO, SMALL), ids(BIG, ONE, BIG, END), ids(SMALL, END)),
+    PreferenceExample(ids(ONE, RED, ONE, RED, ONE), ids(GREEN, END), ids(BIG, BIG, BIG, END)),
+    PreferenceExample(ids(SMALL), ids(SMALL, RED, END), ids(RED)),
+    PreferenceExample(ids(BALL, BLUE, TWO), ids(BLUE, END), ids(BALL, END)),
+]
+
+PROMPTS = [
+    PromptExample(" ".join(WORDS[i - 2] for i in x.prompt_ids), x.prompt_ids)
+    for x in DEMONSTRATIONS
+]
+
+
+def shuffled(n: int, seed: int) -> list[int]:
+    """The order of the data in an epoch is a permutation drawn from the seed plus the epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def row_logprobs(policy: Policy, prompt_ids: torch.Tensor, response_ids: torch.Tensor) -> Any:
+    """Log-probabilities of all tokens at the places of the response, ``(T, V)``, from the plain
+    logits of the row alone."""
+    logits = policy.lm(torch.cat([prompt_ids, response_ids])[None]).logits[0]
+    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def largest_difference(module: nn.Module, other: nn.Module | dict[str, torch.Tensor]) -> float:
+    """Of any weight."""
+    theirs = weights(other) if isinstance(other, nn.Module) else other
+    ours = weights(module)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: what has rows and columns decays."""
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+def clip_by_hand(module: nn.Module, limit: float) -> float:
+    """Scale a gradient that is longer than the limit down to it; torch's 1e-6 is part of it."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
+    for gradient in gradients:
+        gradient.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+def without_time(metrics: Metrics) -> Metrics:
+    return {k: v for k, v in metrics.items() if not k.startswith(("time/", "memory/"))}
+
+
+def real_copy(state: Any) -> Any:
+    """Through the bytes of a file that holds tensors and plain values only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_deterministic(build: Callable[[], Run]) -> None:
+    """The same seed gives the same metrics and the same weights, to the bit."""
+    (module, _, train), (again, _, train_again) = build(), build()
+    first, second = [[without_time(m) for m in f()] for f in (train, train_again)]
+    assert len(first) > 1
+    assert first == second
+    assert largest_difference(module, again) == 0
+
+
+def assert_resumes(build: Callable[[], Run], *, steps: int) -> None:
+    """A run that is stopped and goes on in new objects has the bits of a whole run."""
+    module, _, train = build()
+    whole = [without_time(m) for m in train()]
+    assert len(whole) == steps
+
+    for stop in (1, steps - 2):  # within the first epoch, and within a later one
+        stopped, state, train = build()
+        before = [without_time(m) for m in islice(train(), stop)]
+        saved = real_copy({"model": stopped.state_dict(), "state": state.state_dict()})
+
+        resumed, state, train = build()
+        resumed.load_state_dict(saved["model"])
+        state.restore(saved["state"])
+        after = [without_time(m) for m in train()]
+        assert before + after == whole
+        assert largest_difference(resumed, module) == 0
+        assert largest_difference(resumed, stopped) > 0

@@ -1,0 +1,705 @@
+"""The user's files: what is read, what is dropped and counted, what is refused and how."""
+
+import csv
+import io
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from rlhf_min.errors import BadInput
+from rlhf_min.harness.datafile import LoadedRows, Stage, load_rows, split_rows
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+PAIRS = [
+    {"prompt": "Who?", "chosen": "Ann, of course", "rejected": 'He said "Bob"'},
+    {"prompt": "Where?\nSay.", "chosen": " 007", "rejected": "NA"},
+    {"prompt": "Größe\u2028?", "chosen": "null", "rejected": "None\r\n"},
+]
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"'
+
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(",".join(map(quoted, line)) + "\n" for line in lines)
+
+
+WRITERS: dict[str, Callable[[list[dict[str, Any]]], str | bytes]] = {
+    "a.csv": csv_text,
+    "a.CSV": csv_text,
+    "a.json": json.dumps,
+    "b.json": lambda rows: json.dumps({"version": 1, "data": rows}),
+    "a.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+    "a.parquet": parquet,
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | bytes], str]:
+    """Writes a file into a fresh working folder, so that messages hold its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, content: str | bytes) -> str:
+        data = content if isinstance(content, bytes) else content.encode("utf-8")
+        Path(name).write_bytes(data)
+        return name
+
+    return write
+
+
+def jsonl(*rows: dict[str, Any]) -> str:
+    return "\n".join(map(json.dumps, rows))
+
+
+def refusal(path: str | Path, stage: Stage) -> str:
+    with pytest.raises(BadInput) as caught:
+        load_rows(path, stage)
+    message = str(caught.value)
+    assert message.isprintable()  # so it is one line
+    return message
+
+
+# What is read
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_formats_read_the_same_rows(write, name, bom):
+    content = WRITERS[name](PAIRS)
+    if isinstance(content, str):
+        content = bom + content.encode("utf-8")
+    loaded = load_rows(write(name, content), "dpo")
+    assert loaded == LoadedRows(PAIRS, name, 3, {})
+    assert loaded.report() == f"{name}: 3 rows read, 3 kept, 0 dropped"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_line_ends_and_blank_lines(write, end):
+    path = write("a.csv", end.join(["prompt,response", "a,b", "", "c,d", ""]))
+    assert load_rows(path, "sft").rows == [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "c", "response": "d"},
+    ]
+
+
+def test_csv_long_cell(write):
+    long = "x" * 200_000
+    limit = csv.field_size_limit()
+    assert load_rows(write("a.csv", f"prompt\n{long}\n"), "ppo").rows == [{"prompt": long}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "question", "instruction", "query", " Prompt "])
+@pytest.mark.parametrize("response", ["response", "output", "completion", "answer", "CHOSEN"])
+def test_sft_names(write, prompt, response):
+    path = write("a.jsonl", jsonl({prompt: "a", response: "b", "more": 1}))
+    assert load_rows(path, "sft").rows == [{"prompt": "a", "response": "b"}]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_ppo_keeps_further_columns(write, name):
+    rows = [{"Query": "a", "Level": "1", "chosen": "x"}, {"Query": "a", "Level": "2", "chosen": ""}]
+    assert load_rows(write(name, WRITERS[name](rows)), "ppo").rows == [
+        {"prompt": "a", "Level": "1", "chosen": "x"},
+        {"prompt": "a", "Level": "2", "chosen": ""},
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_ppo_keeps_values_what_they_are(write, name):
+    rows = [{"prompt": "a", "n": 3, "tags": ["x", "y"]}, {"prompt": "b", "n": None, "tags": []}]
+    content = WRITERS[name](rows)
+    if name == "a.parquet":
+        buffer = io.BytesIO()
+        pd.DataFrame(rows).astype({"n": "Int64"}).to_parquet(buffer)
+        content = buffer.getvalue()
+    loaded = load_rows(write(name, content), "ppo").rows
+    assert loaded == rows
+    assert type(loaded[0]["n"]) is int
+    assert type(loaded[0]["tags"]) is list
+
+
+def test_ppo_rows_share_their_columns(write):
+    path = write("a.jsonl", jsonl({"prompt": "a", "x": 1}, {"prompt": "b", "y": 2}))
+    assert load_rows(path, "ppo").rows == [
+        {"prompt": "a", "x": 1, "y": None},
+        {"prompt": "b", "x": None, "y": 2},
+    ]
+
+
+def test_parquet_named_index_is_a_column(write):
+    buffer = io.BytesIO()
+    pd.DataFrame([{"prompt": "a", "response": "b"}]).set_index("prompt").to_parquet(buffer)
+    rows = load_rows(write("a.parquet", buffer.getvalue()), "sft").rows
+    assert rows == [{"prompt": "a", "response": "b"}]
+
+
+def test_parquet_numbered_columns(write):
+    path = write("a.parquet", parquet([{0: "a", 1: "b"}]))
+    assert "; found 0, 1; " in refusal(path, "ppo")
+
+
+@pytest.mark.parametrize("margin", ["0.5", 0.5, "5e-1"])
+def test_reward_margin_is_a_float(write, margin):
+    path = write("a.jsonl", jsonl({**PAIRS[0], "Margin": margin}))
+    assert load_rows(path, "reward").rows == [{**PAIRS[0], "margin": 0.5}]
+    assert load_rows(path, "dpo").rows == [PAIRS[0]]
+
+
+@pytest.mark.parametrize("column", ["reference", "references", "response", "chosen", "output"])
+@pytest.mark.parametrize(
+    ("value", "references"), [("b", ["b"]), (["b"], ["b"]), (["b", "c"], ["b", "c"])]
+)
+def test_evaluation_references(write, column, value, references):
+    expected = [{"prompt": "a", "references": references}]
+    rows = [{"prompt": "a", column: value}]
+    assert load_rows(write("a.jsonl", jsonl(*rows)), "evaluation").rows == expected
+    assert load_rows(write("a.parquet", parquet(rows)), "evaluation").rows == expected
+
+
+def test_alpaca_input(write):
+    inputs = ["i", "", None, " ", "i"]
+    rows = [{"instruction": str(n), "input": i, "output": "o"} for n, i in enumerate(inputs)]
+    rows[4]["instruction"] = "  "
+    loaded = load_rows(write("a.jsonl", jsonl(*rows, {"instruction": "5", "output": "o"})), "sft")
+    assert [row["prompt"] for row in loaded.rows] == ["0\ni", "1", "2", "3", "5"]
+    assert loaded.dropped == {"prompt is empty": [5]}
+
+
+def test_input_beside_a_prompt_is_a_column_like_any_other(write):
+    path = write("a.jsonl", jsonl({"prompt": "a", "input": "b"}))
+    assert load_rows(path, "ppo").rows == [{"prompt": "a", "input": "b"}]
+
+
+# What is dropped
+
+GOOD = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1, "references": "ref"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "reason"),
+    [
+        ("dpo", {"prompt": ""}, "prompt is empty"),
+        ("dpo", {"prompt": " \n\u00a0"}, "prompt is empty"),
+        ("ppo", {"prompt": None}, "prompt is not a string"),
+        ("sft", {"chosen": ""}, "response is empty"),
+        ("dpo", {"chosen": 7}, "chosen is not a string"),
+        ("dpo", {"chosen": None}, "chosen is not a string"),
+        ("dpo", {"chosen": math.nan}, "chosen is not a string"),
+        ("dpo", {"chosen": ["c"]}, "chosen is not a string"),
+        ("dpo", {"rejected": {"a": 1}}, "rejected is not a string"),
+        ("reward", {"rejected": "\t"}, "rejected is empty"),
+        ("dpo", {"rejected": " c\n"}, "chosen equals rejected"),
+        ("dpo", {"chosen": "\ud800"}, "chosen contains invalid Unicode"),
+        ("dpo", {}, "duplicate of an earlier row"),
+        ("ppo", {}, "duplicate of an earlier row"),
+        ("reward", {"margin": math.inf}, "margin is not a finite number"),
+        ("reward", {"margin": "much"}, "margin is not a finite number"),
+        ("reward", {"margin": True}, "margin is not a finite number"),
+        ("reward", {"margin": None}, "margin is not a finite number"),
+        ("reward", {"margin": 10**400}, "margin is not a finite number"),
+        ("evaluation", {"references": []}, "references is empty"),
+        ("evaluation", {"references": ["x", ""]}, "references is empty"),
+        ("evaluation", {"references": ["x", 1]}, "references is not a string"),
+        ("evaluation", {"references": 1}, "references is not a string"),
+        ("evaluation", {"references": "\udfff"}, "references contains invalid Unicode"),
+    ],
+)
+def test_row_is_dropped_by_reason(write, stage, changed, reason):
+    good = dict(GOOD)
+    if stage == "evaluation":
+        del good["chosen"]
+    text = f"{jsonl(good)}\n\n{jsonl({**good, **changed})}\n"
+    loaded = load_rows(write("a.jsonl", text), stage)
+    assert (len(loaded.rows), loaded.rows_read) == (1, 2)
+    assert loaded.dropped == {reason: [3]}  # line 2 is blank
+    assert loaded.report() == f"a.jsonl: 2 rows read, 1 kept, 1 dropped: {reason} (1: line 3)"
+
+
+def test_instruction_input_is_checked(write):
+    rows = [{"instruction": str(n), "input": i} for n, i in enumerate(["i", 3, "\ud800"])]
+    assert load_rows(write("a.json", json.dumps(rows)), "ppo").dropped == {
+        "input is not a string": [2],
+        "input contains invalid Unicode": [3],
+    }
+
+
+def test_rows_with_another_further_column_are_no_duplicates(write):
+    path = write("a.csv", "prompt,level\na,1\na,2\na,1\n")
+    assert load_rows(path, "ppo").dropped == {"duplicate of an earlier row": [3]}
+    assert load_rows(write("b.csv", "prompt,response\na,b\na,c\n"), "sft").dropped == {}
+
+
+def test_report_shows_first_rows_of_each_reason(write):
+    lines = ["prompt,response", *["a,b"] * 7, '"",b', "c,"]
+    assert load_rows(write("a.csv", "\n".join(lines)), "sft").report() == (
+        "a.csv: 9 rows read, 1 kept, 8 dropped: duplicate of an earlier row "
+        "(6: rows 2, 3, 4, 5, 6, ...), prompt is empty (1: row 8), response is empty (1: row 9)"
+    )
+
+
+def test_report_counts_add_up_to_rows_read(write):
+    rng = random.Random(0)
+    values = ["", "a", "b", None, 1]
+    rows = [{name: rng.choice(values) for name in PAIRS[0]} for _ in range(200)]
+    loaded = load_rows(write("a.json", json.dumps(rows)), "dpo")
+    numbers = [n for dropped in loaded.dropped.values() for n in dropped]
+    kept = sorted(set(range(1, 201)) - set(numbers))
+    assert len(numbers) == len(set(numbers)) == loaded.rows_read - len(loaded.rows)
+    assert [rows[n - 1] for n in kept] == loaded.rows
+
+
+# What is refused
+
+DEEP = "[" * 100_000 + "]" * 100_000
+OK = '{"prompt": "a"}'
+ONE_LIST = "a .json file holds one list of objects; with one object on each line, name it .jsonl"
+FILES = "give a .csv, .json, .jsonl or .parquet file"
+
+REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
+    (
+        "pairs.csv",
+        "question,answer\na,b",
+        "dpo",
+        "pairs.csv: DPO needs the columns prompt, chosen, rejected; found question, answer; "
+        'rename or add "chosen" and "rejected"',
+    ),
+    (
+        "a.csv",
+        "text\nb",
+        "ppo",
+        "a.csv: PPO needs the column prompt; found text; "
+        'rename or add "prompt" (or question, instruction, query)',
+    ),
+    (
+        "a.jsonl",
+        '{"input\\n": 1, "": 2}',
+        "sft",
+        "a.jsonl: SFT needs the columns prompt, response; found 'input\\n', ''; "
+        'rename or add "prompt" (or question, instruction, query) and '
+        '"response" (or output, completion, answer, chosen)',
+    ),
+    (
+        "a.jsonl",
+        '{"prompt": "a"}',
+        "evaluation",
+        "a.jsonl: evaluation needs the columns prompt, references; found prompt; rename or add "
+        '"references" (or reference, response, output, completion, answer, chosen)',
+    ),
+    (
+        "a.json",
+        "[{}]",
+        "reward",
+        "a.json: reward training needs the columns prompt, chosen, rejected; found none; rename "
+        'or add "prompt" (or question, instruction, query) and "chosen" and "rejected"',
+    ),
+    (
+        "a.csv",
+        "x" * 60 + "," + ",".join("bcdefghijk") + "\n" + ",".join("abcdefghijk"),
+        "ppo",
+        f"a.csv: PPO needs the column prompt; found {'x' * 37}..., b, c, d, e, f, g, h, ...; "
+        'rename or add "prompt" (or question, instruction, query)',
+    ),
+    (
+        "a.jsonl",
+        '{"Prompt": "a"}\n{"query": "b"}',
+        "ppo",
+        'a.jsonl: the columns "Prompt" and "query" could both be the "prompt"; '
+        "remove or rename one of them",
+    ),
+    (
+        "a.csv",
+        "prompt,answer,chosen\na,b,c",
+        "sft",
+        'a.csv: the columns "answer" and "chosen" could both be the "response"; '
+        "remove or rename one of them",
+    ),
+    (
+        "a.csv",
+        "prompt,reference,response\na,b,c",
+        "evaluation",
+        'a.csv: the columns "reference" and "response" could both be the "references"; '
+        "remove or rename one of them",
+    ),
+    (
+        "a.csv",
+        "prompt,response\na,b\n\nc,d\ne\n",
+        "sft",
+        "a.csv: row 3 has 1 field, but the header has 2; put cells that hold commas in quotes",
+    ),
+    (
+        "a.csv",
+        'prompt,response\n"a\nb",c\nd,e,f\n',
+        "sft",
+        "a.csv: row 2 has 3 fields, but the header has 2; put cells that hold commas in quotes",
+    ),
+    (
+        "a.csv",
+        'prompt\na\n"b\nc\n',
+        "ppo",
+        "a.csv: row 2 is not valid CSV (unexpected end of data); "
+        'put cells that hold quotes or line ends in quotes and write " as "" there',
+    ),
+    (
+        "a.csv",
+        '"prompt\na\n',
+        "ppo",
+        "a.csv: the header is not valid CSV (unexpected end of data); "
+        'put cells that hold quotes or line ends in quotes and write " as "" there',
+    ),
+    (
+        "a.csv",
+        "prompt,prompt\na,b",
+        "ppo",
+        "a.csv: the header has the column prompt twice; remove or rename one of them",
+    ),
+    ("a.csv", "prompt,response\n", "sft", "a.csv: the file has no rows; add at least one"),
+    ("a.json", "[]", "sft", "a.json: the file has no rows; add at least one"),
+    ("a.parquet", parquet([]), "sft", "a.parquet: the file has no rows; add at least one"),
+    ("a.jsonl", " \n\n", "sft", "a.jsonl: the file is empty; add at least one row"),
+    ("a.parquet", b"", "sft", "a.parquet: the file is empty; add at least one row"),
+    ("a.csv", b"\xef\xbb\xbf\n", "sft", "a.csv: the file is empty; add at least one row"),
+    (
+        "a.jsonl",
+        OK + '\n\n{"prompt": \n',
+        "ppo",
+        "a.jsonl: line 3: broken JSON (Expecting value at line 1, column 12); "
+        "write one JSON object on each line",
+    ),
+    (
+        "a.jsonl",
+        OK + '\n["a"]',
+        "ppo",
+        "a.jsonl: line 2 is not an object; write it as {...}",
+    ),
+    (
+        "a.json",
+        '[{"prompt": "a"},\n {"prompt": b}]',
+        "ppo",
+        f"a.json: broken JSON (Expecting value at line 2, column 13); {ONE_LIST}",
+    ),
+    (
+        "a.json",
+        OK + "\n" + OK,
+        "ppo",
+        f"a.json: broken JSON (Extra data at line 2, column 1); {ONE_LIST}",
+    ),
+    ("a.json", "3", "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
+    ("a.json", OK, "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
+    ("a.json", '{"data": {}}', "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
+    (
+        "a.json",
+        '{"data": [], "data": []}',
+        "ppo",
+        "a.json: the outer object has the key data twice; remove or rename one of them",
+    ),
+    ("a.json", f"[{OK}, 3]", "ppo", "a.json: row 2 is not an object; write it as {...}"),
+    (
+        "a.json",
+        f'[{OK}, {{"prompt": "a", "prompt": "b"}}]',
+        "ppo",
+        "a.json: row 2 has the key prompt twice; remove or rename one of them",
+    ),
+    (
+        "a.jsonl",
+        OK + '\n{"prompt": "a", "more": [{"k\\n": 1, "k\\n": 2}]}',
+        "ppo",
+        "a.jsonl: line 2 has the key 'k\\n' twice; remove or rename one of them",
+    ),
+    (
+        "a.jsonl",
+        OK + '\n{"prompt": "b", "more": ' + DEEP + "}",
+        "ppo",
+        "a.jsonl: line 2: nested too deeply; flatten the columns",
+    ),
+    ("a.json", DEEP, "ppo", "a.json: nested too deeply; flatten the columns"),
+    (
+        "a.jsonl",
+        '{"prompt": ' + "1" * 5000 + "}",
+        "ppo",
+        "a.jsonl: line 1: a number has too many digits; write it as a string",
+    ),
+    ("a.csv", b"prompt\na\n\xff\n", "ppo", "a.csv: line 3 is not UTF-8; save the file as UTF-8"),
+    (
+        "a.jsonl",
+        OK + "\n\0",
+        "ppo",
+        "a.jsonl: line 2 has a NUL byte; save the file as UTF-8 text",
+    ),
+    (
+        "a.csv",
+        "prompt\n\na\0b\n",
+        "ppo",
+        "a.csv: line 3 has a NUL byte; save the file as UTF-8 text",
+    ),
+    ("a.txt", "prompt\na", "ppo", f"a.txt: the format is unknown; {FILES}"),
+    ("rows", "prompt\na", "ppo", f"rows: the format is unknown; {FILES}"),
+    (
+        "a.csv",
+        'prompt,response\n,a\n" ",b\nc,\n',
+        "sft",
+        "a.csv: no usable row among the 3 read: prompt is empty (2: rows 1, 2), "
+        "response is empty (1: row 3); correct these rows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "stage", "message"), REFUSED)
+def test_file_is_refused(write, name, content, stage, message):
+    assert refusal(write(name, content), stage) == message
+
+
+def test_nesting_of_any_depth_is_read_or_refused(write):
+    limit = sys.getrecursionlimit()
+    outcomes = []
+    for depth in range(1, 2 * limit, limit // 20):
+        path = write("a.jsonl", '{"prompt": "a", "more": ' + "[" * depth + "]" * depth + "}")
+        try:
+            outcomes.append(len(load_rows(path, "ppo").rows))
+        except BadInput as error:
+            outcomes.append(str(error))
+    assert set(outcomes) == {1, "a.jsonl: line 1: nested too deeply; flatten the columns"}
+    assert outcomes[0] == 1
+    assert outcomes[-1] != 1
+
+
+def test_parquet_that_is_none_is_refused(write):
+    message = refusal(write("a.parquet", b"PAR1 nothing\nPAR1"), "ppo")
+    assert message.startswith("a.parquet: not a readable Parquet file (")
+    assert message.endswith("; write it again")
+
+
+def test_paths_are_refused(write, tmp_path, monkeypatch):
+    Path("folder.csv").mkdir()
+    assert refusal("folder.csv", "ppo") == f"folder.csv: this is a folder; {FILES} in it"
+    assert refusal(".", "ppo") == f".: this is a folder; {FILES} in it"
+    remedy = "give the path of a file that you can read"
+    assert refusal("none.csv", "ppo") == f"none.csv: No such file or directory; {remedy}"
+    full = tmp_path / "none.csv"
+    assert refusal(full, "ppo") == f"{full}: No such file or directory; {remedy}"
+    assert refusal("a\n\0.csv", "ppo") == f"'a\\n\\x00.csv': not a possible path; {remedy}"
+    assert refusal("\ud800.csv", "ppo").startswith("'\\ud800.csv': ")
+    assert "File name too long" in refusal("a" * 5000 + ".csv", "ppo")
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert refusal(write("a.csv", "prompt\na"), "ppo") == f"a.csv: Permission denied; {remedy}"
+
+
+def test_source_with_a_line_end_stays_one_line(write):
+    loaded = load_rows(write("a\nb.jsonl", '{"prompt": "a"}\n{"prompt": ""}'), "ppo")
+    assert loaded.source == "a\nb.jsonl"
+    assert loaded.report() == (
+        r"'a\nb.jsonl': 2 rows read, 1 kept, 1 dropped: prompt is empty (1: line 2)"
+    )
+    refused = refusal(write("a\nb.jsonl", '{"prompt": ""}'), "ppo")
+    assert refused.endswith("prompt is empty (1: line 1); correct these rows")
+
+
+# Whatever the file contains
+
+NAMES = ["prompt", "Question", "instruction", "input", "response", "chosen", "rejected", "margin"]
+TEXTS = st.one_of(st.text(st.characters(), max_size=3), st.sampled_from(["a", " a", "\ud800", ""]))
+LEAVES = st.one_of(TEXTS, TEXTS, st.none(), st.booleans(), st.integers(), st.floats())
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2)
+)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES) | TEXTS, LEAVES | VALUES, max_size=6)
+CELLS = st.sampled_from(["a", "b", "c", "d", " a", "b\n", " ", "\ud800x", None, math.nan, ["a"]])
+MARGINS = st.sampled_from([1, "0.5", 2, "1e999", math.inf, None, 10**400])
+PAIR = dict.fromkeys(["instruction", "chosen", "rejected"], CELLS)
+TABLES = st.one_of(
+    st.lists(OBJECTS, max_size=4),
+    st.lists(st.fixed_dictionaries(PAIR, optional={"more": VALUES}), min_size=5, max_size=8),
+    st.lists(st.fixed_dictionaries({**PAIR, "Margin ": MARGINS}), min_size=5, max_size=8),
+    st.lists(st.fixed_dictionaries({**PAIR, "input": CELLS}), min_size=5, max_size=8),
+)
+ANYTHING = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+SURROGATES = set(map(chr, range(0xD800, 0xE000)))
+
+
+def usable(text: Any) -> bool:
+    return isinstance(text, str) and text.strip() != "" and not set(text) & SURROGATES
+
+
+def assert_contract(path: str) -> None:
+    """For each stage: one line of BadInput, or rows that the stage can use."""
+    for stage in STAGES:
+        try:
+            loaded = load_rows(path, stage)
+        except BadInput as error:
+            loaded, said = None, str(error)
+        else:
+            said = loaded.report()
+        assert said.isprintable()
+        if loaded is None:
+            continue
+        assert 0 < len(loaded.rows) == loaded.rows_read - sum(map(len, loaded.dropped.values()))
+        for row in loaded.rows:
+            assert usable(row["prompt"])
+            if stage == "sft":
+                assert usable(row["response"])
+            if stage in ("reward", "dpo"):
+                assert usable(row["chosen"])
+                assert usable(row["rejected"])
+                assert row["chosen"].strip() != row["rejected"].strip()
+            if stage == "reward" and "margin" in row:
+                assert type(row["margin"]) is float
+                assert math.isfinite(row["margin"])
+            if stage == "evaluation":
+                assert row["references"]
+                assert all(map(usable, row["references"]))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_any_bytes(write, suffix):
+    @ANYTHING
+    @example(b"prompt\x85,chosen,rejected\r\x1c,\r")
+    @example(b'"')
+    @given(st.binary(max_size=60) | st.text(alphabet='promt,"\r\n[]{}:a1 ', max_size=60))
+    def check(content: str | bytes) -> None:
+        assert_contract(write("any" + suffix, content))
+
+    check()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_any_json(write, suffix):
+    @ANYTHING
+    @given(TABLES, VALUES)
+    def check(table: list[dict[str, Any]], value: Any) -> None:
+        lines = [json.dumps(row) for row in table]
+        assert_contract(
+            write("any" + suffix, "\n".join(lines) if suffix == ".jsonl" else json.dumps(table))
+        )
+        assert_contract(write("any" + suffix, json.dumps(value)))
+
+    check()
+
+
+def test_any_csv(write):
+    @ANYTHING
+    @given(st.lists(st.lists(st.sampled_from(NAMES) | TEXTS, max_size=4), max_size=4))
+    def check(table: list[list[str]]) -> None:
+        text = "\n".join(",".join(cells) for cells in [["prompt", "chosen", "rejected"], *table])
+        assert_contract(write("any.csv", text.encode("utf-8", "ignore")))
+
+    check()
+
+
+def test_any_damaged_parquet(write):
+    whole = bytearray(parquet([{**row, "margin": 1} for row in PAIRS]))
+
+    @ANYTHING
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4))
+    def check(changes: list[tuple[int, int]]) -> None:
+        damaged = bytearray(whole)
+        for place, byte in changes:
+            damaged[place] = byte
+        assert_contract(write("any.parquet", bytes(damaged)))
+
+    check()
+
+
+# Splitting
+
+
+@ANYTHING
+@given(
+    st.lists(st.sampled_from("abcdef"), min_size=2, max_size=40).filter(lambda g: len(set(g)) > 1),
+    st.floats(0.01, 0.99),
+    st.integers(0, 5),
+)
+def test_split_keeps_groups_together(groups, share, seed):
+    rows = list(enumerate(groups))
+    train, heldout = split_rows(rows, heldout_share=share, seed=seed, group=lambda row: row[1])
+    assert train
+    assert heldout
+    assert sorted(train + heldout) == rows
+    assert train == sorted(train)  # the order of the file
+    assert heldout == sorted(heldout)
+    held = {name for _, name in heldout}
+    assert not held & {name for _, name in train}
+    largest = max(groups.count(name) for name in held)
+    target = max(1, round(share * len(rows)))
+    assert len(heldout) < target + largest
+    assert len(heldout) >= target or len(held) == len(set(groups)) - 1
+    again = split_rows(rows, heldout_share=share, seed=seed, group=lambda row: row[1])
+    assert again == (train, heldout)
+
+
+@pytest.mark.parametrize(
+    ("share", "sizes"), [(0.1, (90, 10)), (0.25, (75, 25)), (0.001, (99, 1)), (0.999, (1, 99))]
+)
+def test_split_sizes_of_single_rows(share, sizes):
+    train, heldout = split_rows(list(range(100)), heldout_share=share, seed=3, group=str)
+    assert (len(train), len(heldout)) == sizes
+
+
+def test_split_depends_on_the_seed_alone():
+    random.seed(1)
+    state = random.getstate()
+    splits = [split_rows(list(range(50)), heldout_share=0.2, seed=s, group=str) for s in range(5)]
+    assert len({tuple(heldout) for _, heldout in splits}) == 5
+    assert random.getstate() == state
+
+
+def test_split_holds_out_each_row_equally_often():
+    counts = [0] * 10
+    for seed in range(1000):
+        for row in split_rows(list(range(10)), heldout_share=0.3, seed=seed, group=str)[1]:
+            counts[row] += 1
+    # 1000 draws with p = 0.3: standard deviation 14.5
+    assert sum(counts) == 3000
+    assert all(abs(count - 300) < 5 * 14.5 for count in counts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "counted"),
+    [
+        ([], "0 rows with 0 different prompts"),
+        (["a"], "1 row with 1 different prompt"),
+        (["a", "a"], "2 rows with 1 different prompt"),
+    ],
+)
+def test_split_needs_two_groups(rows, counted):
+    with pytest.raises(BadInput) as caught:
+        split_rows(rows, heldout_share=0.5, seed=0, group=str)
+    assert str(caught.value) == (
+        f"{counted} cannot be split into training and held-out rows; "
+        "give rows with at least two different prompts"
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0, math.nan])
+def test_split_share_is_checked(share):
+    with pytest.raises(BadInput) as caught:
+        split_rows(["a", "b"], heldout_share=share, seed=0, group=str)
+    assert str(caught.value) == (
+        f"the held-out share must lie between 0 and 1, not {share}; 0.1 is usual"
+    )

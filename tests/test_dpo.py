@@ -1,0 +1,244 @@
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from small import (
+    PREFERENCES,
+    assert_deterministic,
+    assert_resumes,
+    clip_by_hand,
+    decayed,
+    largest_difference,
+    row_logprobs,
+    shuffled,
+    small_policy,
+)
+from tolerances import EXACT, FP64
+
+from rlhf_min import dpo
+from rlhf_min.data import Cursor
+from rlhf_min.optim import Optimizer, State
+
+LN2 = math.log(2)
+# Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
+# only a low rate keeps two loops within FP64 of each other.
+RATE = 1e-4
+CONFIG = dpo.DPOConfig(
+    epochs=2,
+    batch_size=3,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    beta=0.4,
+    label_smoothing=0.1,
+    eval_every=2,
+)
+# What a batch reports beside its loss.
+PER_PAIR = (
+    "chosen_rewards",
+    "rejected_rewards",
+    "margin",
+    "accuracy",
+    "chosen_logprobs",
+    "rejected_logprobs",
+    "chosen_logprobs_change",
+    "rejected_logprobs_change",
+)
+
+
+def plain_logprob(policy, prompt_ids, response_ids):
+    """Of a whole response, from the plain logits of its row alone."""
+    rows = row_logprobs(policy, prompt_ids, response_ids)
+    return sum(rows[t, token] for t, token in enumerate(response_ids.tolist()))
+
+
+def plain_batch(policy, ref_policy, examples, beta, eps):
+    """The loss in the probabilities of eq. 6 of the paper, and the eight numbers of each pair."""
+    losses, reported = [], []
+    for x in examples:
+        chosen = plain_logprob(policy, x.prompt_ids, x.chosen_ids)
+        rejected = plain_logprob(policy, x.prompt_ids, x.rejected_ids)
+        with torch.no_grad():
+            ref_chosen = plain_logprob(ref_policy, x.prompt_ids, x.chosen_ids)
+            ref_rejected = plain_logprob(ref_policy, x.prompt_ids, x.rejected_ids)
+        odds = ((chosen - ref_chosen) * beta).exp() / ((rejected - ref_rejected) * beta).exp()
+        p = odds / (1 + odds)  # that the chosen one is preferred
+        losses.append(-(1 - eps) * p.log() - eps * (1 - p).log())
+        change, other = (chosen - ref_chosen).item(), (rejected - ref_rejected).item()
+        reported.append(
+            (
+                beta * change,
+                beta * other,
+                beta * (change - other),
+                float(change > other),
+                chosen.item(),
+                rejected.item(),
+                change,
+                other,
+            )
+        )
+    means = [statistics.fmean(column) for column in zip(*reported, strict=True)]
+    return sum(losses) / len(losses), dict(zip(PER_PAIR, means, strict=True))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_training_is_the_plain_loop(cached):
+    policy, plain, ref_policy = small_policy(), small_policy(), small_policy(seed=1)
+    config = replace(
+        CONFIG,
+        epochs=1,
+        max_tokens=30,
+        warmup_share=0.34,
+        learning_rate=RATE,
+        cache_reference=cached,
+    )
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    found = list(dpo.train(policy, ref_policy, config, state))
+
+    order = shuffled(8, seed=0)
+    optimizer = torch.optim.AdamW(decayed(plain, 0.1), lr=RATE, eps=1e-8)
+    rates = [0.0, RATE, RATE / 2]
+    assert len(found) == 3
+    for metrics, rate, rows in zip(found, rates, (order[:3], order[3:6], order[6:]), strict=True):
+        loss, reported = plain_batch(plain, ref_policy, [PREFERENCES[i] for i in rows], 0.4, 0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = clip_by_hand(plain, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=FP64)
+        assert metrics["grad_norm"] == pytest.approx(norm, abs=FP64)
+        assert metrics["learning_rate"] == pytest.approx(rate, abs=FP64)
+        assert {k: metrics[k] for k in PER_PAIR} == pytest.approx(reported, abs=FP64)
+    assert largest_difference(policy, plain) < FP64
+    assert largest_difference(policy, small_policy()) > RATE / 2
+
+
+def test_cached_and_live_reference_are_the_same():
+    ref_policy = small_policy(seed=1)
+    runs = {}
+    for cached in (True, False):
+        policy = small_policy()
+        config = replace(CONFIG, cache_reference=cached)
+        state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+        assert all((x.ref_logprobs is not None) == cached for x in state.cursor.examples)
+        steps = dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES[:3])
+        metrics = [{k: v for k, v in m.items() if not k.startswith("time/")} for m in steps]
+        runs[cached] = policy, metrics
+    (cached_policy, cached_metrics), (live_policy, live_metrics) = runs[True], runs[False]
+    for cached, live in zip(cached_metrics, live_metrics, strict=True):
+        assert cached == pytest.approx(live, abs=FP64)
+    assert largest_difference(cached_policy, live_policy) < FP64
+
+
+def test_cache_holds_the_logprobs_of_each_pair_in_its_place():
+    ref_policy = small_policy(seed=1)
+    cached = dpo.cache_reference(ref_policy, PREFERENCES, max_tokens=25)
+    for x, original in zip(cached, PREFERENCES, strict=True):
+        assert x.prompt_ids is original.prompt_ids
+        expected = tuple(
+            plain_logprob(ref_policy, original.prompt_ids, response).item()
+            for response in (original.chosen_ids, original.rejected_ids)
+        )
+        assert x.ref_logprobs == pytest.approx(expected, abs=FP64)
+
+
+def test_a_live_start_is_a_tie_of_policy_and_reference():
+    policy = small_policy()
+    ref_policy = policy.reference()
+    config = replace(CONFIG, cache_reference=False, label_smoothing=0.0)
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    metrics = next(dpo.train(policy, ref_policy, config, state))
+    assert metrics["loss"] == pytest.approx(LN2, abs=FP64)
+    for name in ("accuracy", "margin", "chosen_rewards", "rejected_rewards"):
+        assert metrics[name] == EXACT
+    for name in ("chosen_logprobs_change", "rejected_logprobs_change"):
+        assert metrics[name] == EXACT
+
+
+def test_a_cached_start_is_a_tie_but_for_rounding():
+    policy = small_policy()
+    ref_policy = policy.reference()
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, CONFIG)
+    metrics = next(dpo.train(policy, ref_policy, CONFIG, state))
+    assert metrics["loss"] == pytest.approx(LN2, abs=FP64)
+    assert metrics["margin"] == pytest.approx(0.0, abs=FP64)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_dropout_is_off(cached):
+    policy = small_policy(dropout=0.5)
+    ref_policy = policy.reference()
+    config = replace(CONFIG, cache_reference=cached)
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    metrics = next(dpo.train(policy, ref_policy, config, state))
+    assert policy.training
+    assert metrics["loss"] == pytest.approx(LN2, abs=FP64)
+    first, second = (dpo.response_logprobs(policy, PREFERENCES)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert policy.lm.config.resid_pdrop == 0.5  # the saved model keeps what it was
+
+
+def one_step(max_tokens):
+    policy, batches = small_policy(), []
+    policy.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    state = State(
+        Optimizer(torch.optim.SGD(policy.parameters(), lr=0.1)), Cursor(PREFERENCES, seed=0)
+    )
+    config = replace(CONFIG, batch_size=8, max_tokens=max_tokens, cache_reference=False)
+    metrics = next(dpo.train(policy, small_policy(seed=1), config, state))
+    return policy, metrics, batches
+
+
+def test_micro_batches_leave_the_gradient_as_it_is():
+    together, metrics, batches = one_step(10_000)
+    assert batches == [16]
+    apart, split_metrics, batches = one_step(1)
+    assert batches == [2] * 8
+    assert largest_difference(apart, together) < FP64
+    for name in ("loss", "grad_norm", *PER_PAIR):
+        assert split_metrics[name] == pytest.approx(metrics[name], abs=FP64)
+    assert largest_difference(together, small_policy()) > 1e-3
+
+
+def test_a_pass_holds_no_more_than_max_tokens():
+    """A pair is two rows, each as wide as the longest of its batch."""
+    cells = []
+    policy = small_policy()
+    policy.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0].ids.numel()))
+    dpo.cache_reference(policy, PREFERENCES, max_tokens=40)
+    assert len(cells) > 1
+    assert max(cells) <= 40
+
+
+def test_training_prefers_what_was_chosen():
+    policy = small_policy(dtype=torch.float32)
+    ref_policy = policy.reference()
+    config = dpo.DPOConfig(epochs=20, batch_size=8, learning_rate=1e-2, beta=0.5)
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    metrics = list(dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES))[-1]
+    assert metrics["eval/accuracy"] == 1.0
+    assert metrics["eval/margin"] > 1
+    assert metrics["loss"] < LN2 / 2
+    assert largest_difference(ref_policy.lm, small_policy(dtype=torch.float32).lm) == EXACT
+
+
+def build():
+    policy = small_policy(dtype=torch.float32)
+    ref_policy = policy.reference()
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, CONFIG)
+    return (
+        policy,
+        state,
+        lambda: dpo.train(policy, ref_policy, CONFIG, state, heldout=PREFERENCES[:3]),
+    )
+
+
+def test_resume():
+    assert_resumes(build, steps=6)
+
+
+def test_determinism():
+    assert_deterministic(build)

@@ -1,0 +1,277 @@
+import math
+
+import pytest
+import torch
+from small import (
+    DEMONSTRATIONS,
+    decayed,
+    largest_difference,
+    real_copy,
+    small_policy,
+    weights,
+)
+from tolerances import EXACT, FP32, FP64
+from torch import nn
+
+from rlhf_min.data import collate
+from rlhf_min.errors import NonFinite
+from rlhf_min.optim import Optimizer, adamw
+
+OPTIONS = {
+    "learning_rate": 0.1,
+    "weight_decay": 0.5,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "total_steps": 10,
+    "max_grad_norm": None,
+    "precision": "fp32",
+}
+
+
+class Toy(nn.Module):
+    """A matrix, a bias and a frozen scalar whose gradients can be chosen."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 4.0]], dtype=dtype))
+        self.bias = nn.Parameter(torch.tensor([3.0, -1.0], dtype=dtype))
+        self.frozen = nn.Parameter(torch.tensor(7.0, dtype=dtype), requires_grad=False)
+
+    def loss(self, matrix, bias):
+        """Has these gradients."""
+        like = self.matrix.new_tensor
+        return (self.matrix * like(matrix)).sum() + (self.bias * like(bias)).sum()
+
+
+def optimizer_of(module, **changed):
+    return adamw(module, **OPTIONS | changed)
+
+
+def descent(module, **changed):
+    """Plain gradient descent at rate 1: the step is the gradient."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return Optimizer(torch.optim.SGD(parameters, lr=1.0), **changed)
+
+
+GRADIENTS = [
+    ([[0.3, -0.1], [2.0, 0.0]], [1.0, -0.5]),
+    ([[-0.2, -0.4], [1.0, 0.7]], [0.0, 3.0]),
+    ([[0.9, 0.1], [-5.0, 0.2]], [-2.0, 0.1]),
+]
+
+
+def adamw_by_hand(x, gradients, *, rate, decay, eps):
+    """Algorithm 2 of Loshchilov and Hutter, for one number."""
+    m = v = 0.0
+    for t, g in enumerate(gradients, start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        step = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + eps)
+        x = x - rate * decay * x - rate * step
+    return x
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_adamw_is_its_formula_and_only_matrices_decay(eps):
+    toy = Toy()
+    start = weights(toy)
+    optimizer = optimizer_of(toy, eps=eps)
+    for matrix, bias in GRADIENTS:
+        optimizer.backward(toy.loss(matrix, bias))
+        optimizer.step()
+    for i in range(2):
+        bias = adamw_by_hand(
+            float(start["bias"][i]),
+            [b[i] for _, b in GRADIENTS],
+            rate=0.1,
+            decay=0.0,
+            eps=eps,
+        )
+        assert float(toy.bias[i].detach()) == pytest.approx(bias, abs=FP64)
+        for j in range(2):
+            matrix = adamw_by_hand(
+                float(start["matrix"][i, j]),
+                [m[i][j] for m, _ in GRADIENTS],
+                rate=0.1,
+                decay=0.5,
+                eps=eps,
+            )
+            assert float(toy.matrix[i, j].detach()) == pytest.approx(matrix, abs=FP64)
+    assert float(toy.frozen) == 7.0
+    assert optimizer.steps == 3
+
+
+RISE = [0.0, 0.25, 0.5, 0.75]  # four steps of warm-up
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [*RISE, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [*RISE, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        # half of 1 + cos of 0, 30, 60, 90, 120 and 150 degrees
+        (
+            "cosine",
+            [*RISE, 1.0, 0.5 + math.sqrt(3) / 4, 0.75, 0.5, 0.25, 0.5 - math.sqrt(3) / 4],
+        ),
+    ],
+)
+def test_schedule(schedule, rates):
+    toy = Toy()
+    optimizer = optimizer_of(
+        toy, schedule=schedule, warmup_steps=4, total_steps=10, learning_rate=1.0, weight_decay=0.0
+    )
+    found = []
+    for _ in range(10):
+        found.append(optimizer.learning_rate)
+        before = toy.bias.detach().clone()
+        optimizer.backward(toy.loss([[0.0, 0.0], [0.0, 0.0]], [1.0, -1.0]))
+        optimizer.step()
+        # With a gradient that never changes, Adam moves by the rate.
+        moved = (before - toy.bias.detach()).tolist()
+        assert moved == pytest.approx([found[-1], -found[-1]], abs=1e-7)  # its eps is 1e-8
+    assert found == pytest.approx(rates, abs=FP64)
+
+
+def test_a_long_gradient_is_scaled_down_as_a_whole():
+    toy = Toy()
+    start = weights(toy)
+    optimizer = descent(toy, max_grad_norm=1.0)
+    optimizer.backward(toy.loss([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0]))
+    assert optimizer.step() == pytest.approx(5.0, abs=FP64)  # sqrt(3^2 + 4^2), before clipping
+    scale = 1 / (5 + 1e-6)
+    assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == pytest.approx(
+        3 * scale, abs=FP64
+    )
+    assert float(start["bias"][1] - toy.bias.detach()[1]) == pytest.approx(-4 * scale, abs=FP64)
+
+
+@pytest.mark.parametrize("limit", [None, 5.1])
+def test_a_gradient_within_the_limit_is_left_alone(limit):
+    toy = Toy()
+    start = weights(toy)
+    optimizer = descent(toy, max_grad_norm=limit)
+    optimizer.backward(toy.loss([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0]))
+    optimizer.step()
+    assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == 3.0
+    assert float(start["bias"][1] - toy.bias.detach()[1]) == -4.0
+
+
+def test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step():
+    toy = Toy()
+    start = weights(toy)
+    optimizer = descent(toy)
+    for _ in range(2):
+        optimizer.backward(toy.loss([[1.0, 0.0], [0.0, 0.0]], [0.0, 0.0]))
+        optimizer.backward(toy.loss([[0.5, 0.0], [0.0, 0.0]], [0.0, 0.0]))
+        optimizer.step()
+    assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == 3.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
+    toy = Toy()
+    optimizer = optimizer_of(toy, schedule="linear", max_grad_norm=1.0)
+    optimizer.backward(toy.loss(*GRADIENTS[0]))
+    optimizer.step()
+    before, state, rate = weights(toy), real_copy(optimizer.state_dict()), optimizer.learning_rate
+    optimizer.backward(toy.loss([[bad, 0.0], [0.0, 0.0]], [1.0, 1.0]))
+    with pytest.raises(NonFinite) as caught:
+        optimizer.step("the batch")
+    assert (caught.value.step, caught.value.tensor) == (1, "gradient")
+    assert caught.value.batch == "the batch"
+    assert largest_difference(toy, before) == EXACT
+    assert optimizer.learning_rate == rate
+    # Nothing of the bad step is left: the next one is as if it had never been.
+    optimizer.backward(toy.loss(*GRADIENTS[1]))
+    optimizer.step()
+    other = Toy()
+    other.load_state_dict(toy.state_dict() | before)
+    resumed = optimizer_of(other, schedule="linear", max_grad_norm=1.0)
+    resumed.load_state_dict(state)
+    resumed.backward(other.loss(*GRADIENTS[1]))
+    resumed.step()
+    assert largest_difference(toy, other) == EXACT
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_restored_optimizer_goes_on_with_the_same_bits(schedule):
+    toy, other = Toy(), Toy()
+    optimizer = optimizer_of(toy, schedule=schedule, warmup_steps=2)
+    for gradients in GRADIENTS:
+        optimizer.backward(toy.loss(*gradients))
+        optimizer.step()
+    other.load_state_dict(real_copy(toy.state_dict()))
+    restored = optimizer_of(other, schedule=schedule, warmup_steps=2)
+    restored.load_state_dict(real_copy(optimizer.state_dict()))
+    assert restored.steps == 3
+    for gradients in GRADIENTS:
+        assert restored.learning_rate == optimizer.learning_rate
+        for module, stepped in ((toy, optimizer), (other, restored)):
+            stepped.backward(module.loss(*gradients))
+            stepped.step()
+        assert largest_difference(toy, other) == EXACT
+
+
+def first_batch(policy):
+    return collate(
+        [x.prompt_ids for x in DEMONSTRATIONS],
+        [x.response_ids for x in DEMONSTRATIONS],
+        pad_id=policy.pad_id,
+    )
+
+
+def test_bf16_is_only_a_matter_of_the_forward_pass():
+    policy = small_policy(critic="shared", dtype=torch.float32)
+    optimizer = optimizer_of(policy, precision="bf16")
+    plain = policy(first_batch(policy))
+    with optimizer.autocast():
+        half = policy(first_batch(policy))
+    for ours, theirs in zip(half, plain, strict=True):
+        assert ours.dtype == torch.float32
+        error = float((ours - theirs).detach().abs().max())
+        assert 1e-5 < error < 0.2  # bf16 has 8 bits
+    optimizer.backward(half.logprobs.sum())
+    assert {p.grad.dtype for p in policy.lm.parameters()} == {torch.float32}
+    optimizer.step()
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert plain.logprobs.dtype == torch.float32
+
+
+def test_fp32_is_not_cast():
+    policy = small_policy()
+    optimizer = optimizer_of(policy)
+    with optimizer.autocast():
+        inside = policy(first_batch(policy)).logprobs
+    assert inside.dtype == torch.float64
+    assert torch.equal(inside, policy(first_batch(policy)).logprobs)
+
+
+def test_fp16_scales_the_loss_and_skips_an_overflow():
+    toy, plain = Toy(torch.float32), Toy(torch.float32)
+    optimizer = optimizer_of(toy, precision="fp16", max_grad_norm=1.0)
+    other = optimizer_of(plain, max_grad_norm=1.0)
+    start, scale = weights(toy), optimizer.scaler.get_scale()
+    optimizer.backward(toy.loss([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
+    optimizer.step()
+    assert largest_difference(toy, start) == EXACT
+    assert optimizer.scaler.get_scale() == scale / 2
+    # The scale is a power of two, so that a good step has the bits of an unscaled one.
+    norms = []
+    for module, stepped in ((toy, optimizer), (plain, other)):
+        stepped.backward(module.loss(*GRADIENTS[0]))
+        norms.append(stepped.step())
+    assert norms[0] == norms[1] == pytest.approx(math.sqrt(5.35), rel=FP32)
+    assert largest_difference(toy, plain) == EXACT
+    assert largest_difference(toy, start) > 0
+
+
+def test_a_language_model_decays_its_matrices_only():
+    policy = small_policy(critic="shared")
+    optimizer = optimizer_of(policy, weight_decay=0.3)
+    groups = [
+        {id(p) for p in group["params"]}
+        for group in optimizer.optimizer.param_groups
+        if group["weight_decay"] == 0.3
+    ]
+    assert groups == [{id(p) for p in decayed(policy, 0.3)[0]["params"]}]
+    assert len(groups[0]) == 7  # wte, wpe, c_attn, 2 x c_proj, c_fc, value_head

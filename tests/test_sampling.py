@@ -1,0 +1,202 @@
+"""The sampler against full forward passes without cache and padding, one row at a time."""
+
+import copy
+import math
+from collections import Counter
+from itertools import accumulate, product
+
+import pytest
+import torch
+from tiny import EOS, PAD, gpt2, llama, policy, token_rows
+
+from rlhf_min.data import collate
+from rlhf_min.sampling import _inverse_cdf, sample
+
+CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+FEW = 5  # tokens in the vocabulary, so that EOS comes now and then
+PROMPTS = token_rows([3, 1, 7, 2, 5, 1], seed=20, vocabulary=FEW)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(model, prompts, *, tokens=8, temperature=1.0, seed=0):
+    found = sample(
+        model, prompts, max_new_tokens=tokens, temperature=temperature, rng=generator(seed)
+    )
+    return [row.tolist() for row in found]
+
+
+@torch.no_grad()
+def distribution(lm, ids, temperature=1.0):
+    """Of the token after these ids, by one full pass without cache."""
+    logits = lm(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+    return (logits / temperature).softmax(-1).tolist()
+
+
+def drawn_by_hand(lm, prompt, uniforms, temperature):
+    """Walk along the probabilities until they exceed the uniform number; no cache, no padding."""
+    response = []
+    for u in uniforms:
+        cdf = accumulate(distribution(lm, prompt + response, temperature))
+        token = next(v for v, total in enumerate(cdf) if total > u)
+        response.append(token)
+        if token == EOS:
+            break
+    return response
+
+
+@CAUSAL
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_each_row_is_what_the_row_alone_draws_by_hand(make, temperature):
+    lm = make(vocabulary=FEW)
+    prompts = token_rows([3, 1, 7, 2, 5, 1] * 3, seed=23, vocabulary=FEW)
+    uniforms = torch.rand(18, 9, generator=generator(), dtype=torch.float64).tolist()
+    expected = [
+        drawn_by_hand(lm, prompt.tolist(), row, temperature)
+        for prompt, row in zip(prompts, uniforms, strict=True)
+    ]
+    assert draw(policy(lm), prompts, tokens=9, temperature=temperature) == expected
+    # the case has rows that end early, at different times, and rows that are cut
+    assert len({len(row) for row in expected}) >= 3
+    assert any(row[-1] == EOS for row in expected)
+    assert any(row[-1] != EOS for row in expected)
+
+
+def test_a_uniform_number_on_an_edge_takes_the_next_token():
+    # probabilities 0, 1/2, 0, 1/2, 0: the edges are 0 and 1/2, and none of the zeros is ever drawn
+    logits = torch.tensor([-math.inf, 1.0, -math.inf, 1.0, -math.inf]).expand(5, 5)
+    uniforms = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert _inverse_cdf(logits, uniforms).tolist() == [1, 1, 3, 3, 3]
+
+
+@CAUSAL
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frequencies_are_the_exact_probabilities(make, temperature):
+    # tokens 0, EOS = 1, 2; all 15 responses of at most 3 tokens, two prompts of unequal length
+    lm, rows = make(seed=3, vocabulary=3), 4000
+    prompts = [[2], [0, 2, 2, 0]]
+    sampled = draw(
+        policy(lm),
+        [torch.tensor(prompt) for prompt in prompts] * rows,
+        tokens=3,
+        temperature=temperature,
+    )
+    for k, prompt in enumerate(prompts):
+        exact = {}
+        for n in (1, 2, 3):
+            for response in product(range(3), repeat=n):
+                if EOS in response[:-1] or (n < 3 and response[-1] != EOS):
+                    continue
+                steps = [
+                    distribution(lm, prompt + list(response[:t]), temperature)[response[t]]
+                    for t in range(n)
+                ]
+                exact[response] = math.prod(steps)
+        assert len(exact) == 15
+        assert sum(exact.values()) == pytest.approx(1, abs=1e-9)
+        counts = Counter(tuple(row) for row in sampled[k::2])
+        assert set(counts) <= set(exact)
+        for response, p in exact.items():
+            standard_error = math.sqrt(p * (1 - p) / rows)
+            assert abs(counts[response] / rows - p) < 4 * standard_error + 1 / rows
+        chi_square = sum((counts[r] - rows * p) ** 2 / (rows * p) for r, p in exact.items())
+        assert chi_square < 36.1  # 14 degrees of freedom: exceeded once in 1000
+
+
+@CAUSAL
+def test_a_low_temperature_is_greedy_decoding(make):
+    lm = make(vocabulary=FEW)
+    expected = []
+    for prompt in PROMPTS:
+        ids = prompt.tolist()
+        while len(ids) < len(prompt) + 8 and EOS not in ids[len(prompt) :]:
+            p = distribution(lm, ids)
+            ids.append(p.index(max(p)))
+        expected.append(ids[len(prompt) :])
+    assert draw(policy(lm), PROMPTS, temperature=1e-6) == expected
+
+
+@CAUSAL
+def test_a_row_does_not_depend_on_what_the_others_do(make):
+    model = policy(make(vocabulary=FEW))
+    first = draw(model, PROMPTS)
+    others = [PROMPTS[0], *token_rows([9, 2, 1, 4], seed=24, vocabulary=FEW), PROMPTS[5]]
+    second = draw(model, others)
+    assert (first[0], first[5]) == (second[0], second[5])
+    assert first[1:5] != second[1:5]
+
+
+def test_the_generator_alone_decides():
+    model = policy(gpt2(vocabulary=FEW))
+    torch.manual_seed(0)
+    first = draw(model, PROMPTS, seed=5)
+    before = torch.get_rng_state()
+    assert draw(model, PROMPTS, seed=5) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert draw(model, PROMPTS, seed=6) != first
+    rng = generator(5)
+    both = [sample(model, PROMPTS, max_new_tokens=8, temperature=1.0, rng=rng) for _ in range(2)]
+    assert [row.tolist() for row in both[0]] == first
+    assert [row.tolist() for row in both[1]] != first  # it goes on, it does not start again
+
+
+def test_rows_end_at_the_first_eos_or_at_the_limit():
+    found = draw(
+        policy(gpt2(vocabulary=FEW)), token_rows([2] * 60, seed=22, vocabulary=FEW), tokens=6
+    )
+    for row in found:
+        assert EOS not in row[:-1]
+        assert len(row) == 6 or row[-1] == EOS
+    assert {len(row) for row in found} == {1, 2, 3, 4, 5, 6}
+    assert all(len(row) == 1 for row in draw(policy(gpt2(vocabulary=FEW)), PROMPTS, tokens=1))
+
+
+def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():
+    model, sizes = policy(gpt2(vocabulary=FEW)), []
+    model.lm.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    ends = [len(row) for row in draw(model, PROMPTS, tokens=50)]
+    assert max(ends) < 50
+    assert sizes == [sum(end > t for end in ends) for t in range(max(ends))]
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS, 4, None])
+def test_what_pads_the_prompts_changes_nothing(pad):
+    model = policy(gpt2(vocabulary=FEW))
+    expected = draw(model, PROMPTS)
+    model.tokenizer.pad_token_id = pad
+    assert draw(model, PROMPTS) == expected
+
+
+def test_ids_are_longs_on_the_cpu_without_gradient():
+    model = policy(gpt2(vocabulary=FEW))
+    for row in sample(model, PROMPTS, max_new_tokens=2, temperature=1.0, rng=generator()):
+        assert (row.dtype, row.device.type, row.requires_grad) == (torch.long, "cpu", False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training):
+    model = policy(gpt2(vocabulary=FEW, dropout=0.5))
+    expected = draw(policy(gpt2(vocabulary=FEW)), PROMPTS)
+    weights = copy.deepcopy(model.state_dict())
+    assert draw(model.train(training), PROMPTS) == expected
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(now, weights[name]) for name, now in model.state_dict().items())
+
+
+def test_log_probabilities_of_the_policy_are_those_of_its_samples():
+    # tokens were drawn by inverse cdf: u lies between the cdf before and after the token
+    model, temperature = policy(llama(vocabulary=FEW)), 0.8
+    uniforms = torch.rand(6, 8, generator=generator(), dtype=torch.float64)
+    responses = [torch.tensor(row) for row in draw(model, PROMPTS, temperature=temperature)]
+    batch = collate(PROMPTS, responses, pad_id=PAD)
+    with torch.no_grad():
+        p = model.token_logits(batch, temperature=temperature).softmax(-1)
+        logprobs = model(batch, temperature=temperature).logprobs[batch.mask]
+    upper = p.cumsum(-1).gather(-1, batch.responses[batch.mask][:, None])[:, 0]
+    rows, t = batch.mask.nonzero(as_tuple=True)
+    assert (uniforms[rows, t] < upper + 1e-9).all()
+    assert (uniforms[rows, t] >= upper - logprobs.exp() - 1e-9).all()
