@@ -154,10 +154,10 @@ def _draw(axes: Axes, log: MetricsLog, title: str, lines: list[tuple[str, str, s
         steps, values = log.series(stage, metric)
         if not steps:
             continue
-        if i == 0 and len(steps) > 60:  # a train curve: noisy, so its running mean is the line
-            axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
-            values = _running_mean(values, len(values) // 30)
         style: dict[str, Any] = {"color": ink if i == 0 else "#333333"}
+        if len(steps) > 60:  # a train curve: noisy, so its running mean is the line
+            axes.plot(steps, values, alpha=0.25, linewidth=0.8, **style)
+            values = _running_mean(values, len(values) // 60)
         if metric.startswith("eval/"):
             style |= {"marker": "o", "markersize": 3}
         axes.plot(steps, values, label=legend, linewidth=1.6, **style)
@@ -170,12 +170,10 @@ def _draw(axes: Axes, log: MetricsLog, title: str, lines: list[tuple[str, str, s
         axes.legend(fontsize=8, frameon=False)
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i - window) : i + 1]
-        means.append(sum(part) / len(part))
-    return means
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """At each place the mean of it and of up to `reach` neighbours on either side."""
+    parts = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _cells(evaluation: Evaluation) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import (
 # So narrow a model hardly starts to learn from the usual 0.02; of the values tried these were best.
 GPT2_INIT = 0.06
 BERT_INIT = 0.11
-QUIET = 1 / 6  # of the BERT's initial position and token type embeddings; without it, it learns late
+QUIET = 1 / 6  # of BERT's first position and token type embeddings; without it, it learns late
 
 
 def small_gpt2(tokenizer: PreTrainedTokenizerBase, *, positions: int, seed: int) -> GPT2LMHeadModel:

@@ -1,0 +1,56 @@
+"""Whole PPO runs against the ``PPOTrainer`` of trl 1.12.0: all weights and all metrics."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ppo_harness import EXTRA_TEMPERATURE, policy_of, random_batches, random_models
+from ppo_harness import train_ours, train_trl
+from small import largest_difference
+from tolerances import FP64
+
+from rlhf_min.ppo import PPOConfig
+
+CONFIG = PPOConfig(
+    steps=3,
+    batch_size=32,
+    minibatch_size=8,
+    epochs=2,
+    critic="separate",
+    max_new_tokens=6,
+    temperature=0.7 + EXTRA_TEMPERATURE,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    adam_eps=1e-8,
+    max_grad_norm=None,  # trl never clips
+    gamma=0.97,
+    max_tokens=50,  # about two micro-batches in each minibatch; trl takes it whole
+)
+RUNS = {
+    "k1": CONFIG,
+    "k3": replace(CONFIG, kl="k3", kl_coef=0.2),
+    "k1, whitened rewards": replace(CONFIG, whiten_rewards=True),
+    "k3, whitened rewards, EOS penalty": replace(
+        CONFIG, kl="k3", whiten_rewards=True, eos_penalty=1.5
+    ),
+}
+
+
+@pytest.mark.parametrize("config", RUNS.values(), ids=RUNS.keys())
+def test_a_whole_run_ends_at_the_weights_and_metrics_of_trl(
+    config: PPOConfig, tmp_path: Path
+) -> None:
+    batches, models = random_batches(config), random_models()
+    start = policy_of(models)
+    policy, metrics = train_ours(models, batches, config)
+    trl_metrics = train_trl(models, batches, config, tmp_path)  # trains the models in place
+
+    assert largest_difference(policy, policy_of(models)) <= FP64
+    assert len(metrics) == len(trl_metrics) == config.steps
+    for ours, theirs in zip(metrics, trl_metrics, strict=True):
+        assert ours.keys() == theirs.keys() - {"eps"}  # episodes per second
+        assert ours == pytest.approx({k: theirs[k] for k in ours}, rel=0, abs=FP64)
+
+    # The run was worth comparing: it moved, and both losses met their clips.
+    assert largest_difference(policy, start) > 0.05
+    assert all(m["policy/clipfrac_avg"] > 0 and m["val/clipfrac_avg"] > 0 for m in metrics)

@@ -1,0 +1,200 @@
+"""The reward model against the ``RewardTrainer`` of trl 1.12.0: loss, gradient, whole runs."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import bert, bert_words, gpt2_classifier, words
+from tolerances import FP64
+from torch import Tensor
+from trainer_harness import (
+    SEED,
+    Row,
+    float64,
+    gradients,
+    import_trl,
+    largest_gap,
+    metric_gap,
+    options,
+    preference_rows,
+    steps,
+    their_batch,
+    weights,
+)
+
+from rlhf_min import reward
+from rlhf_min.models import RewardModel
+
+trl = import_trl()
+from datasets import Dataset  # noqa: E402
+from trl.trainer.reward_trainer import DataCollatorForPreference  # noqa: E402
+
+RATE = 1e-4  # low, for the reason given in test_dpo_1_12.py
+CENTER_COEF = 0.05
+CONFIG = reward.RewardConfig(
+    epochs=2,
+    batch_size=4,
+    learning_rate=RATE,
+    schedule="linear",
+    warmup_share=1 / 3,  # 2 of 6 steps
+    weight_decay=0.1,
+    max_grad_norm=3.0,  # shorter than some of the gradients and longer than others
+    center_coef=CENTER_COEF,
+    max_tokens=80,  # other micro-batches than trl's 2 pairs
+    seed=SEED,
+)
+# Ours and trl's. Ours alone: ties. trl's alone: min_, mean_, max_reward, num_tokens.
+PER_STEP = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+BERT, GPT2 = bert(1), gpt2_classifier(1)
+
+
+def reward_model(kind: str) -> RewardModel:
+    """Of BERT, which reads prompt and response as two segments, or of GPT-2, which reads one."""
+    if kind == "bert":
+        return RewardModel(copy.deepcopy(BERT), bert_words())
+    tokenizer = words()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as GPT-2's own: no segments
+    return RewardModel(copy.deepcopy(GPT2), tokenizer)
+
+
+class Segments(DataCollatorForPreference):
+    """trl's collator and BERT's segments, of which trl has no notion: after the first [SEP], 1."""
+
+    def torch_call(self, examples: list[Row]) -> dict[str, Tensor]:
+        batch = super().torch_call(examples)
+        ends = (batch["input_ids"] == bert_words().sep_token_id).int()
+        behind = (ends.cumsum(1) - ends).clamp(max=1)
+        return {**batch, "token_type_ids": behind * batch["attention_mask"]}
+
+
+def their_trainer(kind: str, ours: RewardModel, rows: list[Row], folder: Path, **own: Any) -> Any:
+    """trl's trainer with the settings of `CONFIG`.
+
+    It encodes the texts for GPT-2 by itself; for BERT, whose pairs it cannot encode, it is given
+    the ids that our model reads.
+    """
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 3.0,
+        "center_rewards_coefficient": CENTER_COEF,
+    }
+    if kind == "bert":
+        data = [
+            {f"{side}_ids": our_ids(ours, row, side) for side in ("chosen", "rejected")}
+            | ({"margin": row["margin"]} if "margin" in row else {})
+            for row in rows
+        ]
+        collator: Any = Segments(pad_token_id=ours.tokenizer.pad_token_id)
+    else:
+        data, collator = rows, None
+    return trl.RewardTrainer(
+        model=copy.deepcopy(BERT if kind == "bert" else GPT2),
+        args=trl.RewardConfig(**options(folder, **(settings | own))),
+        processing_class=copy.deepcopy(ours.tokenizer),
+        train_dataset=Dataset.from_list(data),
+        data_collator=collator,
+    )
+
+
+def our_ids(model: RewardModel, row: Row, side: str) -> list[int]:
+    return model.encode([row["prompt"]], [row[side]]).input_ids[0].tolist()
+
+
+def same_inputs(model: RewardModel, rows: list[Row], trainer: Any) -> bool:
+    """What both models are given for a whole batch, names, padding and segments included."""
+    theirs = trainer.data_collator(list(trainer.train_dataset))
+    prompts = [row["prompt"] for row in rows] * 2
+    ours = model.encode(prompts, [row[side] for side in ("chosen", "rejected") for row in rows])
+    return ours.keys() == theirs.keys() - {"margin"} and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def with_margins(rows: list[Row]) -> list[Row]:
+    """Margins that float32, in which trl keeps them, holds without rounding."""
+    return [{**row, "margin": i % 4 / 4} for i, row in enumerate(rows)]
+
+
+@pytest.mark.eq("reward")
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("center_coef", [0.0, CENTER_COEF])
+@pytest.mark.parametrize("margins", [False, True], ids=["no margins", "margins"])
+def test_loss_gradient_and_metrics_of_batches(
+    kind: str, center_coef: float, margins: bool, tmp_path: Path
+) -> None:
+    rows = preference_rows(12, seed=3)
+    rows = with_margins(rows) if margins else rows
+    batches = [[1], [1, 2], [3, 4, 5, 6], list(range(12))]
+    ours = reward_model(kind)
+    examples, _ = reward.prepare_pairs(ours, rows)
+    with float64():
+        centre = {"center_rewards_coefficient": center_coef or None}
+        trainer = their_trainer(kind, ours, rows, tmp_path, **centre)
+        theirs = [their_batch(trainer, batch) for batch in batches]
+    assert same_inputs(ours, rows, trainer)
+    for batch, (loss, metrics, gradient) in zip(batches, theirs, strict=True):
+        found = reward.batch_loss(ours, [examples[i] for i in batch], center_coef=center_coef)
+        assert abs(found.loss.item() - loss) <= FP64
+        assert abs(found.accuracy.item() - metrics["accuracy"]) <= FP64
+        assert abs(found.margin.item() - metrics["margin"]) <= FP64
+        assert largest_gap(gradients(ours.model, found.loss), gradient) <= FP64
+
+
+@pytest.mark.eq("reward")
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_whole_run(kind: str, tmp_path: Path) -> None:
+    # 10 pairs, 2 in a micro-batch, 2 micro-batches in a step: the epoch's last step has one only.
+    # The responses are of unequal length, which makes no difference: the mean is over pairs.
+    rows = with_margins(preference_rows(10, seed=4))
+    ours = reward_model(kind)
+    start = weights(ours.model)
+    examples, _ = reward.prepare_pairs(ours, rows)
+    metrics = list(reward.train(ours, CONFIG, reward.new_state(ours, examples, CONFIG)))
+    with float64():
+        trainer = their_trainer(kind, ours, rows, tmp_path)
+        trainer.train()
+    logs = steps(trainer.state.log_history)
+    assert len(metrics) == len(logs) == 6
+    # The clip is felt and is not always felt.
+    norms = [m["grad_norm"] for m in metrics]
+    print(norms)
+    assert min(norms) < 3.0 < max(norms)
+    for ours_now, theirs_now in zip(metrics, logs, strict=True):
+        assert metric_gap(ours_now, theirs_now, PER_STEP) <= FP64
+    assert largest_gap(weights(ours.model), weights(trainer.model)) <= FP64
+    assert largest_gap(weights(ours.model), start) > RATE
+
+
+@pytest.mark.eq("reward")
+def test_a_short_last_micro_batch_weighs_more_in_trl(tmp_path: Path) -> None:
+    # 3 pairs in micro-batches of 2 and of 1: the single pair counts half of trl's step.
+    rows = preference_rows(3, seed=5)
+    ours = reward_model("bert")
+    examples, _ = reward.prepare_pairs(ours, rows)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(SEED)).tolist()
+    first, second = [examples[i] for i in order[:2]], [examples[i] for i in order[2:]]
+    with torch.no_grad():
+        two = reward.batch_loss(ours, first, center_coef=CENTER_COEF).loss.item()
+        one = reward.batch_loss(ours, second, center_coef=CENTER_COEF).loss.item()
+    assert abs(two - one) > 0.01
+    with float64():
+        trainer = their_trainer("bert", ours, rows, tmp_path, num_train_epochs=1)
+        trainer.train()
+    state = reward.new_state(ours, examples, CONFIG)
+    our_loss = next(reward.train(ours, CONFIG, state))["loss"]
+    assert abs(steps(trainer.state.log_history)[0]["loss"] - (two + one) / 2) <= FP64
+    assert abs(our_loss - (2 * two + one) / 3) <= FP64

@@ -1,0 +1,154 @@
+"""Drives the trainers of trl 1.12.0, unmodified, in float64 and without a network.
+
+What is supplied here: texts or ids, the options that both sides share, and float64. The order of
+the rows needs nothing: both sides draw it from the seed plus the epoch.
+"""
+
+import copy
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import WORDS
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+torch.set_num_threads(1)  # models so small only wait for a second thread
+
+VERSION = "1.12.0"
+SEED = 7  # of the order of the rows, on both sides
+
+Row = dict[str, Any]
+
+
+def import_trl() -> Any:
+    """trl, or the whole module is skipped."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    trl = pytest.importorskip("trl", reason=f"needs trl=={VERSION}", exc_type=ImportError)
+    if trl.__version__ != VERSION:
+        pytest.skip(f"needs trl=={VERSION}, found {trl.__version__}", allow_module_level=True)
+    return trl
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """trl and the loops below it in float64, and nothing of theirs left behind.
+
+    They lower float64 in two ways: by ``x.float()``, and by new tensors of the default dtype.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    # One for a process: a second trainer would inherit the accumulation of the first.
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    default = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def options(folder: Path, **own: Any) -> dict[str, Any]:
+    """What each trainer of trl is told: plain AdamW, every step logged, nothing saved."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": SEED,
+        **own,
+    }
+
+
+def preference_rows(n: int, *, seed: int) -> list[Row]:
+    """Random texts of unequal lengths. Prompts end in the space that trl joins them by."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": _text(rng, 5) + " ",
+            "chosen": "bu " + _text(rng, 6),  # so that the two always differ
+            "rejected": "ka " + _text(rng, 6),
+        }
+        for _ in range(n)
+    ]
+
+
+def demonstration_rows(n: int, *, seed: int) -> list[Row]:
+    """Random texts of unequal lengths, as ours; trl calls the response "completion"."""
+    rng = random.Random(seed)
+    return [{"prompt": _text(rng, 5) + " ", "response": _text(rng, 6)} for _ in range(n)]
+
+
+def _text(rng: random.Random, longest: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+
+def near(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    """A model of the same kind, close enough that no sigmoid of their difference saturates."""
+    rng = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    return other
+
+
+def steps(logs: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Of trl's log, the entries of optimizer steps."""
+    return [entry for entry in logs if "loss" in entry]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Of each parameter that the loss depends on; the parameters' own gradients stay empty."""
+    module.zero_grad()
+    loss.backward()
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+class TheirBatch(NamedTuple):
+    """What a trainer of trl makes of one batch."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradient: dict[str, Tensor]
+
+
+def their_batch(trainer: Any, rows: Sequence[int], **also: Any) -> TheirBatch:
+    """These rows of its data through its collator and `compute_loss`."""
+    trainer.model.train()
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+    loss = trainer.compute_loss(trainer.model, inputs, **also)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return TheirBatch(loss.item(), metrics, gradients(trainer.model, loss))
+
+
+def largest_gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest absolute difference of any entry; both must have the same names."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def metric_gap(
+    ours: Mapping[str, float], theirs: Mapping[str, float], names: Mapping[str, str]
+) -> float:
+    """The largest absolute difference of any metric; `names` leads from ours to trl's."""
+    return max(abs(ours[name] - theirs[their_name]) for name, their_name in names.items())

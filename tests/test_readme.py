@@ -1,0 +1,74 @@
+"""The README says what is so: its code runs, and its figures are those that a command wrote."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny import bert, bert_words, gpt2, words
+
+from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.models import Policy, RewardModel
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+    save_policy(Policy(gpt2().float(), words()), tmp_path / "runs/quickstart/sft")
+    reward_model = RewardModel(bert().float(), bert_words())
+    save_reward_model(reward_model, tmp_path / "runs/quickstart/reward_model")
+    monkeypatch.chdir(tmp_path)
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert blocks
+    for code in blocks:
+        # The tiny models here have no room for 128 tokens.
+        code = code.replace("max_prompt_tokens=80, max_response_tokens=48", "8, 8")
+        code = code.replace("batch_size=16", "batch_size=16, max_new_tokens=8")
+        exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 5
+    assert all(len([float(x) for x in line.split()]) == 2 for line in printed)
+
+
+def test_the_table_is_what_the_quickstart_wrote():
+    results = json.loads((ROOT / "examples/results/quickstart-seed-0.json").read_text("utf-8"))
+    (table,) = [text for _, text in BLOCKS if "SFT" in text and "win rate by gold" in text]
+    names = {
+        "score": "score",
+        "gold reward": "gold_reward",
+        "correct": "correct",
+        "polite": "polite",
+        "brief": "brief",
+        "win rate by gold": "gold_win_rate",
+        "KL, nats": "kl",
+        "BLEU": "bleu",
+        "ROUGE-L": "rougeL",
+        "length, tokens": "response_length",
+    }
+    shown = {}
+    for line in table.splitlines():
+        figures = re.findall(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", line)
+        if len(figures) == 3:
+            title = line[: line.index(figures[0][0])].strip()
+            shown[title] = [tuple(map(float, figure)) for figure in figures]
+    for title, name in names.items():
+        for model, (mean, lo, hi) in zip(("sft", "ppo", "dpo"), shown[title], strict=True):
+            found = results[model][name]
+            wanted = [found["mean"], *found["ci95"]]
+            digits = 1 if name in ("bleu", "response_length") else 3
+            assert [f"{x:.{digits}f}" for x in wanted] == [
+                f"{x:.{digits}f}" for x in (mean, lo, hi)
+            ], f"{title}, {model}"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m venv .*$", README, flags=re.MULTILINE))
+def test_the_commands_name_files_that_exist(line):
+    for name in re.findall(r"examples/\w+\.py", line):
+        assert (ROOT / name).is_file()
+
+
+def test_every_example_is_told_and_every_told_example_exists():
+    told = set(re.findall(r"examples/(\w+\.py)", README))
+    assert told == {path.name for path in (ROOT / "examples").glob("*.py")}
