@@ -1,7 +1,8 @@
 """Compare trained policies on the same prompts: scores, win rates, KL, BLEU, ROUGE, diversity.
 
 The models are the folders sft, ppo, dpo and reward_model of --run, or any folders or names. The
-first of --models is the baseline of the win rates and the reference of the KL.
+first of --models is the baseline of the win rates and the reference of the KL. A file given by
+--data is used whole: give rows that the models were not trained on.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, read_run
 from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.models import RewardModel
 
@@ -23,7 +24,7 @@ class EvaluateOptions(RunOptions):
     run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
     models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
     test_prompts: int = option(1000, "Test prompts, at most.")
-    seed: int = option(0, "Of the world, the samples and the bootstrap.")
+    seed: int | None = option(None, "Of the world, samples and bootstrap. Default: the run's.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,31 +41,33 @@ def main() -> None:
         not Path(options.run).resolve().is_relative_to(out.resolve()),
         f"--out {out} would overwrite the models of --run {options.run}; give another folder",
     )
-    inputs = load_inputs(options, "evaluation", seed=options.seed)
+    seed = read_run(Path(options.run))["seed"] if options.seed is None else options.seed
+    inputs = load_inputs(options, "evaluation", seed=seed)
     test = inputs.test[: options.test_prompts]
     policies = {
-        name: start_policy(replace(options, model=folder), [], critic="none", seed=options.seed)
+        name: start_policy(replace(options, model=folder), [], critic="none", seed=seed)
         for name, folder in model_folders(options.models, options.run).items()
     }
     baseline, first = next(iter(policies.items()))
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
     reward_model = RewardModel.from_pretrained(reward_folder).to(first.device)
-    codec = make_codec(first, options)
+    prompts, cut = make_codec(first, options).encode_prompts(test)
+    print(f"{len(prompts)} prompts from {options.data or 'the world'}; {cut}")
 
     evaluations = evaluate_policies(
         policies,
         first.reference(),
         reward_model.score,
-        codec.encode_prompts(test)[0],
+        prompts,
         [row["references"] for row in test],
         baseline=baseline,
         monitors=inputs.monitors,
         max_new_tokens=options.max_response_tokens,
         max_tokens=8192,
-        seed=options.seed,
+        seed=seed,
     )
     open_run(out, options)
-    results = report.results_json(evaluations, reward_model={}, seed=options.seed)
+    results = report.results_json(evaluations, reward_model={}, seed=seed)
     report.write_json(out / "results.json", results)
     report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])
     print(report.results_table(evaluations, baseline=baseline))

@@ -67,18 +67,20 @@ def main() -> None:
     save_reward_model(reward_model, out / "reward_model")
     print(reward_report)
 
-    ppo_policy = stages.run_ppo(sft_policy, codec, reward_model.score, inputs, ppo_config, log)
+    ppo_policy = stages.run_ppo(sft_policy, codec, reward_model, inputs, ppo_config, log)
     save_policy(ppo_policy, out / "ppo")
 
     dpo_policy = stages.run_dpo(sft_policy, codec, inputs, dpo_config, log)
     save_policy(dpo_policy, out / "dpo")
 
     test = inputs.test[: options.test_prompts]
+    prompts, cut = codec.encode_prompts(test)
+    print(f"evaluation on {len(prompts)} prompts that no stage has seen; {cut}")
     evaluations = evaluate_policies(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
         sft_policy.reference(),
         reward_model.score,
-        codec.encode_prompts(test)[0],
+        prompts,
         [row["references"] for row in test],
         baseline="sft",
         monitors=inputs.monitors,

@@ -26,7 +26,8 @@ def main() -> None:
     stages.check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
-    policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
+    critic = "none" if options.model is None else config.critic
+    policy = start_policy(options, inputs.texts, critic=critic, seed=config.seed)
     codec = make_codec(policy, options)
     if options.reward_model is not None:
         reward_model = RewardModel.from_pretrained(options.reward_model).to(policy.device)
@@ -43,7 +44,7 @@ def main() -> None:
                 reward_model, inputs, reward_config, log, sft_policy=policy, codec=codec
             )
         )
-    policy = stages.run_ppo(policy, codec, reward_model.score, inputs, config, log)
+    policy = stages.run_ppo(policy, codec, reward_model, inputs, config, log)
 
     save_policy(policy, out / "ppo")
     report.write_curves(out / "curves.png", log)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from .errors import BadInput
@@ -25,6 +26,17 @@ def require_not_negative(config: Any, *names: str) -> None:
 def require_share(config: Any, *names: str) -> None:
     """Raise `BadInput` unless each of these fields lies in [0, 1]; None passes."""
     _require_range(config, names, "between 0 and 1", lambda x: 0 <= x <= 1)
+
+
+def require_choices(config: Any) -> None:
+    """Raise `BadInput` unless each field of a `Literal` type holds one of its choices."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        if choices and getattr(config, name) not in choices:
+            raise BadInput(
+                f"{type(config).__name__}: {name} is {getattr(config, name)!r}; it must be one of "
+                + ", ".join(map(str, choices))
+            )
 
 
 def require_seed(config: Any, *names: str) -> None:

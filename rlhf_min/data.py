@@ -131,6 +131,11 @@ class CutReport:
     response_tokens_cut: int = 0
     equal_after_cut: int = 0
 
+    def add(self, other: "CutReport") -> None:
+        """Count in another report's rows."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
     def __str__(self) -> str:
         parts = []
         for name in ("prompt", "response"):

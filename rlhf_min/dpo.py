@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from .config import (
     option,
+    require_choices,
     require_not_negative,
     require_positive,
     require_seed,
@@ -32,7 +32,7 @@ class DPOConfig:
     warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
     weight_decay: float = option(0.0, "AdamW's decay of matrices.")
     max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
-    beta: float = option(0.1, "DPO's temperature; larger keeps the policy nearer the reference.")
+    beta: float = option(0.3, "DPO's temperature; larger keeps the policy nearer the reference.")
     label_smoothing: float = option(0.0, "Assumed share of flipped labels, below 0.5.")
     cache_reference: bool = option(True, "Score the reference once, before training.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
@@ -45,6 +45,7 @@ class DPOConfig:
         require_positive(self, "beta", "max_tokens", "eval_every")
         require_not_negative(self, "weight_decay")
         require_seed(self, "seed")
+        require_choices(self)
         require_share(self, "warmup_share")
         require(
             0 <= self.label_smoothing < 0.5,
@@ -184,7 +185,6 @@ def evaluate(
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-@torch.no_grad()
 def cache_reference(
     ref_policy: Policy, examples: Sequence[PreferenceExample], *, max_tokens: int
 ) -> list[PreferenceExample]:
@@ -193,7 +193,8 @@ def cache_reference(
     for part in in_groups(
         list(enumerate(examples)), lambda x: _length(x[1]), max_tokens=max_tokens
     ):
-        chosen, rejected = response_logprobs(ref_policy, [example for _, example in part])
+        with evaluating(ref_policy):
+            chosen, rejected = response_logprobs(ref_policy, [example for _, example in part])
         for (i, example), c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
             cached[i] = replace(example, ref_logprobs=(c, r))
     return [cached[i] for i in range(len(examples))]
@@ -206,7 +207,7 @@ def _reference(
     if len(cached) == len(examples):
         chosen, rejected = like.new_tensor(cached).unbind(1)
     else:
-        with torch.no_grad():
+        with evaluating(ref_policy):
             chosen, rejected = response_logprobs(ref_policy, examples)
     return chosen.to(like.device), rejected.to(like.device)
 

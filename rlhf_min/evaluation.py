@@ -428,6 +428,11 @@ def evaluate_policies(
     """
     samples = {}
     for name, policy in policies.items():
+        require(
+            policy.tokenizer.get_vocab() == ref_policy.tokenizer.get_vocab(),
+            f"model {name!r} has another vocabulary than the reference, so their KL means nothing; "
+            "compare models that were trained from the same one",
+        )
         rng = torch.Generator().manual_seed(seed)
         samples[name] = [
             collect(
@@ -463,7 +468,7 @@ def _measure(
             "eos_rate": rollout.ended,
         }
         for name, monitor in monitors.items():
-            found[name] = call_reward(monitor, rollout.prompts, rollout.responses)
+            found[name] = call_reward(monitor, rollout.prompts, rollout.responses, rollout.columns)
         for name, column in found.items():
             columns.setdefault(name, []).append(column.cpu().double().numpy())
     return {name: np.concatenate(parts) for name, parts in columns.items()}

@@ -47,7 +47,7 @@ def entropy(logits: Tensor) -> Tensor:
     """
     logits = at_least_float32(logits)
     probabilities = logits.softmax(-1)
-    mean_logit = torch.where(probabilities > 0, probabilities * logits, 0).sum(-1)
+    mean_logit = (probabilities * torch.where(probabilities > 0, logits, 0)).sum(-1)
     return logits.logsumexp(-1) - mean_logit  # (1)
 
 
@@ -104,8 +104,8 @@ def lm_head_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of `lm_head_logits`, a chunk of tokens at a time.
 
-    In backward each chunk's logits are computed again instead of being kept, so memory never
-    holds more than ``chunk_tokens x V`` of them.
+    If there are several chunks, backward computes each one's logits again instead of keeping
+    them, so memory holds those of one chunk, however many tokens there are.
 
     Args:
         hidden: the trunk's last hidden state where it predicts the token. Shape ``(N, H)``.

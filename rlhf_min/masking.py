@@ -84,7 +84,7 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: if fewer than two tokens are real.
 
-    Source: Huang et al. 2024, arXiv:2403.17031, detail 17; trl ``masked_whiten``.
+    Source: Huang et al. 2024, arXiv:2403.17031; trl ``masked_whiten``.
 
     Example:
         >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))

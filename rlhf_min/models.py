@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(weight.shape[1], 1, dtype=dtype, device=weight.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        self.eval()
+        self._check_head()
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +167,18 @@ class Policy(nn.Module):
         )
         self.load_state_dict(tensors, strict=False)
 
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.arange(2, device=self.device)[None]  # (1, 2), any two tokens
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = lm_head_logits(hidden, temperature=1.0, **lm_head(self.lm))
+        theirs = at_least_float32(self.lm(input_ids=ids, use_cache=False).logits)
+        require(
+            torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())),
+            f"{type(self.lm).__name__} makes its logits in a way that is not known here, so its "
+            "log-probabilities would be wrong; use another model",
+        )
+
     def _trunk(self, trunk: nn.Module, batch: Sequences) -> Tensor:
         # Rows are right-padded, so the default positions 0, 1, 2, ... are the true ones.
         return trunk(
@@ -206,15 +221,15 @@ def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Inside, the models are in eval mode and record no gradient; their mode is restored after."""
-    training = [model.training for model in models]
+    training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
+        for module in training:
+            module.training = True
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -264,6 +279,7 @@ class RewardModel(nn.Module):
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
         self.tokenizer.model_max_length = max_length  # saved with the model
+        self.cuts = CutReport()  # of all texts that were scored
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +296,7 @@ class RewardModel(nn.Module):
         prompts, responses = self._as_pairs(prompts, responses)
         return self.tokenizer(
             prompts,
-            self._cut(responses),
+            self.cut(responses),
             truncation="only_first",
             max_length=self.max_length,
             padding=True,
@@ -296,7 +312,10 @@ class RewardModel(nn.Module):
             prompts: texts, before any template or cut.
             responses: texts, without special tokens.
             max_tokens: padded tokens in one forward pass; a matter of memory only.
+
+        What does not fit is counted in `cuts`.
         """
+        self.cuts.add(self.cut_report(prompts, responses))
         scores = torch.empty(len(prompts), dtype=torch.float64)
         with evaluating(self):
             for rows in micro_batches(self.lengths(prompts, responses), max_tokens=max_tokens):
@@ -307,7 +326,7 @@ class RewardModel(nn.Module):
     def lengths(self, prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
         """How many tokens `encode` makes of each row, before padding."""
         prompts, responses = self._as_pairs(prompts, responses)
-        tokens = zip(self._count(prompts), self._count(self._cut(responses)), strict=True)
+        tokens = zip(self._count(prompts), self._count(self.cut(responses)), strict=True)
         return [min(self.max_length, p + r + self._special_tokens) for p, r in tokens]
 
     def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:
@@ -317,7 +336,7 @@ class RewardModel(nn.Module):
         for prompt_tokens, response_tokens, kept in zip(
             self._count(prompts),
             self._count(responses),
-            self._count(self._cut(responses)),
+            self._count(self.cut(responses)),
             strict=True,
         ):
             report.responses_cut += kept < response_tokens
@@ -330,14 +349,18 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def rescale(self, *, gain: float, bias: float) -> None:
         """Replace the score s by ``gain * s + bias``, folded into the classifier's last layer."""
-        last = [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
         require(
-            last.out_features == 1 and last.bias is not None,
-            f"the last layer of {type(self.model).__name__} has no bias to fold the scores' mean "
-            "into; train with normalise=False",
+            bias == 0 or self._last_layer.bias is not None,
+            f"the last layer of {type(self.model).__name__} has no bias to fold {bias:.3g} into",
         )
-        last.weight.mul_(gain)
-        last.bias.mul_(gain).add_(bias)
+        self._last_layer.weight.mul_(gain)
+        if self._last_layer.bias is not None:
+            self._last_layer.bias.mul_(gain).add_(bias)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the scores' mean can be folded into the last layer: BERT's yes, GPT-2's no."""
+        return self._last_layer.bias is not None
 
     @classmethod
     def from_pretrained(
@@ -356,7 +379,11 @@ class RewardModel(nn.Module):
         model, tokenizer = _load(
             AutoModelForSequenceClassification, name_or_path, may_lack=new_head, num_labels=1
         )
-        return cls(model, tokenizer, max_length=max_length)
+        return cls(model, tokenizer, max_length=max_length).eval()
+
+    @property
+    def _last_layer(self) -> nn.Linear:
+        return [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
 
     @property
     def _special_tokens(self) -> int:
@@ -370,9 +397,10 @@ class RewardModel(nn.Module):
     def _count(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
 
-    def _cut(self, responses: list[str]) -> list[str]:
+    def cut(self, responses: Sequence[str]) -> list[str]:
+        """The responses as `encode` sees them: without the end that there is no room for."""
         offsets = self.tokenizer(
-            responses, add_special_tokens=False, return_offsets_mapping=True
+            list(responses), add_special_tokens=False, return_offsets_mapping=True
         ).offset_mapping
         room = self._response_room
         # A character may be several tokens: one that would be cut in two is left out.
@@ -384,10 +412,24 @@ class RewardModel(nn.Module):
     def _as_pairs(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[list[str], list[str]]:
-        if self._special_tokens:  # BERT and its kin separate the two by themselves
+        if self.tokenizer.sep_token is not None:  # BERT and its kin separate the two by themselves
             return list(prompts), list(responses)
         end = self.tokenizer.eos_token or ""
         return [f"{prompt}\n" for prompt in prompts], [f"{response}{end}" for response in responses]
+
+
+# What transformers raises for a folder whose files are not what they should be.
+_LOADING_ERRORS = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def _positions(model: PreTrainedModel) -> int:
@@ -408,7 +450,7 @@ def _load(
         model, info = auto_class.from_pretrained(
             name_or_path, dtype="auto", output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name_or_path}: no model could be loaded from there: {reason}") from error
     folder = Path(name_or_path)

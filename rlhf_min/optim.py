@@ -16,6 +16,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+FP16_SKIPS = 20  # steps in a row that may overflow before it is no longer the scale's fault
+
+
 class Optimizer:
     """An optimizer with its learning-rate schedule, gradient clipping and precision.
 
@@ -36,7 +39,7 @@ class Optimizer:
     ) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.max_grad_norm, self.precision = max_grad_norm, precision
-        self.steps = 0
+        self.steps = self.skips = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device_type = self.parameters[0].device.type
         # Half precision loses small gradients: fp16 scales the loss up and the gradient down.
@@ -74,7 +77,8 @@ class Optimizer:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         # Under fp16 an overflow is expected now and then: the scaler skips it and scales less.
-        if self.precision != "fp16" and not norm < float("inf"):
+        self.skips = 0 if norm < float("inf") else self.skips + 1
+        if self.skips > (FP16_SKIPS if self.precision == "fp16" else 0):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFinite(self.steps, "gradient", [], batch)
         self.scaler.step(self.optimizer)
@@ -134,6 +138,15 @@ def adamw(
     return Optimizer(optimizer, scheduler, max_grad_norm=max_grad_norm, precision=precision)
 
 
+@contextlib.contextmanager
+def dropout_rng(seed: int, step: int) -> Iterator[None]:
+    """Dropout knows only torch's global generator. Inside, that one depends on seed and step
+    alone, so that a run can be repeated and resumed; afterwards it is as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1_000_003 * (step + 1) + seed)
+        yield
+
+
 @dataclass
 class State:
     """What outlives a step of SFT, reward training and DPO: counter, optimizer, data cursor."""
@@ -143,7 +156,7 @@ class State:
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON values only."""
+        """Tensors and JSON values only; the optimizer's tensors are the live ones, not copies."""
         return {
             "step": self.step,
             "epoch": self.cursor.epoch,

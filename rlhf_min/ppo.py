@@ -11,6 +11,7 @@ from torch import Tensor
 from .advantages import gae
 from .config import (
     option,
+    require_choices,
     require_not_negative,
     require_positive,
     require_seed,
@@ -66,7 +67,7 @@ class PPOConfig:
     score_clip: float | None = option(None, "Scores beyond this, either way, are cut to it.")
     eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.")
     stop_kl: float | None = option(None, "k1 per token, new to rollout policy; ends an update.")
-    max_kl: float | None = option(None, "Nats per response to the reference; ends the run.")
+    max_kl: float | None = option(None, "k1 per response, to the reference; ends the run.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     eval_every: int = option(10, "Rollouts between looks at the fixed prompts.")
@@ -79,6 +80,7 @@ class PPOConfig:
         require_positive(self, "max_tokens", "eval_every")
         require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "eos_penalty")
         require_seed(self, "seed")
+        require_choices(self)
         require_share(self, "gamma", "lam", "warmup_share")
         require(self.value_clip > 0, f"PPOConfig: value_clip is {self.value_clip}; it must be > 0")
         require(
@@ -144,11 +146,13 @@ class State:
     minibatch_rng: torch.Generator
     moments: RunningMoments = field(default_factory=RunningMoments)
     step: int = 0
+    too_far: bool = False  # the KL has exceeded max_kl: the run is over
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values only."""
         return {
             "step": self.step,
+            "too_far": self.too_far,
             "epoch": self.cursor.epoch,
             "position": self.cursor.position,
             "optimizer": self.optimizer.state_dict(),
@@ -160,7 +164,7 @@ class State:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`: training goes on with the bits of the uninterrupted run."""
-        self.step = state["step"]
+        self.step, self.too_far = state["step"], state["too_far"]
         self.cursor.epoch, self.cursor.position = state["epoch"], state["position"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_control.coef = state["kl_coef"]
@@ -193,8 +197,9 @@ def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfi
         optimizer,
         Cursor(prompts, seed=config.seed),
         kl_control,
-        sampling_rng=torch.Generator().manual_seed(config.seed),
-        minibatch_rng=torch.Generator().manual_seed(config.seed + 1),
+        # Far apart from each other and from the data's seed + epoch.
+        sampling_rng=torch.Generator().manual_seed(config.seed + 10**6),
+        minibatch_rng=torch.Generator().manual_seed(config.seed + 2 * 10**6),
     )
 
 
@@ -362,7 +367,7 @@ def train(
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     monitors = monitors or {}
-    while state.step < config.steps:
+    while state.step < config.steps and not state.too_far:
         # Act: sample responses, and remember what everyone believed at the time.
         prompts = state.cursor.take_across(config.batch_size)
         with state.optimizer.autocast():
@@ -384,15 +389,17 @@ def train(
         metrics = report(buffer) | stats
         metrics |= {"kl_coef": state.kl_control.coef, "learning_rate": learning_rate}
         for name, monitor in monitors.items():
-            metrics[name] = float(call_reward(monitor, rollout.prompts, rollout.responses).mean())
+            metrics[name] = _mean_reward(monitor, rollout)
         metrics |= _timing(rollout, seconds)
         state.kl_control.update(metrics["kl"], config.batch_size)
         state.step += 1
         if eval_prompts and (state.step % config.eval_every == 0 or state.step == config.steps):
-            metrics |= evaluate(policy, ref_policy, reward, eval_prompts, config, monitors=monitors)
+            with state.optimizer.autocast():
+                metrics |= evaluate(
+                    policy, ref_policy, reward, eval_prompts, config, monitors=monitors
+                )
+        state.too_far = config.max_kl is not None and metrics["k1"] > config.max_kl
         yield metrics
-        if config.max_kl is not None and metrics["kl"] > config.max_kl:
-            return
 
 
 def report(buffer: RolloutBuffer) -> dict[str, float]:
@@ -431,17 +438,17 @@ def evaluate(
     monitors: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, float]:
     """Score, KL, length and repetition on fixed prompts with fixed random numbers."""
-    rng = torch.Generator().manual_seed(config.seed)
+    rng = torch.Generator().manual_seed(config.seed + 3 * 10**6)
     rollout = _collect(policy, ref_policy, reward, prompts, config, rng)
     metrics = {
         "score": float(rollout.scores.mean()),
-        "kl": _per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask),
+        "k1": _per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask),
         "response_length": float(rollout.lengths.double().mean()),
         "distinct_2": distinct_n(rollout.responses, 2),
         "repeated_4": repeated_ngrams(rollout.responses, 4),
     }
     for name, monitor in (monitors or {}).items():
-        metrics[name] = float(call_reward(monitor, rollout.prompts, rollout.responses).mean())
+        metrics[name] = _mean_reward(monitor, rollout)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -464,6 +471,10 @@ def _collect(
         max_tokens=config.max_tokens,
         rng=rng,
     )
+
+
+def _mean_reward(reward: RewardFunction, rollout: Rollout) -> float:
+    return float(call_reward(reward, rollout.prompts, rollout.responses, rollout.columns).mean())
 
 
 def _per_response(x: Tensor, mask: Tensor) -> float:

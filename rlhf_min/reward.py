@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import (
     option,
+    require_choices,
     require_not_negative,
     require_positive,
     require_seed,
@@ -19,7 +20,7 @@ from .data import Cursor, CutReport, in_groups
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
 from .models import RewardModel, evaluating
-from .optim import Precision, Schedule, State, adamw
+from .optim import Precision, Schedule, State, adamw, dropout_rng
 
 Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
 
@@ -47,6 +48,7 @@ class RewardConfig:
         require_positive(self, "max_grad_norm", "eval_every")
         require_not_negative(self, "weight_decay", "center_coef")
         require_seed(self, "seed")
+        require_choices(self)
         require_share(self, "warmup_share")
 
 
@@ -78,7 +80,15 @@ def prepare_pairs(
         RewardExample(pair["prompt"], pair["chosen"], pair["rejected"], pair.get("margin"), 2 * n)
         for pair, n in zip(pairs, longer, strict=True)
     ]
-    return examples, report
+    different = [
+        x
+        for x, c, r in zip(
+            examples, reward_model.cut(chosen), reward_model.cut(rejected), strict=True
+        )
+        if c != r
+    ]
+    report.equal_after_cut = len(examples) - len(different)
+    return different, report
 
 
 def new_state(
@@ -142,7 +152,7 @@ def train(
         batch = state.cursor.take(config.batch_size)
         metrics: dict[str, float] = {}
         for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with state.optimizer.autocast():
+            with state.optimizer.autocast(), dropout_rng(config.seed, state.step):
                 found = batch_loss(reward_model, part, center_coef=config.center_coef)
             state.optimizer.backward(found.loss * found.count / len(batch))
             _add_means(metrics, found, len(batch))
@@ -154,7 +164,8 @@ def train(
             "time/seconds": time.perf_counter() - started,
         }
         if heldout and (state.step % config.eval_every == 0 or state.step == total_steps):
-            metrics |= evaluate(reward_model, heldout, config)
+            with state.optimizer.autocast():
+                metrics |= evaluate(reward_model, heldout, config)
         yield metrics
 
 
@@ -193,13 +204,15 @@ def normalise(
 ) -> tuple[float, float]:
     """Fold a gain and a bias into the classifier so that these texts score mean 0, variance 1.
 
+    A classifier without bias gets variance 1 only.
+
     Returns:
         Mean and standard deviation of the scores before.
 
     Raises:
         BadInput: if all scores are equal, so that no gain could give them a variance.
 
-    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.1.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.
     """
     scores = reward_model.score(prompts, responses)
     mean, std = float(scores.mean()), float(scores.std())
@@ -208,7 +221,7 @@ def normalise(
             f"the reward model gives all {len(scores)} texts the same score {mean:.4g}: "
             "it has learned nothing; train it longer or look at the pairs"
         )
-    reward_model.rescale(gain=1 / std, bias=-mean / std)
+    reward_model.rescale(gain=1 / std, bias=-mean / std if reward_model.has_bias else 0.0)
     return mean, std
 
 

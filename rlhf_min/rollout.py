@@ -27,7 +27,8 @@ class Rollout:
     `prompts` and `responses` are texts (empty for given tokens). `scores` (B,) is the reward of
     each whole response, `ended` (B,) whether it ended by EOS instead of being cut. `logprobs`,
     `ref_logprobs`, `kl`, `entropy` and `values` are (B, T), zero at padding; `values` is zero for
-    a policy without critic. `seconds` says where the time went.
+    a policy without critic. `columns` are the prompts' further columns; `seconds` says where the
+    time went.
     """
 
     prompts: list[str]
@@ -40,6 +41,7 @@ class Rollout:
     kl: Tensor
     entropy: Tensor
     values: Tensor
+    columns: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -89,7 +91,8 @@ def collect(
     sampled = time.perf_counter()
     texts = [prompt.text for prompt in prompts]
     responses = [policy.decode(ids) for ids in response_ids]
-    scores = call_reward(reward, texts, responses, [prompt.columns for prompt in prompts])
+    columns = [prompt.columns for prompt in prompts]
+    scores = call_reward(reward, texts, responses, columns)
     rollout = score_rollout(
         policy,
         ref_policy,
@@ -101,7 +104,7 @@ def collect(
         max_tokens=max_tokens,
     )
     seconds = {"sample": sampled - started, "score": time.perf_counter() - sampled}
-    return replace(rollout, prompts=texts, responses=responses, seconds=seconds)
+    return replace(rollout, prompts=texts, responses=responses, columns=columns, seconds=seconds)
 
 
 def score_rollout(
@@ -167,7 +170,7 @@ class RolloutBuffer:
     """A judged rollout, ready to be learned from in minibatches.
 
     `rewards`, `advantages` and `returns` are (B, T), zero at padding. `value_mask` says which
-    cells the value loss counts; None means the rollout's own mask.
+    cells the value loss counts, at least all real tokens; None means the rollout's own mask.
     """
 
     rollout: Rollout
@@ -175,6 +178,10 @@ class RolloutBuffer:
     advantages: Tensor
     returns: Tensor
     value_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.value_mask is not None and bool((self.rollout.mask & ~self.value_mask).any()):
+            raise ValueError("value_mask leaves out a real response token")
 
     def minibatches(self, order: Tensor, size: int) -> Iterator[list[int]]:
         """The rows of each minibatch: consecutive slices of `order`; the last may be smaller."""
@@ -199,10 +206,13 @@ def call_reward(
         BadInput: if the callable returns another number of scores, or one that is not finite.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    named = {}
-    for key in list(inspect.signature(reward).parameters)[2:]:
-        if columns and key in columns[0]:
-            named[key] = [row[key] for row in columns]
+    try:
+        parameters = list(inspect.signature(reward).parameters)[2:]
+    except ValueError:  # some callables written in C do not tell theirs
+        parameters = []
+    named = {
+        key: [row[key] for row in columns] for key in parameters if columns and key in columns[0]
+    }
     found = reward(list(prompts), list(responses), **named)
     if isinstance(found, Tensor):
         found = found.detach()

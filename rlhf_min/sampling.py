@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .errors import BadInput
 from .models import Policy, evaluating, lm_head, lm_head_logits
+
+ROWS_AT_ONCE = 128  # of the key-value cache; a matter of memory, not of the result
 
 
 def sample(
@@ -32,26 +35,29 @@ def sample(
     Returns:
         For each row the sampled ids, ``(T_b,)`` on the CPU, ending in EOS if it was drawn.
     """
+    uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
+    responses: list[Tensor] = []
     with evaluating(policy):
-        return _sample(policy, prompt_ids, max_new_tokens, temperature, rng)
+        for start in range(0, len(prompt_ids), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature)
+    return responses
 
 
 def _sample(
     policy: Policy,
     prompt_ids: Sequence[Tensor],
-    max_new_tokens: int,
+    uniforms: Tensor,  # (B, T)
     temperature: float,
-    rng: torch.Generator,
 ) -> list[Tensor]:
     eos_id, device = policy.tokenizer.eos_token_id, policy.device
-    uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     uniforms = uniforms.to(device)
     ids, attention_mask = _left_padded(prompt_ids, policy.pad_id)
     ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
     responses: list[list[int]] = [[] for _ in prompt_ids]
     live = torch.arange(len(prompt_ids), device=device)  # rows that have not ended, (b,)
     cache = None
-    for t in range(max_new_tokens):
+    for t in range(uniforms.shape[1]):
         # With padding on the left the position of a token is the number of real ones before it.
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = policy.lm.base_model(
@@ -61,7 +67,9 @@ def _sample(
             past_key_values=cache,
             use_cache=True,
         )
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise BadInput(f"{type(policy.lm).__name__} has no key-value cache to sample with")
         logits = lm_head_logits(
             output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
         )  # (b, V)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .config import (
     option,
+    require_choices,
     require_not_negative,
     require_positive,
     require_seed,
@@ -15,7 +16,7 @@ from .config import (
 from .data import Cursor, SFTExample, collate, in_groups
 from .losses import SFTLoss, sft_loss
 from .models import Policy, evaluating
-from .optim import Precision, Schedule, State, adamw
+from .optim import Precision, Schedule, State, adamw, dropout_rng
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class SFTConfig:
         require_positive(self, "max_tokens", "eval_every")
         require_not_negative(self, "weight_decay")
         require_seed(self, "seed")
+        require_choices(self)
         require_share(self, "warmup_share")
 
 
@@ -97,7 +99,7 @@ def train(
         tokens = sum(len(x.response_ids) for x in batch)
         loss_sum = 0.0
         for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with state.optimizer.autocast():
+            with state.optimizer.autocast(), dropout_rng(config.seed, state.step):
                 loss, count = batch_loss(policy, part)
             state.optimizer.backward(loss * count / tokens)
             loss_sum += float(loss.detach() * count)
@@ -113,7 +115,8 @@ def train(
             "time/tokens_per_second": sum(map(_length, batch)) / seconds,
         }
         if heldout and (state.step % config.eval_every == 0 or state.step == total_steps):
-            metrics |= evaluate(policy, heldout, max_tokens=config.max_tokens)
+            with state.optimizer.autocast():
+                metrics |= evaluate(policy, heldout, max_tokens=config.max_tokens)
         yield metrics
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.config import option, require_positive
 from rlhf_min.errors import BadInput, NonFinite, require
 
 RUN_FILE = "run.json"
@@ -40,12 +40,15 @@ class RunOptions:
     max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
     template: str = option("{prompt}\\n", "What the policy reads; \\n is a new line.")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...; auto takes the best there is.")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
     threads: int | None = option(None, "CPU threads of PyTorch. Default: PyTorch's own choice.")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_response_tokens", "max_length", "threads")
-        require_not_negative(self, "heldout_share")
+        require(
+            self.max_length <= 2**20,
+            f"max_length is {self.max_length}; it must be at most {2**20}",
+        )
         require(
             0 < self.heldout_share < 1,
             f"heldout_share is {self.heldout_share}; it must lie between 0 and 1",
@@ -64,18 +67,16 @@ class RunOptions:
     def torch_device(self) -> torch.device:
         """The device to run on."""
         if self.device == "auto":
-            if torch.cuda.is_available():
-                return torch.device("cuda")
-            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-            raise BadInput(
-                f"--device {self.device} cannot be used here; there are: {', '.join(there)}"
-            ) from error
-        return device
+            if device.type in ("cpu", "cuda"):
+                torch.empty(0, device=device)
+                return device
+        except (RuntimeError, AssertionError):
+            pass
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise BadInput(f"--device {self.device} cannot be used here; there are: {', '.join(there)}")
 
 
 def parse(description: str | None, *config_classes: Any) -> Any:
@@ -130,6 +131,12 @@ def check_out(options: RunOptions, default: str) -> Path:
         later = (first.with_name(f"{default}-{i}") for i in range(2, 10_000))
         return first if not first.exists() else next(path for path in later if not path.exists())
     out = Path(options.out)
+    try:
+        out.exists()
+    except OSError as error:
+        raise BadInput(
+            f"--out {options.out[:60]}: {error.strerror}; give another folder"
+        ) from error
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         require(
             options.overwrite,
@@ -161,6 +168,20 @@ def open_run(out: Path, *configs: Any) -> Path:
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     return out
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What `open_run` wrote of a run: its options, stage by stage, in one dictionary.
+
+    Raises:
+        BadInput: if there is no run in this folder.
+    """
+    try:
+        record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        options = record["config"].values()
+        return {name: value for config in options for name, value in config.items()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise BadInput(f"{run}: no run is there; run examples/quickstart.py first") from error
 
 
 def _json_values(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rlhf_min.data import Codec
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.datafile import Stage, load_rows, split_rows
-from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.models import VALUE_FILE, Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction
 from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small_gpt2, train_bpe
 
@@ -117,6 +117,8 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
         policy = Policy(lm, tokenizer, critic=critic)
     else:
         policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
+        if critic != "none" and not (Path(options.model) / VALUE_FILE).is_file():
+            print(f"{options.model} has no value head; a new one starts at zero")
         positions = getattr(policy.lm.config, "max_position_embeddings", options.max_length)
         require(
             options.max_length <= positions,

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample
-from rlhf_min.errors import require
+from rlhf_min.errors import BadInput, require
 from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
 from rlhf_min.harness.metrics import MetricsLog
@@ -88,10 +88,13 @@ def run_reward(
             prompts, responses = sample_texts(
                 sft_policy, codec, inputs.prompts[:NORMALISE_ON], seed=config.seed
             )
-        mean, std = reward.normalise(reward_model, prompts, responses)
-        normalised_on = (
-            f"scores normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
-        )
+        try:
+            mean, std = reward.normalise(reward_model, prompts, responses)
+            normalised_on = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
+            if not reward_model.has_bias:
+                normalised_on += "; the mean stays, since the last layer has no bias"
+        except BadInput as error:  # the trained model is worth more than its scale
+            normalised_on = f"scores as trained, not normalised: {error}"
     return RewardReport(estimates, normalised_on)
 
 
@@ -124,12 +127,13 @@ def measure_reward(
 def run_ppo(
     start: Policy,
     codec: Codec,
-    reward_function: RewardFunction,
+    reward_model: RewardModel | RewardFunction,
     inputs: Inputs,
     config: ppo.PPOConfig,
     log: MetricsLog,
 ) -> Policy:
     """Train a copy of the policy against the reward; the start stays as its reference."""
+    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
     prompts, cut = codec.encode_prompts(inputs.prompts)
     print(f"PPO on {len(prompts)} prompts; {cut}")
@@ -145,6 +149,8 @@ def run_ppo(
         eval_prompts=codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0],
     )
     log.follow("ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"))
+    if isinstance(reward_model, RewardModel):
+        print(f"scored by the reward model; {reward_model.cuts}")
     return policy
 
 

@@ -7,6 +7,7 @@ behind EOS and counts that cell in the value loss. The rest is `score_rollout`, 
 """
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,12 +27,14 @@ from rlhf_min import ppo
 from rlhf_min.data import Sequences
 from rlhf_min.logprobs import entropy
 from rlhf_min.masking import masked_whiten, response_mask
-from rlhf_min.models import Policy, PolicyOutput, evaluating
+from rlhf_min.models import Policy, PolicyOutput, disable_dropout, evaluating
 from rlhf_min.optim import Optimizer
 from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import_trl()
-from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from trl.experimental.ppo import ppo_trainer as trl_ppo  # noqa: E402
 
 PROMPT_WIDTH = 5
 FIRST_WORD = max(END, PAD) + 1
@@ -73,8 +76,8 @@ class Models:
 
 
 def random_models() -> Models:
-    """Four models of unlike weights."""
-    lm, ref_lm = small_policy(seed=1).lm, small_policy(seed=2).lm
+    """Four models of unlike weights, with dropout, which PPO has to switch off."""
+    lm, ref_lm = (small_policy(seed=seed, dropout=0.1).lm for seed in (1, 2))
     config = copy.deepcopy(lm.config)
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +89,9 @@ def random_models() -> Models:
 def random_batches(config: ppo.PPOConfig) -> list[Batch]:
     """For each step prompts and responses of unequal lengths, half of them cut, half with EOS."""
     rng = np.random.RandomState(SEED)
-    return [_random_batch(rng, config.batch_size, config.max_new_tokens) for _ in range(config.steps)]
+    return [
+        _random_batch(rng, config.batch_size, config.max_new_tokens) for _ in range(config.steps)
+    ]
 
 
 def _random_batch(rng: np.random.RandomState, n: int, width: int) -> Batch:
@@ -143,12 +148,12 @@ def train_trl(
     def given(lm: Any, _prompts: Tensor, _size: int, pad_id: int, _config: Any) -> Any:
         """In the place of sampling: the next batch, and the logits that it might come from."""
         ids = next(rows)
-        logits = ppo_trainer.forward(lm, ids, pad_id).logits[:, PROMPT_WIDTH - 1 : -1]
+        logits = trl_ppo.forward(lm, ids, pad_id).logits[:, PROMPT_WIDTH - 1 : -1]
         return ids, logits / config.temperature
 
     logged: list[Metrics] = []
     with float64(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_trainer, "batch_generation", given)
+        patch.setattr(trl_ppo, "batch_generation", given)
         dataset = [{"input_ids": ids.tolist()} for batch in batches for ids in batch.prompts]
         trainer = PPOTrainer(
             args=PPOConfig(**told),
@@ -162,12 +167,8 @@ def train_trl(
         )
         trainer.dataloader = [{"input_ids": batch.prompts} for batch in batches]
         trainer.log = lambda metrics: logged.append(dict(metrics))
-        before = np.random.get_state()
         np.random.seed(SEED)  # trl draws its minibatches from numpy's global state
-        try:
-            trainer.train()
-        finally:
-            np.random.set_state(before)
+        trainer.train()
     return logged
 
 
@@ -204,7 +205,7 @@ def policy_of(models: Models) -> Policy:
     policy = Policy(copy.deepcopy(models.lm), word_tokenizer(), critic="separate")
     value = copy.deepcopy(models.value)
     policy.critic_trunk, policy.value_head = value.transformer, value.score
-    ppo.disable_dropout(policy)
+    disable_dropout(policy)
     return policy
 
 
@@ -229,8 +230,9 @@ def rollout_of(
 ) -> Rollout:
     """The given responses; each is scored alone, by the classifier's own last position."""
     pairs = zip(batch.prompt_ids, batch.response_ids, strict=True)
-    with torch.no_grad():
-        scores = [reward(input_ids=torch.cat(pair)[None]).logits[0, 0] for pair in pairs]
+    rows = [torch.cat(pair)[None] for pair in pairs]
+    with evaluating(reward):
+        scores = [reward(ids, attention_mask=torch.ones_like(ids)).logits[0, 0] for ids in rows]
     return score_rollout(
         policy,
         ref_policy,
@@ -279,7 +281,7 @@ def watched(
     of a row whose padding trl replaces by id 0 and hides.
 
     Yields:
-        For each forward pass half the squared log-ratio, ratio and entropy of each row, meant
+        For each forward pass half the squared log-ratio, ratio and entropy of each row, averaged
         over its cells. Shape ``(3, rows)``.
     """
     tokens = [torch.cat(pair) for pair in zip(batch.prompt_ids, batch.response_ids, strict=True)]
@@ -289,7 +291,9 @@ def watched(
     @torch.no_grad()
     def look(_policy: nn.Module, inputs: tuple[Sequences], output: PolicyOutput) -> None:
         part = inputs[0]
-        real_ids = [ids[real.bool()] for ids, real in zip(part.ids, part.attention_mask, strict=True)]
+        real_ids = [
+            ids[real.bool()] for ids, real in zip(part.ids, part.attention_mask, strict=True)
+        ]
         rows = [row_of[tuple(ids.tolist())] for ids in real_ids]
         new_logprobs = pad(output.logprobs, (0, batch.width - output.logprobs.shape[1]))
         log_ratio = torch.where(rollout.mask[rows], new_logprobs - rollout.logprobs[rows], 0)

@@ -34,7 +34,7 @@ from datasets import Dataset  # noqa: E402
 
 # Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
 # only a low rate keeps two right runs within FP64 of each other.
-RATE = 1e-4
+RATE = 3e-5
 CONFIG = dpo.DPOConfig(
     epochs=2,
     batch_size=4,

@@ -1,6 +1,7 @@
 """The reward model against the ``RewardTrainer`` of trl 1.12.0: loss, gradient, whole runs."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ trl = import_trl()
 from datasets import Dataset  # noqa: E402
 from trl.trainer.reward_trainer import DataCollatorForPreference  # noqa: E402
 
-RATE = 1e-4  # low, for the reason given in test_dpo_1_12.py
+RATE = 3e-5  # low, for the reason given in test_dpo_1_12.py
 CENTER_COEF = 0.05
 CONFIG = reward.RewardConfig(
     epochs=2,
@@ -40,7 +41,6 @@ CONFIG = reward.RewardConfig(
     schedule="linear",
     warmup_share=1 / 3,  # 2 of 6 steps
     weight_decay=0.1,
-    max_grad_norm=3.0,  # shorter than some of the gradients and longer than others
     center_coef=CENTER_COEF,
     max_tokens=80,  # other micro-batches than trl's 2 pairs
     seed=SEED,
@@ -89,7 +89,6 @@ def their_trainer(kind: str, ours: RewardModel, rows: list[Row], folder: Path, *
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
         "weight_decay": 0.1,
-        "max_grad_norm": 3.0,
         "center_rewards_coefficient": CENTER_COEF,
     }
     if kind == "bert":
@@ -155,24 +154,24 @@ def test_loss_gradient_and_metrics_of_batches(
 
 
 @pytest.mark.eq("reward")
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_whole_run(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "max_norm"), [("bert", 0.9), ("gpt2", 3.0)])
+def test_whole_run(kind: str, max_norm: float, tmp_path: Path) -> None:
     # 10 pairs, 2 in a micro-batch, 2 micro-batches in a step: the epoch's last step has one only.
     # The responses are of unequal length, which makes no difference: the mean is over pairs.
     rows = with_margins(preference_rows(10, seed=4))
     ours = reward_model(kind)
     start = weights(ours.model)
     examples, _ = reward.prepare_pairs(ours, rows)
-    metrics = list(reward.train(ours, CONFIG, reward.new_state(ours, examples, CONFIG)))
+    config = replace(CONFIG, max_grad_norm=max_norm)
+    metrics = list(reward.train(ours, config, reward.new_state(ours, examples, config)))
     with float64():
-        trainer = their_trainer(kind, ours, rows, tmp_path)
+        trainer = their_trainer(kind, ours, rows, tmp_path, max_grad_norm=max_norm)
         trainer.train()
     logs = steps(trainer.state.log_history)
     assert len(metrics) == len(logs) == 6
     # The clip is felt and is not always felt.
     norms = [m["grad_norm"] for m in metrics]
-    print(norms)
-    assert min(norms) < 3.0 < max(norms)
+    assert min(norms) < max_norm < max(norms)
     for ours_now, theirs_now in zip(metrics, logs, strict=True):
         assert metric_gap(ours_now, theirs_now, PER_STEP) <= FP64
     assert largest_gap(weights(ours.model), weights(trainer.model)) <= FP64
@@ -183,7 +182,7 @@ def test_whole_run(kind: str, tmp_path: Path) -> None:
 def test_a_short_last_micro_batch_weighs_more_in_trl(tmp_path: Path) -> None:
     # 3 pairs in micro-batches of 2 and of 1: the single pair counts half of trl's step.
     rows = preference_rows(3, seed=5)
-    ours = reward_model("bert")
+    ours = reward_model("gpt2")
     examples, _ = reward.prepare_pairs(ours, rows)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(SEED)).tolist()
     first, second = [examples[i] for i in order[:2]], [examples[i] for i in order[2:]]
@@ -192,7 +191,7 @@ def test_a_short_last_micro_batch_weighs_more_in_trl(tmp_path: Path) -> None:
         one = reward.batch_loss(ours, second, center_coef=CENTER_COEF).loss.item()
     assert abs(two - one) > 0.01
     with float64():
-        trainer = their_trainer("bert", ours, rows, tmp_path, num_train_epochs=1)
+        trainer = their_trainer("gpt2", ours, rows, tmp_path, num_train_epochs=1)
         trainer.train()
     state = reward.new_state(ours, examples, CONFIG)
     our_loss = next(reward.train(ours, CONFIG, state))["loss"]

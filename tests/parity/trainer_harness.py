@@ -5,13 +5,13 @@ the rows needs nothing: both sides draw it from the seed plus the epoch.
 """
 
 import copy
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tiny import WORDS
@@ -28,7 +28,6 @@ Row = dict[str, Any]
 
 def import_trl() -> Any:
     """trl, or the whole module is skipped."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     trl = pytest.importorskip("trl", reason=f"needs trl=={VERSION}", exc_type=ImportError)
     if trl.__version__ != VERSION:
         pytest.skip(f"needs trl=={VERSION}, found {trl.__version__}", allow_module_level=True)
@@ -36,18 +35,30 @@ def import_trl() -> Any:
 
 
 @contextmanager
-def float64() -> Iterator[None]:
-    """trl and the loops below it in float64, and nothing of theirs left behind.
-
-    They lower float64 in two ways: by ``x.float()``, and by new tensors of the default dtype.
-    """
+def isolated() -> Iterator[None]:
+    """Nothing is inherited from the trainer before, and no generator is left reseeded."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    # One for a process: a second trainer would inherit the accumulation of the first.
+    # One for a process: a second trainer would take over the accumulation of the first.
     for shared in (AcceleratorState, GradientState, PartialState):
         shared._reset_state()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """trl, and what it stands on, in float64, and `isolated`.
+
+    They leave float64 in two ways: by ``x.float()``, and by new tensors of the default dtype.
+    """
     default = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+    with isolated(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
         try:
