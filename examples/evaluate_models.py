@@ -12,7 +12,7 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, read_run
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, run_seed
 from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.models import RewardModel
 
@@ -41,12 +41,13 @@ def main() -> None:
         not Path(options.run).resolve().is_relative_to(out.resolve()),
         f"--out {out} would overwrite the models of --run {options.run}; give another folder",
     )
-    seed = read_run(Path(options.run))["seed"] if options.seed is None else options.seed
+    folders = model_folders(options.models, options.run)
+    seed = run_seed(Path(options.run)) if options.seed is None else options.seed
     inputs = load_inputs(options, "evaluation", seed=seed)
     test = inputs.test[: options.test_prompts]
     policies = {
         name: start_policy(replace(options, model=folder), [], critic="none", seed=seed)
-        for name, folder in model_folders(options.models, options.run).items()
+        for name, folder in folders.items()
     }
     baseline, first = next(iter(policies.items()))
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")

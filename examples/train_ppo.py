@@ -11,7 +11,7 @@ from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.metrics import MetricsLog
-from rlhf_min.models import RewardModel
+from rlhf_min.models import Critic, RewardModel
 from rlhf_min.ppo import PPOConfig
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     stages.check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
-    critic = "none" if options.model is None else config.critic
+    critic: Critic = "none" if options.model is None else config.critic
     policy = start_policy(options, inputs.texts, critic=critic, seed=config.seed)
     codec = make_codec(policy, options)
     if options.reward_model is not None:

@@ -170,18 +170,19 @@ def open_run(out: Path, *configs: Any) -> Path:
     return out
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """What `open_run` wrote of a run: its options, stage by stage, in one dictionary.
+def run_seed(run: Path) -> int:
+    """The seed of a run, from its `run.json`; 0 if this folder holds no run.
 
     Raises:
-        BadInput: if there is no run in this folder.
+        BadInput: if `run.json` is not what `open_run` wrote.
     """
+    if not (run / RUN_FILE).is_file():
+        return 0
     try:
-        record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-        options = record["config"].values()
-        return {name: value for config in options for name, value in config.items()}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise BadInput(f"{run}: no run is there; run examples/quickstart.py first") from error
+        configs = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"].values()
+        return next(config["seed"] for config in configs if "seed" in config)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration) as error:
+        raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
 
 
 def _json_values(options: dict[str, Any]) -> dict[str, Any]:
