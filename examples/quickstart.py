@@ -75,7 +75,7 @@ def main() -> None:
 
     test = inputs.test[: options.test_prompts]
     prompts, cut = codec.encode_prompts(test)
-    print(f"evaluation on {len(prompts)} prompts that no stage has seen; {cut}")
+    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
     evaluations = evaluate_policies(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
         sft_policy.reference(),

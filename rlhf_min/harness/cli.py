@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser
@@ -86,14 +86,22 @@ def parse(description: str | None, *config_classes: Any) -> Any:
         SystemExit: with code 2 for an unknown option or a value that cannot be read.
         BadInput: for a value out of its range.
     """
-    parser = HfArgumentParser(config_classes, description=description)
+    parser = _Parser(config_classes, description=description)
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
-        parser.error(f"unknown option {unknown[0]}; --help lists all")
+        parser.error(f"unknown option {unknown[0]}")
     for config in configs:
         if isinstance(config, RunOptions) and config.threads is not None:
             torch.set_num_threads(config.threads)
     return configs[0] if len(configs) == 1 else tuple(configs)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, without the usage of forty options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with code 2."""
+        _fail(f"{message}; --help explains all options", 2)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -190,6 +198,6 @@ def _json_values(options: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in options.items()}
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
