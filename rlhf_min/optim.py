@@ -139,10 +139,10 @@ def adamw(
 
 
 @contextlib.contextmanager
-def dropout_rng(seed: int, step: int) -> Iterator[None]:
+def dropout_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Dropout knows only torch's global generator. Inside, that one depends on seed and step
     alone, so that a run can be repeated and resumed; afterwards it is as it was."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1_000_003 * (step + 1) + seed)
         yield
 

@@ -152,7 +152,10 @@ def train(
         batch = state.cursor.take(config.batch_size)
         metrics: dict[str, float] = {}
         for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with state.optimizer.autocast(), dropout_rng(config.seed, state.step):
+            with (
+                state.optimizer.autocast(),
+                dropout_rng(config.seed, state.step, reward_model.device),
+            ):
                 found = batch_loss(reward_model, part, center_coef=config.center_coef)
             state.optimizer.backward(found.loss * found.count / len(batch))
             _add_means(metrics, found, len(batch))

@@ -99,7 +99,7 @@ def train(
         tokens = sum(len(x.response_ids) for x in batch)
         loss_sum = 0.0
         for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with state.optimizer.autocast(), dropout_rng(config.seed, state.step):
+            with state.optimizer.autocast(), dropout_rng(config.seed, state.step, policy.device):
                 loss, count = batch_loss(policy, part)
             state.optimizer.backward(loss * count / tokens)
             loss_sum += float(loss.detach() * count)

@@ -70,7 +70,9 @@ def small_policy(
     return policy
 
 
-def small_reward_model(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> RewardModel:
+def small_reward_model(
+    *, seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float64
+) -> RewardModel:
     """A BERT of one layer of width 16."""
     tokenizer = build_wordpiece([" ".join(WORDS)], 100)
     config = BertConfig(
@@ -80,8 +82,8 @@ def small_reward_model(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
         hidden_size=16,
         num_attention_heads=2,
         intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         initializer_range=0.2,
         pad_token_id=tokenizer.pad_token_id,
     )

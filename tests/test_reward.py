@@ -236,8 +236,8 @@ def test_a_small_model_ranks_32_pairs_right():
     assert metrics[-1]["loss"] < metrics[0]["loss"] < 2 * math.log(2)
 
 
-def build():
-    reward_model = small_reward_model(dtype=torch.float32)
+def build(dropout: float = 0.0):
+    reward_model = small_reward_model(dtype=torch.float32, dropout=dropout)
     state = reward.new_state(reward_model, examples(reward_model), CONFIG)
     return (
         reward_model,
@@ -246,8 +246,9 @@ def build():
     )
 
 
-def test_resume():
-    assert_resumes(build, steps=6)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resume(dropout):
+    assert_resumes(lambda: build(dropout), steps=6)
 
 
 def test_determinism():

@@ -172,8 +172,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step():
         assert torch.equal(weight.nan_to_num(), before[name].nan_to_num())
 
 
-def build():
-    policy = small_policy(dtype=torch.float32)
+def build(dropout: float = 0.0):
+    policy = small_policy(dtype=torch.float32, dropout=dropout)
     state = sft.new_state(policy, DEMONSTRATIONS, CONFIG)
     return (
         policy,
@@ -182,12 +182,21 @@ def build():
     )
 
 
-def test_resume():
-    assert_resumes(build, steps=6)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resume(dropout):
+    assert_resumes(lambda: build(dropout), steps=6)
 
 
-def test_determinism():
-    assert_deterministic(build)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_determinism(dropout):
+    assert_deterministic(lambda: build(dropout))
+
+
+def test_dropout_acts_and_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    with_dropout, without = (next(build(dropout)[2]())["loss"] for dropout in (0.1, 0.0))
+    assert with_dropout != without
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_seed_is_the_order_of_the_data():
