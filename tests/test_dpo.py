@@ -242,3 +242,14 @@ def test_resume():
 
 def test_determinism():
     assert_deterministic(build)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_reference_left_in_train_mode_has_no_dropout(cache):
+    config = replace(CONFIG, cache_reference=cache)
+    policy, ref_policy = small_policy(dropout=0.1), small_policy(dropout=0.1)
+    ref_policy.train()
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    first = next(dpo.train(policy, ref_policy, config, state))
+    assert first["loss"] == pytest.approx(math.log(2), abs=FP64)
+    assert ref_policy.training

@@ -33,6 +33,7 @@ from tiny import (
 from tolerances import EXACT, FP32, FP64
 from transformers import (
     BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
     BloomConfig,
     BloomForCausalLM,
@@ -44,6 +45,7 @@ from transformers import (
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
+from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.models import (
     VALUE_FILE,
     Policy,
@@ -768,3 +770,33 @@ def test_a_missing_classifier_is_refused_unless_it_may_be_new(tmp_path):
 def test_max_length_is_handed_on(bert_folder):
     assert RewardModel.from_pretrained(bert_folder, max_length=20).max_length == 20
     assert isinstance(RewardModel.from_pretrained(bert_folder).model, BertForSequenceClassification)
+
+
+def test_a_language_model_with_an_unknown_head_is_refused():
+    # BERT's head transforms the hidden state before the vocabulary projection
+    config = bert_config()
+    config.is_decoder = True
+    lm = BertLMHeadModel(config).double()
+    with pytest.raises(BadInput, match="BertLMHeadModel makes its logits in a way"):
+        policy(lm)
+
+
+def test_a_look_restores_the_mode_of_every_module():
+    model = policy(gpt2(dropout=0.1))
+    model.train()
+    model.lm.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_loaded_models_have_no_dropout_until_they_are_trained(tmp_path):
+    save_policy(Policy(gpt2(dropout=0.1), words()), tmp_path / "policy")
+    loaded = Policy.from_pretrained(tmp_path / "policy", critic="none")
+    assert not any(module.training for module in loaded.modules())
+    save_reward_model(RewardModel(bert(dropout=0.1), bert_words()), tmp_path / "reward_model")
+    scorer = RewardModel.from_pretrained(tmp_path / "reward_model")
+    scores = scorer(["ba"], ["be"])
+    scorer.score(["bi"], ["bo"])
+    assert_close(scorer(["ba"], ["be"]), scores, EXACT)

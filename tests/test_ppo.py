@@ -731,3 +731,46 @@ def test_resume():
 
 def test_determinism():
     assert_deterministic(build)
+
+
+def test_a_run_that_went_too_far_stays_over_when_it_is_restored():
+    config = replace(CONFIG, steps=3, max_kl=1e-6)
+    policy, state, metrics = run(config=config)
+    assert len(metrics) == 1
+    restored = ppo.new_state(policy, PROMPTS, config)
+    restored.restore(state.state_dict())
+    assert list(ppo.train(policy, policy.reference(), uneven, config, restored)) == []
+
+
+def test_monitors_get_the_columns_that_they_name():
+    prompts = [replace(prompt, columns={"weight": float(i)}) for i, prompt in enumerate(PROMPTS)]
+    seen = []
+
+    def weighed(_prompts, responses, weight):
+        seen.append(weight)
+        return [w * len(r) for w, r in zip(weight, responses, strict=True)]
+
+    policy = small_policy(critic="shared")
+    config = replace(CONFIG, steps=1)
+    state = ppo.new_state(policy, prompts, config)
+    (metrics,) = ppo.train(
+        policy, policy.reference(), weighed, config, state, monitors={"again": weighed}
+    )
+    assert seen[0] == seen[1]  # the monitor saw what the reward saw
+    assert metrics["again"] == pytest.approx(metrics["score"], abs=FP64)
+
+
+def test_a_value_mask_without_a_real_token_is_refused():
+    buffer = ppo.judge(judged_by_hand(), CONFIG, kl_coef=0.5)
+    mask = buffer.rollout.mask.clone()
+    mask[0, 0] = False
+    with pytest.raises(ValueError, match="value_mask"):
+        replace(buffer, value_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("precision", "bf32"), ("kl_control", "Adaptive"), ("kl", "k9")]
+)
+def test_a_choice_that_does_not_exist_is_refused(field, value):
+    with pytest.raises(BadInput, match=f"{field} is '{value}'"):
+        replace(CONFIG, **{field: value})
