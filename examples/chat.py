@@ -3,6 +3,7 @@
 In the embedded world, try: What is 3 plus 4?
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,8 +40,12 @@ def main() -> None:
         for name, folder in model_folders(options.models, options.run).items()
     }
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
-    reward_model = RewardModel.from_pretrained(reward_folder)
+    reward_model = None
+    if options.reward_model is not None or Path(reward_folder).is_dir():
+        reward_model = RewardModel.from_pretrained(reward_folder)
     rng = torch.Generator().manual_seed(options.seed)
+    if reward_model is None:
+        print(f"no reward model in {options.run}, so no scores; --reward_model gives one")
     print("Type a prompt; an empty line ends.")
     while prompt := _read():
         for name, policy in policies.items():
@@ -56,11 +61,14 @@ def main() -> None:
                 rng=rng,
             )
             response = policy.decode(response_ids)
-            score = float(reward_model.score([prompt], [response]))
-            print(f"{name:>6} ({score:+.2f}): {response}")
+            score = ""
+            if reward_model is not None:
+                score = f" ({float(reward_model.score([prompt], [response])):+.2f})"
+            print(f"{name:>6}{score}: {response}")
 
 
 def _read() -> str:
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # whatever is typed
     try:
         return input("> ").strip()
     except EOFError:

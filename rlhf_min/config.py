@@ -15,12 +15,12 @@ def option(default: Any, help: str) -> Any:
 
 def require_positive(config: Any, *names: str) -> None:
     """Raise `BadInput` unless each of these fields is above 0 and finite; None passes."""
-    _require_range(config, names, "above 0", lambda x: 0 < x < math.inf)
+    _require_range(config, names, "above 0 and finite", lambda x: 0 < x < math.inf)
 
 
 def require_not_negative(config: Any, *names: str) -> None:
     """Raise `BadInput` unless each of these fields is at least 0 and finite; None passes."""
-    _require_range(config, names, "at least 0", lambda x: 0 <= x < math.inf)
+    _require_range(config, names, "at least 0 and finite", lambda x: 0 <= x < math.inf)
 
 
 def require_share(config: Any, *names: str) -> None:

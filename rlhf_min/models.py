@@ -445,6 +445,15 @@ def _positions(model: PreTrainedModel) -> int:
 def _load(
     auto_class: Any, name_or_path: str | Path, *, may_lack: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = Path(name_or_path)
+    require(
+        folder.is_dir() or (not folder.is_absolute() and len(folder.parts) <= 2),
+        f"{name_or_path}: no model could be loaded from there: no such folder",
+    )
+    require(
+        not folder.is_dir() or (folder / "config.json").is_file(),
+        f"{name_or_path}: no model could be loaded from there: the folder has no config.json",
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         model, info = auto_class.from_pretrained(
@@ -453,7 +462,6 @@ def _load(
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{name_or_path}: no model could be loaded from there: {reason}") from error
-    folder = Path(name_or_path)
     require(
         not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
         f"{name_or_path}: there is no tokenizer beside the model; save it there too",

@@ -15,6 +15,8 @@ from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.cli import RunOptions, check_out, open_run, parse
+from rlhf_min.harness.inputs import make_codec
+from rlhf_min.models import Policy
 from rlhf_min.ppo import PPOConfig
 from rlhf_min.reward import RewardConfig
 from rlhf_min.sft import SFTConfig
@@ -458,3 +460,13 @@ def test_each_trainer_leaves_a_model_and_curves(run, capsys, tmp_path, models):
     results = json.loads((tmp_path / "runs/evaluation/results.json").read_text(encoding="utf-8"))
     assert results["runs/sft/sft"]["win_rate"]["mean"] == 0.5  # over itself
     assert results["runs/ppo/ppo"]["score"]["n"] == 12
+
+
+def test_the_template_stays_with_the_model(tmp_path):
+    policy = small_policy()
+    assert make_codec(policy, RunOptions()).template == "{prompt}\n"
+    make_codec(policy, RunOptions(template="Q: {prompt}\\nA:"))
+    save_policy(policy, tmp_path / "sft")
+    loaded = Policy.from_pretrained(tmp_path / "sft", critic="none")
+    assert make_codec(loaded, RunOptions()).template == "Q: {prompt}\nA:"
+    assert make_codec(loaded, RunOptions(template="{prompt}")).template == "{prompt}"

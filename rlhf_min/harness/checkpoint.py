@@ -55,6 +55,7 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
         yield new
         for file in new.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes its files readable for their owner only
                 _flush(file)
         if folder.exists():
             os.rename(folder, old)

@@ -39,12 +39,19 @@ class RunOptions:
     heldout_share: float = option(0.1, "Share of your prompts that is kept out of training.")
     max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
-    template: str = option("{prompt}\\n", "What the policy reads; \\n is a new line.")
+    template: str | None = option(
+        None, "What the policy reads, with {prompt} in it; \\n is a new line. Default: the model's."
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
     threads: int | None = option(None, "CPU threads of PyTorch. Default: PyTorch's own choice.")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_response_tokens", "max_length", "threads")
+        require(self.out != "", "--out is empty; give a folder")
+        require(
+            self.template is None or self.template.count("{prompt}") == 1,
+            f"template {self.template!r} must hold {{prompt}} exactly once",
+        )
         require(
             self.max_length <= 2**20,
             f"max_length is {self.max_length}; it must be at most {2**20}",
@@ -87,12 +94,17 @@ def parse(description: str | None, *config_classes: Any) -> Any:
         BadInput: for a value out of its range.
     """
     parser = _Parser(config_classes, description=description)
+    for action in parser._actions:  # written for the option itself, it would say the opposite
+        if any(name.startswith("--no_") for name in action.option_strings):
+            action.help = f"Turns --{action.dest} off."
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     for config in configs:
-        if isinstance(config, RunOptions) and config.threads is not None:
-            torch.set_num_threads(config.threads)
+        if isinstance(config, RunOptions):
+            config.torch_device()  # refused here, before anything is read
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 

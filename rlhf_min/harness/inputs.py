@@ -96,12 +96,20 @@ def world_inputs(world: World) -> Inputs:
 
 
 def make_codec(policy: Policy, options: RunOptions) -> Codec:
-    """The codec of a policy, within the room that the options give."""
+    """The codec of a policy, within the room that the options give.
+
+    The template is written into the model's config, so that whoever loads the model later uses the
+    one that it was trained with.
+    """
+    template = getattr(policy.lm.config, "prompt_template", "{prompt}\n")
+    if options.template is not None:
+        template = options.template.replace("\\n", "\n")
+    policy.lm.config.prompt_template = template
     return Codec(
         policy.tokenizer,
         max_prompt_tokens=options.max_prompt_tokens,
         max_response_tokens=options.max_response_tokens,
-        template=options.template.replace("\\n", "\n"),
+        template=template,
     )
 
 
