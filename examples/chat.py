@@ -3,6 +3,7 @@
 In the embedded world, try: What is 3 plus 4?
 """
 
+import io
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ def main() -> None:
     rng = torch.Generator().manual_seed(options.seed)
     if reward_model is None:
         print(f"no reward model in {options.run}, so no scores; --reward_model gives one")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # whatever is typed, it is text
     print("Type a prompt; an empty line ends.")
     while prompt := _read():
         for name, policy in policies.items():
@@ -68,7 +71,6 @@ def main() -> None:
 
 
 def _read() -> str:
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # whatever is typed
     try:
         return input("> ").strip()
     except EOFError:
