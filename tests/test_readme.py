@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import check_quickstart
 import pytest
 from tiny import bert, bert_words, gpt2, words
 
@@ -34,7 +35,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_the_table_is_what_the_quickstart_wrote():
     results = json.loads((ROOT / "examples/results/quickstart-seed-0.json").read_text("utf-8"))
-    (table,) = [text for _, text in BLOCKS if "SFT" in text and "win rate by gold" in text]
+    (table,) = [text for _, text in BLOCKS if "SFT" in text and "ROUGE-L" in text]
     names = {
         "score": "score",
         "gold reward": "gold_reward",
@@ -61,6 +62,13 @@ def test_the_table_is_what_the_quickstart_wrote():
             assert [f"{x:.{digits}f}" for x in wanted] == [
                 f"{x:.{digits}f}" for x in (mean, lo, hi)
             ], f"{title}, {model}"
+
+
+def test_the_figures_of_three_seeds_are_what_the_check_prints(capsys):
+    (told,) = [text for _, text in BLOCKS if text.startswith("promise")]
+    files = sorted((ROOT / "examples/results").glob("quickstart-seed-*.json"))
+    assert check_quickstart.main([str(file) for file in files]) == 0
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python -m venv .*$", README, flags=re.MULTILINE))
