@@ -51,13 +51,15 @@ def main() -> None:
     }
     baseline, first = next(iter(policies.items()))
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
-    reward_model = RewardModel.from_pretrained(reward_folder).to(first.device)
+    reward_model = RewardModel.from_pretrained(reward_folder).to(
+        options.torch_device("reward_device")
+    )
     prompts, cut = make_codec(first, options).encode_prompts(test)
     print(f"{len(prompts)} prompts from {options.data or 'the world'}; {cut}")
 
     evaluations = evaluate_policies(
         policies,
-        first.reference(),
+        first.reference(reward_model.device),
         reward_model.score,
         prompts,
         [row["references"] for row in test],

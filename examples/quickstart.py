@@ -12,7 +12,7 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, recipe_for
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.metrics import MetricsLog
 
@@ -46,31 +46,56 @@ def main() -> None:
     sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
     reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
     codec = make_codec(sft_policy, options)
-    sft_config = configured(sft.SFTConfig, options.seed, epochs=options.sft_epochs)
-    reward_config = configured(reward.RewardConfig, options.seed, epochs=options.reward_epochs)
+    sft_config = configured(sft.SFTConfig, options, epochs=options.sft_epochs)
+    reward_config = configured(reward.RewardConfig, options, epochs=options.reward_epochs)
     ppo_config = configured(
         ppo.PPOConfig,
-        options.seed,
+        options,
         steps=options.ppo_steps,
         max_new_tokens=options.max_response_tokens,
     )
-    dpo_config = configured(dpo.DPOConfig, options.seed, epochs=options.dpo_epochs)
+    dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)
     configs = (options, sft_config, reward_config, ppo_config, dpo_config)
-    log = MetricsLog(lambda: open_run(out, *configs))
+    log = MetricsLog(lambda: open_run(out, *configs), report_to=options.report_to)
 
-    stages.run_sft(sft_policy, codec, inputs, sft_config, log)
+    stages.run_sft(
+        sft_policy, codec, inputs, sft_config, log, skip_preflight=options.skip_preflight
+    )
     save_policy(sft_policy, out / "sft")
 
     reward_report = stages.run_reward(
-        reward_model, inputs, reward_config, log, sft_policy=sft_policy, codec=codec
+        reward_model,
+        inputs,
+        reward_config,
+        log,
+        sft_policy=sft_policy,
+        codec=codec,
+        skip_preflight=options.skip_preflight,
     )
     save_reward_model(reward_model, out / "reward_model")
     print(reward_report)
 
-    ppo_policy = stages.run_ppo(sft_policy, codec, reward_model, inputs, ppo_config, log)
+    ppo_policy = stages.run_ppo(
+        sft_policy,
+        codec,
+        reward_model,
+        inputs,
+        ppo_config,
+        log,
+        ref_device=reward_model.device,
+        skip_preflight=options.skip_preflight,
+    )
     save_policy(ppo_policy, out / "ppo")
 
-    dpo_policy = stages.run_dpo(sft_policy, codec, inputs, dpo_config, log)
+    dpo_policy = stages.run_dpo(
+        sft_policy,
+        codec,
+        inputs,
+        dpo_config,
+        log,
+        ref_device=reward_model.device,
+        skip_preflight=options.skip_preflight,
+    )
     save_policy(dpo_policy, out / "dpo")
 
     test = inputs.test[: options.test_prompts]
@@ -78,7 +103,7 @@ def main() -> None:
     print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
     evaluations = evaluate_policies(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
-        sft_policy.reference(),
+        sft_policy.reference(reward_model.device),
         reward_model.score,
         prompts,
         [row["references"] for row in test],
@@ -101,9 +126,12 @@ def main() -> None:
     )
 
 
-def configured(config_class: type[Config], seed: int, **given: int | None) -> Config:
-    """The stage's own defaults, with what was given on the command line."""
-    return config_class(seed=seed, **{k: v for k, v in given.items() if v is not None})
+def configured(
+    config_class: type[Config], options: QuickstartOptions, **given: int | None
+) -> Config:
+    """The stage's own defaults, or a pretrained model's, with what the command line gives."""
+    values = recipe_for(config_class, options) | {k: v for k, v in given.items() if v is not None}
+    return config_class(seed=options.seed, **values)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,25 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config))
+    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
     if options.model is None:
-        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
-    policy = stages.run_dpo(policy, codec, inputs, config, log)
+        stages.run_sft(
+            policy,
+            codec,
+            inputs,
+            sft.SFTConfig(seed=config.seed),
+            log,
+            skip_preflight=options.skip_preflight,
+        )
+    policy = stages.run_dpo(
+        policy,
+        codec,
+        inputs,
+        config,
+        log,
+        ref_device=options.torch_device("reward_device"),
+        skip_preflight=options.skip_preflight,
+    )
 
     save_policy(policy, out / "dpo")
     report.write_curves(out / "curves.png", log)

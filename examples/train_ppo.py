@@ -1,8 +1,16 @@
-"""PPO of a policy against a reward model.
+"""PPO of a policy against a reward model, any Python function, or a weighted sum of both.
 
 Without options: on the embedded world, where a missing --model or --reward_model is trained first.
-With --data both must be given. The model and its value head land in <out>/ppo.
+With --data give --model and --reward_model or --reward. The model and its value head land in
+<out>/ppo.
+
+    --reward my_rewards.py:brevity                 def brevity(prompts, responses) -> list of floats
+    --reward 0.7*runs/reward_model 0.3*my_rewards:brevity
 """
+
+from dataclasses import dataclass, field
+
+import torch
 
 from rlhf_min import reward, sft
 from rlhf_min.errors import require
@@ -11,44 +19,98 @@ from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.rewards import WeightedSum, load_reward
 from rlhf_min.models import Critic, RewardModel
 from rlhf_min.ppo import PPOConfig
 
 
+@dataclass(frozen=True)
+class PPOOptions(RunOptions):
+    """Options of the command beside those of PPO itself."""
+
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={"help": "[WEIGHT*]module:function, file.py:function or model; several add up."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.reward and self.reward_model),
+            "give --reward_model or --reward, not both; --reward takes reward models too",
+        )
+        require(
+            self.data is None
+            or (self.model is not None and (self.reward_model is not None or bool(self.reward))),
+            "PPO on your own prompts starts from trained models: give --model (see train_sft.py) "
+            "and --reward_model (see train_reward_model.py) or --reward",
+        )
+
+
 @command
 def main() -> None:
-    options, config = parse(__doc__, RunOptions, PPOConfig)
-    require(
-        options.data is None or (options.model is not None and options.reward_model is not None),
-        "PPO on your own prompts starts from trained models: give --model (see train_sft.py) and "
-        "--reward_model (see train_reward_model.py)",
-    )
+    options, config = parse(__doc__, PPOOptions, PPOConfig)
     stages.check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
     critic: Critic = "none" if options.model is None else config.critic
     policy = start_policy(options, inputs.texts, critic=critic, seed=config.seed)
     codec = make_codec(policy, options)
-    if options.reward_model is not None:
-        reward_model = RewardModel.from_pretrained(options.reward_model).to(policy.device)
-    else:
-        reward_model = start_reward_model(options, inputs.texts, seed=config.seed)
+    given = load_given_reward(options, options.torch_device("reward_device"))
+    if isinstance(given, WeightedSum) and len(given.parts) > 1:
+        inputs.monitors |= given.monitors
 
-    log = MetricsLog(lambda: open_run(out, options, config))
+    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
     if options.model is None:
-        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
-    if options.reward_model is None:
+        stages.run_sft(
+            policy,
+            codec,
+            inputs,
+            sft.SFTConfig(seed=config.seed),
+            log,
+            skip_preflight=options.skip_preflight,
+        )
+    if given is None:
+        given = start_reward_model(options, inputs.texts, seed=config.seed)
         reward_config = reward.RewardConfig(seed=config.seed)
         print(
             stages.run_reward(
-                reward_model, inputs, reward_config, log, sft_policy=policy, codec=codec
+                given,
+                inputs,
+                reward_config,
+                log,
+                sft_policy=policy,
+                codec=codec,
+                skip_preflight=options.skip_preflight,
             )
         )
-    policy = stages.run_ppo(policy, codec, reward_model, inputs, config, log)
+    policy = stages.run_ppo(
+        policy,
+        codec,
+        given,
+        inputs,
+        config,
+        log,
+        ref_device=options.torch_device("reward_device"),
+        skip_preflight=options.skip_preflight,
+    )
 
     save_policy(policy, out / "ppo")
     report.write_curves(out / "curves.png", log)
     print(f"model, curves.png and metrics.jsonl are in {out}")
+
+
+def load_given_reward(
+    options: PPOOptions, device: torch.device
+) -> RewardModel | WeightedSum | None:
+    """What --reward_model or --reward names; None if neither was given."""
+
+    def load_model(name: str) -> RewardModel:
+        return RewardModel.from_pretrained(name).to(device)
+
+    if options.reward:
+        return load_reward(options.reward, load_model)
+    return load_model(options.reward_model) if options.reward_model is not None else None
 
 
 if __name__ == "__main__":

@@ -23,8 +23,16 @@ def main() -> None:
         policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
         codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config))
-    found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
+    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
+    found = stages.run_reward(
+        reward_model,
+        inputs,
+        config,
+        log,
+        sft_policy=policy,
+        codec=codec,
+        skip_preflight=options.skip_preflight,
+    )
 
     save_reward_model(reward_model, out / "reward_model")
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}

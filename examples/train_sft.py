@@ -19,8 +19,8 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config))
-    stages.run_sft(policy, codec, inputs, config, log)
+    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
+    stages.run_sft(policy, codec, inputs, config, log, skip_preflight=options.skip_preflight)
 
     save_policy(policy, out / "sft")
     report.write_curves(out / "curves.png", log)

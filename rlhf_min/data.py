@@ -10,18 +10,24 @@ trained on is what is sampled. A row is [prompt, response, padding]:
     mask                                   |  1     1     1     0       EOS is real
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import require
+from .errors import BadInput, require
 from .masking import response_mask
 
 Example = TypeVar("Example")
+
+CHAT = "chat"  # the template of a Codec that leaves the work to the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,40 @@ def _pad(rows: Sequence[Tensor], pad_id: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
 
 
+class Conversation(str):
+    """A prompt of several chat messages. It is the text of them, which is all that most code sees.
+
+    Args:
+        messages: each with its ``role`` and its ``content``.
+
+    Example:
+        >>> Conversation([{"role": "user", "content": "Hi"}])
+        'Hi'
+        >>> turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
+        >>> print(Conversation([{"role": role, "content": text} for role, text in turns]))
+        user: Hi
+        <BLANKLINE>
+        assistant: Hello.
+        <BLANKLINE>
+        user: Bye
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+
+    def __new__(cls, messages: Sequence[Mapping[str, str]]) -> "Conversation":
+        """The text: a transcript, or the content alone of a single message of the user."""
+        if [message["role"] for message in messages] == ["user"]:
+            text = messages[0]["content"]
+        else:
+            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        conversation = super().__new__(cls, text)
+        conversation.messages = tuple(dict(message) for message in messages)
+        return conversation
+
+    def __getnewargs__(self) -> Any:  # what copies are made from
+        return (self.messages,)
+
+
 @dataclass(frozen=True)
 class PromptExample:
     """A prompt to sample from: its text before template and cut, its ids, its other columns."""
@@ -121,7 +161,10 @@ class PreferenceExample:
 
 @dataclass
 class CutReport:
-    """How much of the text did not fit, counted while encoding. Nothing is cut silently."""
+    """How much of the text did not fit, counted while encoding. Nothing is cut silently.
+
+    The lengths are in tokens and before any cut, template and EOS included.
+    """
 
     prompts: int = 0
     prompts_cut: int = 0
@@ -130,6 +173,10 @@ class CutReport:
     responses_cut: int = 0
     response_tokens_cut: int = 0
     equal_after_cut: int = 0
+    responses_with_eos: int = field(default=0, compare=False)
+    eos_in_text: int = field(default=0, compare=False)
+    prompt_lengths: list[int] = field(default_factory=list, compare=False, repr=False)
+    response_lengths: list[int] = field(default_factory=list, compare=False, repr=False)
 
     def add(self, other: "CutReport") -> None:
         """Count in another report's rows."""
@@ -145,6 +192,27 @@ class CutReport:
                 parts.append(f"{cut} of {total} {name}s cut ({tokens} tokens lost)")
         if self.equal_after_cut:
             parts.append(f"{self.equal_after_cut} pairs dropped: equal after the cut")
+        if self.eos_in_text:
+            parts.append(
+                f"{self.eos_in_text} of {self.responses} responses hold an EOS that their text "
+                "spells; this tokenizer cannot read it as text"
+            )
+        return "; ".join(parts)
+
+    def lengths(self) -> str:
+        """The median, the 95th percentile and the maximum of the lengths; "" if none are known.
+
+        >>> CutReport(prompt_lengths=[3, 1, 2]).lengths()
+        'prompts 2, 3, 3'
+        """
+        parts = []
+        for name, lengths in (
+            ("prompts", self.prompt_lengths),
+            ("responses", self.response_lengths),
+        ):
+            if ranked := sorted(lengths):
+                p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
+                parts.append(f"{name} {p50}, {p95}, {ranked[-1]}")
         return "; ".join(parts)
 
 
@@ -152,13 +220,17 @@ class CutReport:
 class Codec:
     """Text to ids and back for one tokenizer. The only place where a prompt gets its template.
 
-    A long response loses its end but keeps EOS; a long prompt loses its beginning.
+    A long response loses its end but keeps EOS; a long prompt loses its beginning, but not a BOS.
+    What the user's text spells like a special token is read as text, if the tokenizer can do so;
+    where a response still has an EOS inside it, `CutReport.eos_in_text` counts it. Only in a chat
+    template are all special tokens what they spell.
 
     Args:
         tokenizer: with an EOS token.
         max_prompt_tokens: a longer prompt is cut on the left.
         max_response_tokens: a longer response is cut on the right, EOS counted in.
-        template: holds ``{prompt}`` once.
+        template: holds ``{prompt}`` once, or is the word ``chat``, for the chat template of the
+            tokenizer. A tokenizer that starts its texts with BOS starts the prompt with it too.
 
     Raises:
         BadInput: if a limit leaves no room, or the template has no place for the prompt.
@@ -177,8 +249,12 @@ class Codec:
             "max_response_tokens",
         )
         require(
-            self.template.count("{prompt}") == 1,
+            self.template == CHAT or self.template.count("{prompt}") == 1,
             f"template {self.template!r} must hold {{prompt}} exactly once",
+        )
+        require(
+            self.template != CHAT or bool(getattr(self.tokenizer, "chat_template", None)),
+            "template is chat, but the tokenizer has no chat template; give a text with {prompt}",
         )
         require(
             self.tokenizer.eos_token_id is not None,
@@ -187,19 +263,26 @@ class Codec:
 
     def encode_prompt(self, text: str, report: CutReport) -> Tensor:
         """Ids of the templated prompt, ``(P,)``; its beginning is cut off if it is too long."""
-        ids = self._ids(self.template.replace("{prompt}", text))
+        ids = self._chat_ids(text) if self.template == CHAT else self._prompt_ids(text)
+        lost = max(0, len(ids) - self.max_prompt_tokens)
         report.prompts += 1
-        report.prompts_cut += len(ids) > self.max_prompt_tokens
-        report.prompt_tokens_cut += max(0, len(ids) - self.max_prompt_tokens)
-        return torch.tensor(ids[-self.max_prompt_tokens :], dtype=torch.long)
+        report.prompts_cut += lost > 0
+        report.prompt_tokens_cut += lost
+        report.prompt_lengths.append(len(ids))
+        first = int(ids[:1] == [self.tokenizer.bos_token_id])
+        return torch.tensor(ids[:first] + ids[first + lost :], dtype=torch.long)
 
     def encode_response(self, text: str, report: CutReport) -> Tensor:
         """Ids of the response and EOS, ``(T,)``; its end is cut off if it is too long."""
-        ids, room = self._ids(text), self.max_response_tokens - 1
+        ids, room, eos = self._ids(text), self.max_response_tokens - 1, self.tokenizer.eos_token_id
+        kept = [*ids[:room], eos]
         report.responses += 1
         report.responses_cut += len(ids) > room
         report.response_tokens_cut += max(0, len(ids) - room)
-        return torch.tensor([*ids[:room], self.tokenizer.eos_token_id])
+        report.response_lengths.append(len(ids) + 1)
+        report.responses_with_eos += kept[-1] == eos
+        report.eos_in_text += eos in kept[:-1]
+        return torch.tensor(kept)
 
     def encode_prompts(
         self, rows: Sequence[Mapping[str, Any]]
@@ -245,8 +328,51 @@ class Codec:
                 examples.append(PreferenceExample(prompt_ids, chosen_ids, rejected_ids))
         return examples, report
 
+    def _chat_ids(self, text: str) -> list[int]:
+        if isinstance(text, Conversation):
+            messages = [dict(message) for message in text.messages]
+        else:
+            messages = [{"role": "user", "content": text}]
+        begun = messages[-1]["role"] == "assistant"  # the response then goes on from there
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+        except (TemplateError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(
+                f"the tokenizer's chat template does not take the prompt {text[:60]!r} ({reason}); "
+                "change this prompt, or give a template with {prompt}"
+            ) from error
+        # The template has written BOS where there is to be one.
+        return self.tokenizer(rendered, add_special_tokens=False).input_ids
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._template_pieces:
+            ids += [piece] if isinstance(piece, int) else self._ids(piece.replace("{prompt}", text))
+        return ids if ids[:1] == self._bos else self._bos + ids
+
+    @cached_property
+    def _template_pieces(self) -> list[int | str]:
+        """The template as the texts between its special tokens, and the ids of these."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        ids = {token.content: i for i, token in added if token.special}
+        pattern = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        pieces = re.split(f"({pattern})", self.template) if ids else [self.template]
+        return [ids.get(piece, piece) for piece in pieces if piece]
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        """BOS, if the tokenizer by itself starts a text with it."""
+        first = self.tokenizer("x").input_ids[:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:

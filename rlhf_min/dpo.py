@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,11 @@ from .optim import Precision, Schedule, State, adamw
 class DPOConfig:
     """Options of DPO. Defaults suit the small models of the embedded world."""
 
+    trains: ClassVar = "model"
+    pretrained: ClassVar = {
+        "learning_rate": (1e-6, "Rafailov et al. 2023"),
+        "beta": (0.1, "Rafailov et al. 2023"),
+    }
     epochs: int = option(1, "Passes over the preference pairs.")
     batch_size: int = option(64, "Pairs for each optimizer step.")
     learning_rate: float = option(1e-4, "AdamW's rate after warm-up.")

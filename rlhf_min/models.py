@@ -7,25 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BatchEncoding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import CutReport, Sequences, micro_batches
-from .errors import BadInput, require
+from .errors import require
+from .loading import VALUE_FILE, load_causal_lm, load_classifier
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 
-VALUE_FILE = "value_head.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 CHUNK_TOKENS = 1024  # rows of logits held at once
 Critic = Literal["none", "shared", "separate"]
 
@@ -117,12 +106,22 @@ class Policy(nn.Module):
         hidden = response_hidden(self._trunk(self.lm.base_model, batch), batch)
         return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
 
-    def reference(self) -> "Policy":
-        """A frozen copy of the language model as it is now, without critic and dropout."""
+    def reference(self, device: torch.device | None = None) -> "Policy":
+        """A frozen copy of the language model as it is now, without critic and dropout.
+
+        Args:
+            device: where the copy is kept; None for the policy's own device.
+        """
         reference = Policy(copy.deepcopy(self.lm), self.tokenizer)
         reference.requires_grad_(False)
         disable_dropout(reference)
-        return reference.eval()
+        return reference.eval().to(self.device if device is None else device)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on keep only the layers' inputs for backward, and compute the rest again."""
+        for trunk in (self.lm, self.critic_trunk):
+            if isinstance(trunk, PreTrainedModel):
+                _checkpoint_gradients(trunk)
 
     @classmethod
     def from_pretrained(
@@ -131,18 +130,18 @@ class Policy(nn.Module):
         """Load a causal language model with its tokenizer, and its value head if it has one.
 
         Args:
-            name_or_path: a folder, or a name that ``transformers`` knows.
+            name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file. A
+                folder may be one of trl 0.x, with its value head.
             critic: as for the class.
             new_head: whether a missing value head may start at zero; only to begin training.
 
         Raises:
             BadInput: if the model cannot be loaded, or its value head is missing.
         """
-        lm, tokenizer = _load(AutoModelForCausalLM, name_or_path)
+        lm, tokenizer, value_head = load_causal_lm(name_or_path)
         policy = cls(lm, tokenizer, critic=critic)
-        head_file = Path(name_or_path) / VALUE_FILE
-        if critic != "none" and head_file.is_file():
-            policy.load_critic(load_file(head_file))
+        if critic != "none" and value_head is not None:
+            policy.load_critic(value_head)
         else:
             require(
                 critic == "none" or new_head,
@@ -163,7 +162,7 @@ class Policy(nn.Module):
         require(
             not differing,
             f"the value head does not fit critic={self.critic!r} of this model: {differing[:3]} "
-            "missing, unexpected, or of another shape",
+            "missing, unexpected, or of another shape; give the critic that it was trained with",
         )
         self.load_state_dict(tensors, strict=False)
 
@@ -271,6 +270,7 @@ class RewardModel(nn.Module):
             "the reward model's tokenizer has no pad and no EOS token; set tokenizer.pad_token",
         )
         model.config.pad_token_id = tokenizer.pad_token_id
+        require(tokenizer.is_fast, "the reward model's tokenizer needs a tokenizer.json")
         require(model.config.num_labels == 1, "a reward model needs exactly one label")
         require(
             8 <= max_length <= positions,
@@ -280,6 +280,7 @@ class RewardModel(nn.Module):
         self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
         self.tokenizer.model_max_length = max_length  # saved with the model
         self.cuts = CutReport()  # of all texts that were scored
+        self.new_weights: list[str] = []  # what had to be drawn anew when it was loaded
 
     @property
     def device(self) -> torch.device:
@@ -300,6 +301,8 @@ class RewardModel(nn.Module):
             truncation="only_first",
             max_length=self.max_length,
             padding=True,
+            # Where a model has no embeddings for them, as GPT-2, it would add those of two words.
+            return_token_type_ids=getattr(self.model.config, "type_vocab_size", 0) > 1,
             return_tensors="pt",
         )
 
@@ -320,7 +323,7 @@ class RewardModel(nn.Module):
         with evaluating(self):
             for rows in micro_batches(self.lengths(prompts, responses), max_tokens=max_tokens):
                 found = self([prompts[i] for i in rows], [responses[i] for i in rows])
-                scores[rows] = found.to("cpu", torch.float64)
+                scores[rows] = found.cpu().double()
         return scores
 
     def lengths(self, prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
@@ -341,10 +344,16 @@ class RewardModel(nn.Module):
         ):
             report.responses_cut += kept < response_tokens
             report.response_tokens_cut += response_tokens - kept
+            report.prompt_lengths.append(prompt_tokens)
+            report.response_lengths.append(response_tokens)
             room = self.max_length - self._special_tokens - kept
             report.prompts_cut += prompt_tokens > room
             report.prompt_tokens_cut += max(0, prompt_tokens - room)
         return report
+
+    def checkpoint_gradients(self) -> None:
+        """From now on keep only the layers' inputs for backward, and compute the rest again."""
+        _checkpoint_gradients(self.model)
 
     @torch.no_grad()
     def rescale(self, *, gain: float, bias: float) -> None:
@@ -376,10 +385,10 @@ class RewardModel(nn.Module):
         Raises:
             BadInput: if the model cannot be loaded, or its classifier is missing.
         """
-        model, tokenizer = _load(
-            AutoModelForSequenceClassification, name_or_path, may_lack=new_head, num_labels=1
-        )
-        return cls(model, tokenizer, max_length=max_length).eval()
+        model, tokenizer, new_weights = load_classifier(name_or_path, new_head=new_head)
+        reward_model = cls(model, tokenizer, max_length=max_length).eval()
+        reward_model.new_weights = new_weights
+        return reward_model
 
     @property
     def _last_layer(self) -> nn.Linear:
@@ -418,18 +427,14 @@ class RewardModel(nn.Module):
         return [f"{prompt}\n" for prompt in prompts], [f"{response}{end}" for response in responses]
 
 
-# What transformers raises for a folder whose files are not what they should be.
-_LOADING_ERRORS = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    require(
+        model.supports_gradient_checkpointing,
+        f"{type(model).__name__} has no gradient checkpointing; go without",
+    )
+    # Renamed within version 5 of transformers.
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _positions(model: PreTrainedModel) -> int:
@@ -440,37 +445,3 @@ def _positions(model: PreTrainedModel) -> int:
     if isinstance(table, nn.Embedding) and table.padding_idx is not None:
         positions -= table.padding_idx + 1  # RoBERTa counts from behind its pad id
     return positions
-
-
-def _load(
-    auto_class: Any, name_or_path: str | Path, *, may_lack: bool = False, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = Path(name_or_path)
-    require(
-        folder.is_dir() or (not folder.is_absolute() and len(folder.parts) <= 2),
-        f"{name_or_path}: no model could be loaded from there: no such folder",
-    )
-    require(
-        not folder.is_dir() or (folder / "config.json").is_file(),
-        f"{name_or_path}: no model could be loaded from there: the folder has no config.json",
-    )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model, info = auto_class.from_pretrained(
-            name_or_path, dtype="auto", output_loading_info=True, **kwargs
-        )
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{name_or_path}: no model could be loaded from there: {reason}") from error
-    require(
-        not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
-        f"{name_or_path}: there is no tokenizer beside the model; save it there too",
-    )
-    missing = sorted(info["missing_keys"])
-    require(
-        not missing or may_lack,
-        f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
-        "would be random; give a model that was trained for this, or train its head first",
-    )
-    # Half-precision weights lose small updates: training keeps float32 and may use autocast.
-    return model.to(torch.promote_types(model.dtype, torch.float32)).eval(), tokenizer

@@ -52,9 +52,14 @@ class Optimizer:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """Forward passes inside run in the chosen precision."""
+        """Forward passes inside run in the chosen precision, also those of models on the CPU
+        beside the one that is trained."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        with torch.autocast(self.device_type, dtype=dtype, enabled=self.precision != "fp32"):
+        with contextlib.ExitStack() as stack:
+            for device_type in {"cpu", self.device_type}:
+                stack.enter_context(
+                    torch.autocast(device_type, dtype=dtype, enabled=self.precision != "fp32")
+                )
             yield
 
     def backward(self, loss: Tensor) -> None:

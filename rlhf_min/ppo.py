@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class PPOConfig:
     `minibatch_size`; each minibatch is one optimizer step.
     """
 
+    trains: ClassVar = "model"
+    pretrained: ClassVar = {
+        "epochs": (4, "Ziegler et al. 2019"),
+        "learning_rate": (1.41e-5, "trl 0.11's GPT-2 runs"),
+    }
     steps: int = option(60, "Rollouts, each followed by its update.")
     batch_size: int = option(128, "Prompts in one rollout.")
     minibatch_size: int = option(32, "Responses for each optimizer step.")
@@ -120,7 +125,7 @@ class RunningMoments:
 
     def update(self, scores: Tensor) -> None:
         """Take in one batch of scores, ``(B,)``."""
-        scores = scores.double()
+        scores = scores.cpu().double()
         n, batch_mean = len(scores), float(scores.mean())
         delta = batch_mean - self.mean  # (1)
         total = self.count + n
@@ -423,8 +428,8 @@ def report(buffer: RolloutBuffer) -> dict[str, float]:
         "value": float(masked_mean(rollout.values, mask)),
         "return": float(masked_mean(buffer.returns, mask)),
         "explained_variance": 1 - error_variance / max(returns_variance, 1e-12),
-        "response_length": float(rollout.lengths.double().mean()),
-        "eos_rate": float(rollout.ended.double().mean()),
+        "response_length": _mean_count(rollout.lengths),
+        "eos_rate": _mean_count(rollout.ended),
     }
 
 
@@ -443,7 +448,7 @@ def evaluate(
     metrics = {
         "score": float(rollout.scores.mean()),
         "k1": _per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask),
-        "response_length": float(rollout.lengths.double().mean()),
+        "response_length": _mean_count(rollout.lengths),
         "distinct_2": distinct_n(rollout.responses, 2),
         "repeated_4": repeated_ngrams(rollout.responses, 4),
     }
@@ -479,6 +484,11 @@ def _mean_reward(reward: RewardFunction, rollout: Rollout) -> float:
 
 def _per_response(x: Tensor, mask: Tensor) -> float:
     return float(torch.where(mask, x, 0).sum(1).mean())
+
+
+def _mean_count(x: Tensor) -> float:
+    """The mean of whole numbers or of truth values."""
+    return int(x.sum()) / len(x)
 
 
 def _mean_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps mar
 class RewardConfig:
     """Options of reward training. Defaults suit the small models of the embedded world."""
 
+    trains: ClassVar = "reward_model"
+    pretrained: ClassVar = {
+        "epochs": (3, "BERT, Devlin et al. 2019"),
+        "learning_rate": (2e-5, "BERT"),
+    }
     epochs: int = option(4, "Passes over the preference pairs.")
     batch_size: int = option(32, "Pairs for each optimizer step.")
     learning_rate: float = option(7e-4, "AdamW's rate after warm-up.")

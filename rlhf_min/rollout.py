@@ -155,7 +155,7 @@ def score_rollout(
         prompts=[],
         responses=[],
         sequences=sequences,
-        scores=scores.to(policy.device, logprobs.dtype),
+        scores=scores.to(logprobs.dtype).to(policy.device),
         ended=torch.tensor([bool(ids[-1] == eos_id) for ids in response_ids]).to(policy.device),
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
@@ -197,7 +197,8 @@ def call_reward(
 ) -> Tensor:
     """Score texts by any callable ``reward(prompts, responses) -> floats``.
 
-    Further columns of the data are handed over as keyword lists if the callable names them.
+    Further columns of the data are handed over as keyword lists if the callable names them, and
+    all of them if it takes ``**columns``.
 
     Returns:
         Shape ``(B,)``, float64, on the CPU.
@@ -207,11 +208,15 @@ def call_reward(
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
-        parameters = list(inspect.signature(reward).parameters)[2:]
+        parameters = list(inspect.signature(reward).parameters.values())[2:]
     except ValueError:  # some callables written in C do not tell theirs
         parameters = []
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
     named = {
-        key: [row[key] for row in columns] for key in parameters if columns and key in columns[0]
+        key: [row[key] for row in columns]
+        for key in (columns[0] if columns else ())
+        if takes_all or key in names
     }
     found = reward(list(prompts), list(responses), **named)
     if isinstance(found, Tensor):

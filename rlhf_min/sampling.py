@@ -51,7 +51,7 @@ def _sample(
     temperature: float,
 ) -> list[Tensor]:
     eos_id, device = policy.tokenizer.eos_token_id, policy.device
-    uniforms = uniforms.to(device)
+    uniforms = below_one(uniforms, device)
     ids, attention_mask = _left_padded(prompt_ids, policy.pad_id)
     ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
     responses: list[list[int]] = [[] for _ in prompt_ids]
@@ -87,6 +87,17 @@ def _sample(
     return [torch.tensor(response) for response in responses]
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def below_one(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Uniform numbers on a device, none rounded up to 1, which no probability exceeds."""
+    dtype = widest_float(device)
+    return uniforms.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).to(device)
+
+
 def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
@@ -99,7 +110,7 @@ def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulated probability exceeds the uniform number. Shape ``(b,)``."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
+    cdf = logits.to(uniforms.dtype).softmax(-1).cumsum(-1)
     # Rounding may end the cdf a little off 1; scaling by its end keeps every draw inside.
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
         max=logits.shape[-1] - 1

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .config import (
     option,
@@ -23,6 +24,12 @@ from .optim import Precision, Schedule, State, adamw, dropout_rng
 class SFTConfig:
     """Options of supervised fine-tuning. Defaults suit the small models of the embedded world."""
 
+    trains: ClassVar = "model"
+    pretrained: ClassVar = {
+        "learning_rate": (2e-5, "Alpaca, Taori et al. 2023"),
+        "warmup_share": (0.03, "Alpaca"),
+        "weight_decay": (0.0, "Alpaca"),
+    }
     epochs: int = option(3, "Passes over the demonstrations.")
     batch_size: int = option(32, "Demonstrations for each optimizer step.")
     learning_rate: float = option(1.5e-3, "AdamW's rate after warm-up.")

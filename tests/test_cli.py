@@ -37,7 +37,7 @@ def example(name):
 COMMANDS = {
     "train_sft": [RunOptions, SFTConfig],
     "train_reward_model": [RunOptions, RewardConfig],
-    "train_ppo": [RunOptions, PPOConfig],
+    "train_ppo": [example("train_ppo").PPOOptions, PPOConfig],
     "train_dpo": [RunOptions, DPOConfig],
     "quickstart": [example("quickstart").QuickstartOptions],
     "evaluate_models": [example("evaluate_models").EvaluateOptions],
@@ -111,6 +111,7 @@ RUN = {
     "max_response_tokens": POSITIVE,
     "max_length": POSITIVE,
     "threads": POSITIVE,
+    "limit": POSITIVE,
 }
 # Every number of every config: what it must not be, and what it may just be.
 BOUNDS = {
@@ -228,6 +229,36 @@ def test_options_reach_their_configs(monkeypatch):
     assert config == SFTConfig(epochs=7, learning_rate=1e-5, max_grad_norm=2.0)
 
 
+# Pretrained models
+
+
+def made_here(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"small_world": true}', encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig])
+def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, config):
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+        return parse("", RunOptions, config)[1]
+
+    published = {name: value for name, (value, _) in config.pretrained.items()}
+    option = f"--{config.trains}"
+    assert parsed() == parsed(option, made_here(tmp_path / "small")) == config()
+    assert parsed(option, "gpt2-medium") == dataclasses.replace(config(), **published)
+    # What is given stands, however it is spelled.
+    given = parsed(option, "gpt2-medium", "--learning-rate", "0.5")
+    assert given == dataclasses.replace(config(), **(published | {"learning_rate": 0.5}))
+
+
+def test_the_help_says_who_published_a_setting(run, capsys):
+    assert run("train_dpo", "--help") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("--beta")]
+    assert "Pretrained models: 0.1 (Rafailov et al. 2023)." in line
+
+
 def test_threads_are_set(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["x", "--threads", "2"])
@@ -285,6 +316,14 @@ def bad(name, *arguments, says, id=None):
         bad("train_ppo", "--data", "pairs.jsonl", "--model", "mine", says="--reward_model"),
         bad("train_sft", "--data", "pairs.jsonl", "--device", "warp", says="--device warp"),
         bad("train_sft", "--data", "pairs.jsonl", "--template", "Say it", says="exactly once"),
+        bad("train_sft", "--data", "pairs.jsonl", "--template", "chat", says="no chat template"),
+        bad(
+            "train_sft", "--data", "pairs.jsonl", "--columns", "prompt", says="which column serves"
+        ),
+        bad("train_sft", "--data", "pairs.jsonl", "--columns", "prompt=q", says="no such column"),
+        bad("train_sft", "--data", "pairs.jsonl", "--split", "test", says="has no split 'test'"),
+        bad("train_sft", "--data", "no-one/pairs", says="no-one/pairs: no such file here"),
+        bad("train_sft", "--limit", "3", says="--limit is for your own rows; give --data"),
         bad("evaluate_models", "--data", "pairs.jsonl", says="no model 'sft' in runs/quickstart"),
         bad("evaluate_models", "--data", "pairs.jsonl", "--models", ",", says="names no model"),
         bad("evaluate_models", "--data", "pairs.jsonl", "--models", "a/b,a/b", says="twice"),

@@ -1,5 +1,9 @@
 """From texts to tensors: padding, encoding, cutting, grouping, and the order of the examples."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -7,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assert_close
 from tiny import EOS, PAD, StubTokenizer, gpt2, policy, token_rows, words
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from tolerances import EXACT
 
 from rlhf_min.data import (
     Codec,
+    Conversation,
     Cursor,
     CutReport,
     Sequences,
@@ -20,6 +27,7 @@ from rlhf_min.data import (
 )
 from rlhf_min.errors import BadInput
 from rlhf_min.losses import sft_loss
+from rlhf_min.world import train_bpe
 
 
 def codec(prompt: int = 8, response: int = 8, template: str = "{prompt}\n") -> Codec:
@@ -235,6 +243,211 @@ def test_encode_preferences_shares_the_prompt_and_drops_what_the_cut_made_equal(
         response_tokens_cut=4,
         equal_after_cut=2,
     )
+
+
+# Conversation
+
+TALK = [
+    {"role": "user", "content": "ba be"},
+    {"role": "assistant", "content": "bi"},
+    {"role": "user", "content": "bo"},
+]
+
+
+def test_a_conversation_is_its_text():
+    talk = Conversation(TALK)
+    assert talk == "user: ba be\n\nassistant: bi\n\nuser: bo"
+    assert hash(talk) == hash(str(talk))
+    assert {talk: 1}["user: ba be\n\nassistant: bi\n\nuser: bo"] == 1
+    assert Conversation(TALK[:1]) == "ba be"
+    assert Conversation(TALK[1:2]) == "assistant: bi"
+    assert Conversation([]) == ""
+    assert json.loads(json.dumps([talk])) == [str(talk)]
+    for same in (copy.deepcopy(talk), pickle.loads(pickle.dumps(talk))):
+        assert same == talk
+        assert same.messages == talk.messages == tuple(TALK)
+
+
+def test_a_conversation_keeps_what_it_was_given():
+    given = copy.deepcopy(TALK)
+    talk = Conversation(given)
+    given[0]["content"] = "else"
+    assert talk.messages == tuple(TALK)
+
+
+# Chat templates
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+# <pad> 0, <eos> 1, <unk> 2, ba 3, be 4, bi 5, bo 6, bu 7, the special tokens of the chat from 28
+SPECIALS = ["<user>", "<assistant>", "<system>", "<end>", "<s>"]
+USER, ASSISTANT, SYSTEM, END, BOS = range(28, 33)
+
+
+def chat_words(*, bos: bool = False, template: str | None = CHATML):
+    """`words` with a chat template; with `bos` it starts every text with <s>, as Llama's does."""
+    tokenizer = words()
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS})
+    tokenizer.bos_token = "<s>"
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    tokenizer.chat_template = template
+    assert tokenizer("ba").input_ids == ([BOS, 3] if bos else [3])
+    return tokenizer
+
+
+def chat_codec(prompt: int = 20, template: str = "chat", **how) -> Codec:
+    return Codec(chat_words(**how), prompt, 8, template)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_chat_template_with_the_turn_of_the_assistant_begun(bos):
+    codec, report = chat_codec(bos=bos), CutReport()
+    # a plain text is one message of the user; nothing is added to what the template writes
+    assert codec.encode_prompt("ba be", report).tolist() == [USER, 3, 4, END, ASSISTANT]
+    talk = Conversation([{"role": "system", "content": "bu"}, *TALK])
+    expected = [SYSTEM, 7, END, USER, 3, 4, END, ASSISTANT, 5, END, USER, 6, END, ASSISTANT]
+    assert codec.encode_prompt(talk, report).tolist() == expected
+    # a turn of the assistant that is last goes on in the response
+    begun = Conversation(TALK[:2])
+    assert codec.encode_prompt(begun, report).tolist() == [USER, 3, 4, END, ASSISTANT, 5]
+    assert report.prompt_lengths == [5, 14, 6]
+    assert codec.encode_response("ba", report).tolist() == [3, EOS]
+
+
+def test_bos_of_a_chat_template_is_the_only_one_and_survives_the_cut():
+    with_bos = chat_codec(bos=True, template="chat")
+    with_bos.tokenizer.chat_template = "<s> " + CHATML
+    assert with_bos.encode_prompt("ba be", CutReport()).tolist() == [
+        BOS, USER, 3, 4, END, ASSISTANT
+    ]  # fmt: skip
+    report, short = CutReport(), Codec(with_bos.tokenizer, 4, 8, "chat")
+    assert short.encode_prompt("ba be", report).tolist() == [BOS, 4, END, ASSISTANT]
+    assert (report.prompts_cut, report.prompt_tokens_cut) == (1, 2)
+
+
+def test_a_text_template_takes_the_text_of_a_conversation():
+    codec = chat_codec(template="{prompt} bu")
+    talk = Conversation(TALK)
+    assert codec.encode_prompt(talk, CutReport()).tolist() == (
+        codec.encode_prompt(str(talk), CutReport()).tolist()
+    )
+    assert codec.encode_prompt(Conversation(TALK[:1]), CutReport()).tolist() == [3, 4, 7]
+
+
+def test_chat_needs_a_chat_template():
+    with pytest.raises(BadInput, match="no chat template; give a text with") as caught:
+        codec(template="chat")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must\nalternate') }}", "{{ messages[0].no.thing }}"]
+)
+def test_a_chat_template_that_refuses_a_prompt(template):
+    with pytest.raises(BadInput, match=r"chat template does not take the prompt 'ba be'") as caught:
+        Codec(chat_words(template=template), 8, 8, "chat").encode_prompt("ba be", CutReport())
+    assert str(caught.value).isprintable()
+    assert str(caught.value).endswith("change this prompt, or give a template with {prompt}")
+
+
+# BOS and special tokens in a text template
+
+
+@pytest.mark.parametrize("template", ["{prompt} bu", "<s> {prompt} bu"])
+def test_one_bos_where_the_tokenizer_starts_with_it(template):
+    codec, report = chat_codec(template=template, bos=True), CutReport()
+    assert codec.encode_prompt("ba be", report).tolist() == [BOS, 3, 4, 7]
+    assert codec.encode_response("ba", report).tolist() == [3, EOS]
+    assert report.prompt_lengths == [4]
+
+
+def test_bos_survives_the_cut():
+    report, how = CutReport(), {"template": "{prompt} bu", "bos": True}
+    found = [
+        chat_codec(room, **how).encode_prompt("ba be bi", report).tolist() for room in (5, 4, 2, 1)
+    ]
+    assert found == [[BOS, 3, 4, 5, 7], [BOS, 4, 5, 7], [BOS, 7], [BOS]]
+    assert (report.prompts, report.prompts_cut, report.prompt_tokens_cut) == (4, 3, 1 + 3 + 4)
+
+
+def test_special_tokens_are_read_in_the_template_and_not_in_texts():
+    codec = chat_codec(template="<user> {prompt} <end> bu <assistant>")
+    plain = codec.tokenizer.backend_tokenizer
+    plain.encode_special_tokens = True
+    typed = plain.encode("ba <end> <eos> be", add_special_tokens=False).ids
+    plain.encode_special_tokens = False
+    assert END not in typed
+    assert EOS not in typed
+    found = codec.encode_prompt("ba <end> <eos> be", CutReport()).tolist()
+    assert found == [USER, *typed, END, 7, ASSISTANT]
+    report = CutReport()
+    found = codec.encode_response("ba <end> <eos> be", report).tolist()
+    assert found == [*typed[:7], EOS]
+    assert report.eos_in_text == 0
+    # nothing is left behind in the tokenizer
+    assert codec.tokenizer("<end>", add_special_tokens=False).input_ids == [END]
+
+
+def test_eos_in_a_text_is_text_for_byte_level_bpe():
+    tokenizer = train_bpe(["hello world"], 300)
+    codec, report = Codec(tokenizer, 80, 80, "{prompt}\n"), CutReport()
+    text = "hello<|endoftext|> world<|pad|>"
+    for ids in (codec.encode_prompt(text, report)[:-1], codec.encode_response(text, report)[:-1]):
+        assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids.tolist())
+        assert tokenizer.decode(ids) == text
+    assert report.eos_in_text == 0
+
+
+def test_eos_in_a_text_is_counted_where_the_tokenizer_knows_the_word():
+    # split or not, this tokenizer looks up whole words, and EOS is one of them
+    vocabulary = {"<end>": 0, "ba": 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    codec = Codec(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>"), 4, 4
+    )
+    _, report = codec.encode_demonstrations(
+        [{"prompt": "ba", "response": r} for r in ("ba <end> ba", "ba", "ba ba ba <end>")]
+    )
+    assert report.eos_in_text == 1  # the third loses it to the cut
+    assert str(report).endswith(
+        "1 of 3 responses hold an EOS that their text spells; this tokenizer cannot read it as text"
+    )
+
+
+# Lengths
+
+
+def test_lengths_are_those_before_the_cut():
+    short = codec(prompt=2, response=2, template="{prompt} bu")
+    _, report = short.encode_demonstrations(
+        [{"prompt": "ba " * p, "response": "ba " * r} for p, r in [(1, 3), (4, 1), (2, 2)]]
+    )
+    assert report.prompt_lengths == [2, 5, 3]
+    assert report.response_lengths == [4, 2, 3]  # EOS counted
+    assert report.responses_with_eos == 3
+    assert report.lengths() == "prompts 3, 5, 5; responses 3, 4, 4"
+    both = CutReport()
+    both.add(report)
+    both.add(report)
+    assert both.prompt_lengths == [2, 5, 3] * 2
+    assert both.responses_with_eos == 6
+    assert CutReport(prompts=3).lengths() == ""
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60))
+def test_percentiles_have_their_share_below_them(lengths):
+    p50, p95, most = map(int, CutReport(prompt_lengths=lengths).lengths()[8:].split(", "))
+    for percentile, share in ((p50, 0.5), (p95, 0.95)):
+        assert percentile in lengths
+        assert sum(x <= percentile for x in lengths) >= share * len(lengths)
+        assert sum(x < percentile for x in lengths) < share * len(lengths)
+    assert most == max(lengths)
 
 
 # micro_batches

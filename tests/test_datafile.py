@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
+import huggingface_hub
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.datafile import LoadedRows, Stage, load_rows, split_rows
+from rlhf_min.harness.datafile import LoadedRows, load_rows, split_rows
+from rlhf_min.harness.formats import Stage, parse_columns
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PAIRS = [
@@ -203,6 +207,7 @@ GOOD = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1, "references"
         ("dpo", {"chosen": None}, "chosen is not a string"),
         ("dpo", {"chosen": math.nan}, "chosen is not a string"),
         ("dpo", {"chosen": ["c"]}, "chosen is not a string"),
+        ("dpo", {"chosen": []}, "chosen is empty"),
         ("dpo", {"rejected": {"a": 1}}, "rejected is not a string"),
         ("reward", {"rejected": "\t"}, "rejected is empty"),
         ("dpo", {"rejected": " c\n"}, "chosen equals rejected"),
@@ -278,14 +283,14 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         "question,answer\na,b",
         "dpo",
         "pairs.csv: DPO needs the columns prompt, chosen, rejected; found question, answer; "
-        'rename or add "chosen" and "rejected"',
+        'rename or add "chosen" and "rejected", or give --columns chosen=NAME,rejected=NAME',
     ),
     (
         "a.csv",
         "text\nb",
         "ppo",
         "a.csv: PPO needs the column prompt; found text; "
-        'rename or add "prompt" (or question, instruction, query)',
+        'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME',
     ),
     (
         "a.jsonl",
@@ -293,28 +298,31 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         "sft",
         "a.jsonl: SFT needs the columns prompt, response; found 'input\\n', ''; "
         'rename or add "prompt" (or question, instruction, query) and '
-        '"response" (or output, completion, answer, chosen)',
+        '"response" (or output, completion, answer, chosen), '
+        "or give --columns prompt=NAME,response=NAME",
     ),
     (
         "a.jsonl",
         '{"prompt": "a"}',
         "evaluation",
         "a.jsonl: evaluation needs the columns prompt, references; found prompt; rename or add "
-        '"references" (or reference, response, output, completion, answer, chosen)',
+        '"references" (or reference, response, output, completion, answer, chosen), '
+        "or give --columns references=NAME",
     ),
     (
         "a.json",
         "[{}]",
         "reward",
         "a.json: reward training needs the columns prompt, chosen, rejected; found none; rename "
-        'or add "prompt" (or question, instruction, query) and "chosen" and "rejected"',
+        'or add "prompt" (or question, instruction, query) and "chosen" and "rejected", '
+        "or give --columns prompt=NAME,chosen=NAME,rejected=NAME",
     ),
     (
         "a.csv",
         "x" * 60 + "," + ",".join("bcdefghijk") + "\n" + ",".join("abcdefghijk"),
         "ppo",
         f"a.csv: PPO needs the column prompt; found {'x' * 37}..., b, c, d, e, f, g, h, ...; "
-        'rename or add "prompt" (or question, instruction, query)',
+        'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME',
     ),
     (
         "a.jsonl",
@@ -517,8 +525,17 @@ def test_source_with_a_line_end_stays_one_line(write):
 # Whatever the file contains
 
 NAMES = ["prompt", "Question", "instruction", "input", "response", "chosen", "rejected", "margin"]
+NAMES += ["messages"]
 TEXTS = st.one_of(st.text(st.characters(), max_size=3), st.sampled_from(["a", " a", "\ud800", ""]))
 LEAVES = st.one_of(TEXTS, TEXTS, st.none(), st.booleans(), st.integers(), st.floats())
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", 1]), "content": TEXTS | st.none()}
+)
+MESSAGES = st.lists(MESSAGE, max_size=4)
+TRANSCRIPTS = st.lists(st.sampled_from(["Human:", "Assistant:", "a", " ", ""]), max_size=6).map(
+    "\n\n".join
+)
+TALK = MESSAGES | TRANSCRIPTS
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2)
 )
@@ -528,6 +545,12 @@ MARGINS = st.sampled_from([1, "0.5", 2, "1e999", math.inf, None, 10**400])
 PAIR = dict.fromkeys(["instruction", "chosen", "rejected"], CELLS)
 TABLES = st.one_of(
     st.lists(OBJECTS, max_size=4),
+    st.lists(st.fixed_dictionaries({"chosen": TALK, "rejected": TALK}), min_size=5, max_size=8),
+    st.lists(
+        st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES[:1] + NAMES[4:], TALK)),
+        min_size=5,
+        max_size=8,
+    ),
     st.lists(st.fixed_dictionaries(PAIR, optional={"more": VALUES}), min_size=5, max_size=8),
     st.lists(st.fixed_dictionaries({**PAIR, "Margin ": MARGINS}), min_size=5, max_size=8),
     st.lists(st.fixed_dictionaries({**PAIR, "input": CELLS}), min_size=5, max_size=8),
@@ -562,6 +585,8 @@ def assert_contract(path: str) -> None:
         assert 0 < len(loaded.rows) == loaded.rows_read - sum(map(len, loaded.dropped.values()))
         for row in loaded.rows:
             assert usable(row["prompt"])
+            for message in getattr(row["prompt"], "messages", ()):
+                assert {*map(type, message.values())} == {str}
             if stage == "sft":
                 assert usable(row["response"])
             if stage in ("reward", "dpo"):
@@ -624,6 +649,226 @@ def test_any_damaged_parquet(write):
         assert_contract(write("any.parquet", bytes(damaged)))
 
     check()
+
+
+# Columns named by the user
+
+QUESTIONS = jsonl(
+    {"id": 1, "q": "a", "good": "b", "bad": "c", "prompt": "x"},
+    {"id": 2, "q": "d", "good": "e", "bad": "f", "prompt": "y"},
+)
+
+
+def test_named_columns_go_before_all_names(write):
+    path = write("a.jsonl", QUESTIONS)
+    named = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert load_rows(path, "dpo", columns=named).rows == [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "d", "chosen": "e", "rejected": "f"},
+    ]
+    # the same mapping serves the other stages: SFT reads the chosen as its response
+    assert load_rows(path, "sft", columns=named).rows[0] == {"prompt": "a", "response": "b"}
+    assert load_rows(path, "evaluation", columns=named).rows[1] == {
+        "prompt": "d",
+        "references": ["e"],
+    }
+    assert load_rows(path, "ppo", columns=named).rows[0] == {
+        "id": 1,
+        "prompt": "a",
+        "good": "b",
+        "bad": "c",
+    }
+
+
+def test_a_named_column_settles_which_of_two_is_meant(write):
+    path = write("a.csv", "prompt,answer,chosen\na,b,c\n")
+    assert load_rows(path, "sft", columns={"response": "answer"}).rows == [
+        {"prompt": "a", "response": "b"}
+    ]
+
+
+def test_a_named_column_is_nothing_else(write):
+    path = write("a.csv", "answer,output\na,b\n")
+    assert load_rows(path, "sft", columns={"prompt": "answer"}).rows == [
+        {"prompt": "a", "response": "b"}
+    ]
+
+
+def test_named_columns_are_checked(write):
+    path = write("a.jsonl", QUESTIONS)
+    with pytest.raises(BadInput) as caught:
+        load_rows(path, "dpo", columns={"prompt": "question"})
+    assert str(caught.value) == (
+        "a.jsonl: --columns says prompt=question, but there is no such column; give one of "
+        "id, q, good, bad, prompt; the first row is {id: 1, q: a, good: b, bad: c, prompt: x}"
+    )
+    with pytest.raises(BadInput) as caught:
+        load_rows(path, "dpo", columns={"query": "q"})
+    assert str(caught.value) == (
+        "--columns: no stage has a column query; left of = stands one of prompt, response, "
+        "chosen, rejected, references, messages, margin, input"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'' does not say which column serves as which"),
+        ("prompt", "prompt does not say which"),
+        ("prompt=", "prompt= does not say which"),
+        ("prompt=a,,chosen=b", "'' does not say which"),
+        ("prompt=a,prompt=b", "prompt stands twice"),
+    ],
+)
+def test_column_mapping_that_cannot_be_read(text, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        parse_columns(text)
+    assert str(caught.value).isprintable()
+
+
+# Other sources
+
+
+def test_frame_and_dataset_give_the_rows_of_the_file(write):
+    talk = [{"role": "user", "content": "a"}]
+    reply = [{"role": "assistant", "content": "b"}]
+    rows = [
+        {"prompt": talk, "chosen": reply, "rejected": [{**reply[0], "content": "c"}], "n": 3},
+        {"prompt": [*talk, *reply, *talk], "chosen": reply, "rejected": [], "n": 4},
+    ]
+    path = write("a.parquet", parquet(rows))
+    for stage in ("dpo", "ppo", "sft"):
+        read = load_rows(path, stage)
+        dataset = load_rows(datasets.Dataset.from_list(rows), stage)
+        frame = load_rows(pd.DataFrame(rows), stage)
+        arrays = load_rows(pd.read_parquet(path), stage)  # whose lists are arrays
+        assert dataset.rows == frame.rows == arrays.rows == read.rows
+        assert dataset.dropped == frame.dropped == arrays.dropped == read.dropped
+        assert (dataset.source, frame.source) == ("the dataset", "the frame")
+        for other in (dataset, frame, arrays):
+            for ours, theirs in zip(other.rows, read.rows, strict=True):
+                assert ours["prompt"].messages == theirs["prompt"].messages
+    assert load_rows(datasets.Dataset.from_list(rows), "dpo").dropped == {"rejected is empty": [2]}
+    arrays = load_rows(pd.DataFrame({"prompt": ["a"], "n": [3], "ids": [np.array([1])]}), "ppo")
+    assert arrays.rows == [{"prompt": "a", "n": 3, "ids": [1]}]
+    assert type(arrays.rows[0]["n"]) is type(arrays.rows[0]["ids"][0]) is int
+
+
+def test_a_frame_keeps_what_it_lacks_apart_from_text():
+    frame = pd.DataFrame({"prompt": ["a", None, "c"], "response": ["x", "y", math.nan]})
+    loaded = load_rows(frame, "sft")
+    assert loaded.rows == [{"prompt": "a", "response": "x"}]
+    assert loaded.dropped == {"prompt is not a string": [2], "response is not a string": [3]}
+    assert load_rows(frame[:1].set_index("prompt"), "sft").rows == loaded.rows
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns of the same name"),
+        (pd.DataFrame({"prompt": []}), "the frame: there are no rows"),
+        (datasets.DatasetDict(), "DatasetDict is no source of rows"),
+        ([{"prompt": "a"}], "list is no source of rows"),
+        (None, "NoneType is no source of rows"),
+    ],
+)
+def test_other_sources_are_refused(data, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        load_rows(data, "ppo")
+    assert str(caught.value).isprintable()
+
+
+def test_a_split_is_only_for_the_hub(write):
+    for data in (write("a.csv", "prompt\na\n"), pd.DataFrame({"prompt": ["a"]})):
+        with pytest.raises(BadInput, match="split 'test'"):
+            load_rows(data, "ppo", split="test")
+
+
+def test_hub_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": ""}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_rows("some-one/her.pairs_2", "ppo")
+    assert loaded.rows == [{"prompt": "a"}]
+    assert loaded.report() == (
+        "some-one/her.pairs_2 (train): 2 rows read, 1 kept, 1 dropped: prompt is empty (1: row 2)"
+    )
+    assert load_rows("a/b", "ppo", split="test[:5]").source == "a/b (test[:5])"
+    assert asked == [("some-one/her.pairs_2", "train"), ("a/b", "test[:5]")]
+    # whatever is there, or is called like a file, is a file
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "rows.v2").write_text("", encoding="utf-8")
+    for path, says in (
+        ("here/rows.v2", "the format is unknown"),
+        ("here/pairs.csv", "No such file"),
+        ("./pairs", "the format is unknown"),
+        ("a/b/c", "the format is unknown"),
+    ):
+        assert says in refusal(path, "ppo")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach it\n(offline)"),
+        datasets.exceptions.DatasetNotFoundError("doesn't exist"),
+        datasets.exceptions.DatasetGenerationError("damaged " * 100),
+        ValueError("Unknown split"),
+        RuntimeError("scripts are no longer supported"),
+    ],
+)
+def test_hub_says_no(monkeypatch, error):
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:  # noqa: ARG001
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refusal("some/pairs", "ppo")
+    assert message.startswith(
+        "some/pairs: no such file here, and the Hub does not give the split 'train' of such a "
+        f"dataset ({' '.join(str(error).split())[:100]}"
+    )
+    assert message.endswith("; look at the name and --split, go online, or give a file")
+    assert len(message) < 400
+
+
+def test_hub_offline(monkeypatch):
+    # as the libraries themselves say it
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert "(Couldn't reach 'no-one/nothing' on the Hub" in refusal("no-one/nothing", "ppo")
+
+
+# Sub-samples
+
+
+def test_limit_draws_of_the_usable_rows(write):
+    lines = ["prompt,level", *(f"{'' if n % 5 == 0 else n},{n}" for n in range(50))]
+    path = write("a.csv", "\n".join(lines))
+    whole = load_rows(path, "ppo")
+    drawn = [load_rows(path, "ppo", limit=10, seed=seed) for seed in range(20)]
+    assert drawn[3] == load_rows(path, "ppo", limit=10, seed=3)
+    for loaded in drawn:
+        places = [whole.rows.index(row) for row in loaded.rows]
+        assert len(places) == 10
+        assert places == sorted(set(places))  # the order of the file, no row twice
+        assert loaded.left_out == len(whole.rows) - 10
+        assert loaded.dropped == whole.dropped
+    assert len({tuple(row["level"] for row in loaded.rows) for loaded in drawn}) == 20
+    assert whole.report() + "; 10 of the kept were drawn (seed 3)" == drawn[3].report()
+
+
+def test_limit_above_the_rows_changes_nothing(write):
+    path = write("a.csv", "prompt\na\nb\n")
+    for limit in (None, 2, 3):
+        loaded = load_rows(path, "ppo", limit=limit)
+        assert loaded.rows == [{"prompt": "a"}, {"prompt": "b"}]
+        assert loaded.report() == "a.csv: 2 rows read, 2 kept, 0 dropped"
 
 
 # Splitting

@@ -800,3 +800,75 @@ def test_loaded_models_have_no_dropout_until_they_are_trained(tmp_path):
     scores = scorer(["ba"], ["be"])
     scorer.score(["bi"], ["bo"])
     assert_close(scorer(["ba"], ["be"]), scores, EXACT)
+
+
+# Gradient checkpointing
+
+
+def gradients(model, loss, seed=0):
+    """Of all parameters in train mode, with dropout drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loss(model.train()).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def policy_loss(model):
+    found = model(BATCH)
+    return weighted(found.logprobs) + (0 if found.values is None else weighted(found.values))
+
+
+@pytest.mark.parametrize("critic", ["none", "shared", "separate"])
+@pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+def test_checkpointed_gradients_of_a_policy_are_the_same(make, critic):
+    plain, checkpointed = (policy(make(dropout=0.1), critic=critic) for _ in range(2))
+    checkpointed.checkpoint_gradients()
+    calls = count_calls([m for m in checkpointed.modules() if type(m).__name__.endswith("MLP")])
+    found = gradients(checkpointed, policy_loss)
+    trunks = 2 if critic == "separate" else 1
+    assert len(calls) == 2 * 2 * trunks  # each of two layers forward, and again for backward
+    for now, then in zip(found, gradients(plain, policy_loss), strict=True):
+        assert_close(now, then, FP64)
+
+
+def test_checkpointed_gradients_of_a_reward_model_are_the_same():
+    plain, checkpointed = reward_model(dropout=0.1), reward_model(dropout=0.1)
+    checkpointed.checkpoint_gradients()
+    layers = [m for m in checkpointed.modules() if type(m).__name__ == "BertIntermediate"]
+    calls = count_calls(layers)
+    found = gradients(checkpointed, lambda model: weighted(model(*TEXTS)))
+    assert len(calls) == 2 * len(layers)
+    plain_gradients = gradients(plain, lambda model: weighted(model(*TEXTS)))
+    for now, then in zip(found, plain_gradients, strict=True):
+        assert_close(now, then, FP64)
+
+
+def count_calls(modules):
+    calls = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, _inputs: calls.append(module))
+    return calls
+
+
+def checkpoints(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_checkpointing_is_kept_by_copies_and_left_out_in_eval_mode():
+    model = policy(gpt2())
+    model.checkpoint_gradients()
+    for each in (copy.deepcopy(model), Policy(copy.deepcopy(model.lm), words(), critic="separate")):
+        trunks = [each.lm, *([] if each.critic_trunk is None else [each.critic_trunk])]
+        assert all(checkpoints(trunk) for trunk in trunks)
+    reference = model.reference()
+    calls = count_calls([m for m in reference.modules() if type(m).__name__.endswith("MLP")])
+    assert_close(reference(BATCH).logprobs, policy(gpt2())(BATCH).logprobs.detach(), EXACT)
+    assert len(calls) == 2
+
+
+def test_a_model_without_checkpointing_is_refused():
+    model = policy(gpt2())
+    model.lm.supports_gradient_checkpointing = False
+    with pytest.raises(BadInput, match="GPT2LMHeadModel has no gradient checkpointing") as raised:
+        model.checkpoint_gradients()
+    one_line(raised)

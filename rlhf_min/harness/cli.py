@@ -1,22 +1,27 @@
 """The command line: options from config dataclasses, one-line errors, and the run's folder."""
 
+import argparse
+import copy
 import functools
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min.config import option, require_positive
+from rlhf_min.data import CHAT
 from rlhf_min.errors import BadInput, NonFinite, require
+from rlhf_min.harness.formats import parse_columns
+from rlhf_min.harness.trackers import check_trackers
 
 RUN_FILE = "run.json"
 
@@ -32,24 +37,46 @@ class RunOptions:
         None, "Sequence classifier as reward: a folder or a name. Default: a small new BERT."
     )
     data: str | None = option(
-        None, "Your rows: CSV, JSON, JSONL or Parquet. Default: the embedded world."
+        None, "Your rows: a file or a dataset's name on the Hub. Default: the embedded world."
     )
+    columns: str | None = option(
+        None, "Your names of columns, like prompt=question,chosen=good,rejected=bad."
+    )
+    split: str | None = option(None, "Split of a dataset on the Hub. Default: train.")
+    limit: int | None = option(None, "At most so many of your usable rows, drawn by the seed.")
     out: str | None = option(None, "Folder of the run; must not exist. Default: the next free one.")
     overwrite: bool = option(False, "Replace the run in --out if there is one.")
     heldout_share: float = option(0.1, "Share of your prompts that is kept out of training.")
     max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
     template: str | None = option(
-        None, "What the policy reads, with {prompt} in it; \\n is a new line. Default: the model's."
+        None,
+        "What the policy reads, with {prompt} in it and \\n for a new line; or chat, for the "
+        "tokenizer's chat template. Default: the one it was trained with, else chat if there is.",
     )
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...; auto is cuda where there is one.")
+    policy_device: str | None = option(None, "Where the policy is. Default: --device.")
+    reward_device: str | None = option(
+        None, "Where the reward model and the reference are. Default: --device."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute the layers again in backward instead of keeping them: memory for time."
+    )
+    skip_preflight: bool = option(False, "Start without measuring what a run relies on.")
     threads: int | None = option(None, "CPU threads of PyTorch. Default: PyTorch's own choice.")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tensorboard, wandb or both get the metrics too, if installed."},
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_response_tokens", "max_length", "threads")
+        require_positive(self, "max_response_tokens", "max_length", "threads", "limit")
+        if self.columns is not None:
+            parse_columns(self.columns)
+        check_trackers(self.report_to)
         require(self.out != "", "--out is empty; give a folder")
         require(
-            self.template is None or self.template.count("{prompt}") == 1,
+            self.template in (None, CHAT) or self.template.count("{prompt}") == 1,
             f"template {self.template!r} must hold {{prompt}} exactly once",
         )
         require(
@@ -71,19 +98,23 @@ class RunOptions:
         """What the longest response leaves of `max_length`."""
         return self.max_length - self.max_response_tokens
 
-    def torch_device(self) -> torch.device:
-        """The device to run on."""
-        if self.device == "auto":
+    def torch_device(self, role: Literal["policy_device", "reward_device"]) -> torch.device:
+        """Where the policy is, or where the reward model and the reference are.
+
+        Raises:
+            BadInput: if there is no such device; the message names those that there are.
+        """
+        given = "device" if getattr(self, role) is None else role
+        name = getattr(self, given)
+        if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            if device.type in ("cpu", "cuda"):
-                torch.empty(0, device=device)
-                return device
-        except (RuntimeError, AssertionError):
-            pass
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise BadInput(f"--device {self.device} cannot be used here; there are: {', '.join(there)}")
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        require(
+            name in there or (name == "cuda" and torch.cuda.is_available()),
+            f"--{given} {name} cannot be used here; there are: {', '.join(there)}",
+        )
+        return torch.device(name)
 
 
 def parse(description: str | None, *config_classes: Any) -> Any:
@@ -94,22 +125,58 @@ def parse(description: str | None, *config_classes: Any) -> Any:
         BadInput: for a value out of its range.
     """
     parser = _Parser(config_classes, description=description)
+    for config_class in config_classes:
+        parser.add_recipes(getattr(config_class, "pretrained", {}))
     for action in parser._actions:  # written for the option itself, it would say the opposite
         if any(name.startswith("--no_") for name in action.option_strings):
             action.help = f"Turns --{action.dest} off."
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
-    for config in configs:
+    given = parser.given()
+    for i, config in enumerate(configs):
+        for options in configs:
+            if isinstance(options, RunOptions) and hasattr(config, "trains"):
+                recipe = recipe_for(type(config), options)
+                new = {name: value for name, value in recipe.items() if name not in given}
+                configs[i] = replace(config, **new)
         if isinstance(config, RunOptions):
-            config.torch_device()  # refused here, before anything is read
+            config.torch_device("policy_device")  # refused here, before anything is read
+            config.torch_device("reward_device")
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 
+def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
+    """The published settings for a pretrained model; none for a small one that was made here."""
+    name = getattr(options, config_class.trains)
+    if name is None:
+        return {}
+    file = Path(name) / "config.json"
+    try:
+        made_here = "small_world" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made_here = False  # a name, or a folder that loading will complain of
+    return {} if made_here else {k: value for k, (value, _) in config_class.pretrained.items()}
+
+
 class _Parser(HfArgumentParser):
     """Says what is wrong in one line, without the usage of forty options before it."""
+
+    def add_recipes(self, pretrained: dict[str, tuple[Any, str]]) -> None:
+        """Say in the help what a field is for pretrained models, and who published it."""
+        for action in self._actions:
+            if action.dest in pretrained:
+                value, source = pretrained[action.dest]
+                action.help = f"{action.help} Pretrained models: {value} ({source})."
+
+    def given(self) -> set[str]:
+        """The options that stand on the command line."""
+        bare = copy.deepcopy(self)
+        for action in bare._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(bare.parse_known_args()[0]))
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end with code 2."""

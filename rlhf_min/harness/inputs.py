@@ -5,17 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_min.data import Codec
+import torch
+
+from rlhf_min.data import CHAT, Codec, CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.datafile import Stage, load_rows, split_rows
-from rlhf_min.models import VALUE_FILE, Critic, Policy, RewardModel
+from rlhf_min.harness.datafile import load_rows, split_rows
+from rlhf_min.harness.formats import Stage, parse_columns
+from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction
 from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small_gpt2, train_bpe
 
 Row = dict[str, Any]
 VOCABULARY = 4000  # at most; of the tokenizers of small new models
 HELDOUT_ROWS = 1000  # at most; looked at during training
+MANY_CUT = 0.2  # of the responses: a warning is due
 
 
 @dataclass
@@ -55,8 +59,17 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         BadInput: if the file does not have what the stage needs.
     """
     if options.data is None:
+        for name in ("columns", "split", "limit"):
+            require(getattr(options, name) is None, f"--{name} is for your own rows; give --data")
         return world_inputs(make_world(seed))
-    loaded = load_rows(options.data, stage or "reward")
+    loaded = load_rows(
+        options.data,
+        stage or "reward",
+        columns=parse_columns(options.columns) if options.columns is not None else None,
+        split=options.split,
+        limit=options.limit,
+        seed=seed,
+    )
     print(loaded.report())
     if stage == "evaluation":
         return Inputs(test=loaded.rows)
@@ -101,7 +114,8 @@ def make_codec(policy: Policy, options: RunOptions) -> Codec:
     The template is written into the model's config, so that whoever loads the model later uses the
     one that it was trained with.
     """
-    template = getattr(policy.lm.config, "prompt_template", "{prompt}\n")
+    has_chat = getattr(policy.tokenizer, "chat_template", None)
+    template = getattr(policy.lm.config, "prompt_template", CHAT if has_chat else "{prompt}\n")
     if options.template is not None:
         template = options.template.replace("\\n", "\n")
     policy.lm.config.prompt_template = template
@@ -111,6 +125,44 @@ def make_codec(policy: Policy, options: RunOptions) -> Codec:
         max_response_tokens=options.max_response_tokens,
         template=template,
     )
+
+
+def encoded(cut: CutReport, codec: Codec) -> str:
+    """What was cut, how long prompts and responses are, and how many end with EOS; a warning if
+    much is lost.
+
+    Raises:
+        BadInput: if no response ends with EOS, so that none could be learned to end.
+    """
+    cure = f"raise --max_response_tokens, now {codec.max_response_tokens}, and --max_length with it"
+    if not cut.responses:
+        return _with_lengths(cut, "", cure)
+    share = cut.responses_with_eos / cut.responses
+    require(
+        share > 0,
+        f"none of the {cut.responses} responses ends with EOS, so the policy would not learn to "
+        "stop; look at the tokenizer's EOS token",
+    )
+    return _with_lengths(cut, f"; EOS is supervised in {share:.1%} of the responses", cure)
+
+
+def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
+    """The same for the reward model, which has no EOS to learn."""
+    cure = (
+        f"the reward model reads {reward_model.max_length} tokens of prompt and response; raise "
+        "--max_length, or give a --reward_model with more positions"
+    )
+    return _with_lengths(cut, "", cure)
+
+
+def _with_lengths(cut: CutReport, supervised: str, cure: str) -> str:
+    lines = [str(cut)]
+    if lengths := cut.lengths():
+        lines.append(f"  tokens before the cut (median, p95, max): {lengths}{supervised}")
+    if cut.responses_cut > MANY_CUT * cut.responses:
+        share = cut.responses_cut / cut.responses
+        lines.append(f"  warning: {share:.0%} of the responses lose their end; {cure}")
+    return "\n".join(lines)
 
 
 def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:
@@ -125,7 +177,7 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
         policy = Policy(lm, tokenizer, critic=critic)
     else:
         policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
-        if critic != "none" and not (Path(options.model) / VALUE_FILE).is_file():
+        if policy.value_head is not None and not policy.value_head.weight.any():
             print(f"{options.model} has no value head; a new one starts at zero")
         positions = getattr(policy.lm.config, "max_position_embeddings", options.max_length)
         require(
@@ -133,7 +185,9 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
             f"--model {options.model} has {positions} positions; --max_length "
             f"{options.max_length} does not fit, lower it",
         )
-    return policy.to(options.torch_device())
+    if options.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    return policy.to(options.torch_device("policy_device"))
 
 
 def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) -> RewardModel:
@@ -147,8 +201,14 @@ def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) 
         positions = 2 * options.max_length
         reward_model = RewardModel(small_bert(tokenizer, positions=positions, seed=seed), tokenizer)
     else:
-        reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
-    return reward_model.to(options.torch_device())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
+        if reward_model.new_weights:
+            print(f"{options.reward_model} has no trained head; {reward_model.new_weights} are new")
+    if options.gradient_checkpointing:
+        reward_model.checkpoint_gradients()
+    return reward_model.to(options.torch_device("reward_device"))
 
 
 def model_folders(models: str, run: str) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from rlhf_min.harness.trackers import Track, start_tracker
 
 
 class MetricsLog:
@@ -15,12 +18,22 @@ class MetricsLog:
     Args:
         open_run: makes the run's folder and returns it. Called when the first stage starts to
             train, so that an input that is refused before leaves nothing behind.
+        report_to: names of trackers that get the metrics too.
     """
 
-    def __init__(self, open_run: Callable[[], Path]) -> None:
-        self._open_run = open_run
-        self._file: Path | None = None
+    def __init__(self, open_run: Callable[[], Path], *, report_to: Sequence[str] = ()) -> None:
+        self._open_run, self._report_to = open_run, report_to
+        self._folder: Path | None = None
+        self._trackers: list[Track] = []
         self.rows: list[dict[str, Any]] = []
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, made when it is first asked for."""
+        if self._folder is None:
+            self._folder = self._open_run()
+            self._trackers = [start_tracker(name, self._folder) for name in self._report_to]
+        return self._folder
 
     def follow(
         self, stage: str, steps: Iterable[dict[str, float]], *, total: int, show: tuple[str, ...]
@@ -33,18 +46,28 @@ class MetricsLog:
             total: number of steps, for the bar.
             show: names of the metrics in the bar.
         """
-        if self._file is None:
-            self._file = self._open_run() / "metrics.jsonl"
-        bar = tqdm(steps, total=total, desc=f"{stage:>12}", dynamic_ncols=True)
+        file = self.folder / "metrics.jsonl"
+        # A file that the bar is redirected to would get thousands of its states.
+        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        every = 0.1 if watched else 30.0  # seconds
+        bar = tqdm(steps, f"{stage:>12}", total, dynamic_ncols=True, mininterval=every)
         shown: dict[str, str] = {}
-        with self._file.open("a", encoding="utf-8") as out:
+        with file.open("a", encoding="utf-8") as out:
             for step, metrics in enumerate(bar, start=1):
                 row = {"stage": stage, "step": step, **metrics}
                 self.rows.append(row)
                 out.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
                 out.flush()
+                for track in self._trackers:
+                    track(stage, step, metrics)
                 shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
-                bar.set_postfix(shown)
+                bar.set_postfix(shown, refresh=False)
+
+    def add_samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append texts to ``samples.jsonl``, one line for each."""
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of one stage, where it was measured."""

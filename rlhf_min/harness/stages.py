@@ -4,34 +4,45 @@ Each function takes models and rows, and leaves the trained model; nothing here 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample
 from rlhf_min.errors import BadInput, require
 from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
-from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 from rlhf_min.sampling import sample
 
 NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
 EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
+SAMPLES = 8  # of these, written down as texts each time
 
 
 def run_sft(
-    policy: Policy, codec: Codec, inputs: Inputs, config: sft.SFTConfig, log: MetricsLog
+    policy: Policy,
+    codec: Codec,
+    inputs: Inputs,
+    config: sft.SFTConfig,
+    log: MetricsLog,
+    *,
+    skip_preflight: bool = False,
 ) -> None:
     """Fine-tune the policy on the demonstrations."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, _ = codec.encode_demonstrations(inputs.heldout_demonstrations)
-    print(f"SFT on {len(examples)} demonstrations; {cut}")
+    print(f"SFT on {len(examples)} demonstrations; {encoded(cut, codec)}")
     state = sft.new_state(policy, examples, config)
+    if not skip_preflight:
+        check_sft(policy, config, state)
     steps = sft.train(policy, config, state, heldout=heldout)
     log.follow(
         "sft", steps, total=sft.total(state.cursor, config), show=("loss", "eval/perplexity")
@@ -58,6 +69,7 @@ def run_reward(
     *,
     sft_policy: Policy | None = None,
     codec: Codec | None = None,
+    skip_preflight: bool = False,
 ) -> RewardReport:
     """Train the reward model, measure it on held-out pairs, and normalise its scores.
 
@@ -69,8 +81,10 @@ def run_reward(
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
     examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
     heldout, _ = reward.prepare_pairs(reward_model, inputs.heldout_pairs[:HELDOUT_ROWS])
-    print(f"reward model on {len(examples)} pairs; {cut}")
+    print(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
     state = reward.new_state(reward_model, examples, config)
+    if not skip_preflight:
+        check_reward(reward_model, config, state)
     steps = reward.train(reward_model, config, state, heldout=heldout)
     total = reward.total(state.cursor, config)
     log.follow("reward_model", steps, total=total, show=("loss", "eval/accuracy"))
@@ -131,14 +145,20 @@ def run_ppo(
     inputs: Inputs,
     config: ppo.PPOConfig,
     log: MetricsLog,
+    *,
+    ref_device: torch.device | None = None,
+    skip_preflight: bool = False,
 ) -> Policy:
     """Train a copy of the policy against the reward; the start stays as its reference."""
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
     prompts, cut = codec.encode_prompts(inputs.prompts)
-    print(f"PPO on {len(prompts)} prompts; {cut}")
-    policy, ref_policy = copy_policy(start, critic=config.critic), start.reference()
+    print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}")
+    policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
+    if not skip_preflight:
+        check_ppo(policy, ref_policy, reward_model, config, state)
+    eval_prompts = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0]
     steps = ppo.train(
         policy,
         ref_policy,
@@ -146,12 +166,65 @@ def run_ppo(
         config,
         state,
         monitors=inputs.monitors,
-        eval_prompts=codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0],
+        eval_prompts=eval_prompts,
     )
-    log.follow("ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"))
+    looks = _Looks(policy, reward_function, eval_prompts, config)
+    before, _ = looks.look() if eval_prompts else (torch.empty(0), [])
+    log.follow(
+        "ppo",
+        looks.write_samples(steps, log),
+        total=config.steps,
+        show=("score", "kl", "gold_reward"),
+    )
+    if eval_prompts:
+        print(change(before, looks.look()[0]))
     if isinstance(reward_model, RewardModel):
         print(f"scored by the reward model; {reward_model.cuts}")
     return policy
+
+
+@dataclass
+class _Looks:
+    """Looks at fixed prompts, with the same random numbers each time."""
+
+    policy: Policy
+    reward_function: RewardFunction
+    prompts: Sequence[PromptExample]
+    config: ppo.PPOConfig
+
+    def look(self, n: int | None = None) -> tuple[Tensor, list[str]]:
+        """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
+        prompts, config = self.prompts[:n], self.config
+        responses = _responses(
+            self.policy, prompts, config.max_new_tokens, config.temperature, config.seed
+        )
+        texts, columns = [p.text for p in prompts], [p.columns for p in prompts]
+        return call_reward(self.reward_function, texts, responses, columns), responses
+
+    def write_samples(
+        self, steps: Iterator[dict[str, float]], log: MetricsLog
+    ) -> Iterator[dict[str, float]]:
+        """The steps as they are; whenever they were evaluated, a few samples are written down."""
+        for step, metrics in enumerate(steps, start=1):
+            if self.prompts and "eval/score" in metrics:
+                scores, responses = self.look(SAMPLES)
+                rows = zip(self.prompts, responses, scores.tolist(), strict=False)
+                log.add_samples(
+                    "ppo", step, [{"prompt": p.text, "response": r, "score": s} for p, r, s in rows]
+                )
+            yield metrics
+
+
+def change(before: Tensor, after: Tensor) -> str:
+    """What training did to the scores of the same prompts, ``(N,)`` each, and how sure that is."""
+    difference = after - before
+    mean = float(difference.mean())
+    error = float(difference.std()) / len(difference) ** 0.5
+    told = f", {mean / error:.1f} standard errors of {error:.3f}" if error > 0 else ""
+    return (
+        f"score on {len(before)} fixed prompts: {float(before.mean()):.3f} before, "
+        f"{float(after.mean()):.3f} after ({mean:+.3f}{told})"
+    )
 
 
 def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
@@ -164,17 +237,33 @@ def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
 
 
 def run_dpo(
-    start: Policy, codec: Codec, inputs: Inputs, config: dpo.DPOConfig, log: MetricsLog
+    start: Policy,
+    codec: Codec,
+    inputs: Inputs,
+    config: dpo.DPOConfig,
+    log: MetricsLog,
+    *,
+    ref_device: torch.device | None = None,
+    skip_preflight: bool = False,
 ) -> Policy:
     """Train a copy of the policy on the preference pairs; the start stays as its reference."""
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, _ = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
     require(len(examples) > 0, "no pair is left to train on: all are equal after the cut")
-    print(f"DPO on {len(examples)} pairs; {cut}")
-    policy, ref_policy = copy_policy(start, critic="none"), start.reference()
+    print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}")
+    policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
+    if not skip_preflight:
+        check_dpo(policy, ref_policy, config, state)
     steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
     log.follow("dpo", steps, total=dpo.total(state.cursor, config), show=("loss", "eval/accuracy"))
+    for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
+        if pairs:
+            shown = pairs[:HELDOUT_ROWS]
+            with state.optimizer.autocast():
+                share = dpo.evaluate(policy, ref_policy, shown, config)["eval/accuracy"]
+            estimate = proportion_estimate(round(share * len(shown)), len(shown))
+            print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
     return policy
 
 
@@ -191,11 +280,22 @@ def sample_texts(
 ) -> tuple[list[str], list[str]]:
     """Prompts and sampled responses as texts."""
     prompts: list[PromptExample] = codec.encode_prompts(rows)[0]
+    responses = _responses(policy, prompts, codec.max_response_tokens, 1.0, seed)
+    return [prompt.text for prompt in prompts], responses
+
+
+def _responses(
+    policy: Policy,
+    prompts: Sequence[PromptExample],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
     response_ids = sample(
         policy,
         [prompt.ids for prompt in prompts],
-        max_new_tokens=codec.max_response_tokens,
-        temperature=1.0,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
         rng=torch.Generator().manual_seed(seed),
     )
-    return [prompt.text for prompt in prompts], [policy.decode(ids) for ids in response_ids]
+    return [policy.decode(ids) for ids in response_ids]

@@ -37,6 +37,7 @@ def small_gpt2(tokenizer: PreTrainedTokenizerBase, *, positions: int, seed: int)
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.small_world = True  # trained with rates that would ruin a pretrained model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
@@ -62,6 +63,7 @@ def small_bert(
         pad_token_id=tokenizer.pad_token_id,
     )
     config.num_labels = 1
+    config.small_world = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertForSequenceClassification(config)

@@ -1,0 +1,726 @@
+"""Checks before the first step: what goes wrong silently is measured while it costs seconds.
+
+Each check has a number and the largest value that passes. They run from the cause to the
+consequence, so the first one that fails names the fault; it ends the run. All of them work on a
+few short rows and leave weights, modes and random generators as they were.
+"""
+
+import contextlib
+import heapq
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.data import PreferenceExample, Sequences, collate
+from rlhf_min.errors import BadInput
+from rlhf_min.logprobs import token_logprobs
+from rlhf_min.masking import masked_mean
+from rlhf_min.models import CHUNK_TOKENS, Policy, RewardModel, evaluating
+from rlhf_min.optim import Optimizer
+from rlhf_min.optim import State as OptimState
+from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
+from rlhf_min.sampling import ROWS_AT_ONCE, sample
+
+# How far two computations of the same number may differ: a log-probability or a score.
+TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
+# The same for DPO's first loss, which holds the log-probabilities of whole responses.
+LOSS_TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+EXACT = 0.0  # the same operations on the same rows
+SHARE_OF_MEMORY = 1.2  # need is an estimate: only what exceeds the room clearly is refused
+
+ROWS = 3  # in a forward pass
+PROMPT_TOKENS, RESPONSE_TOKENS = 12, 6  # of a row, at most
+PAIR_TOKENS = 32  # of one side of a pair that is taken whole
+LOOKED_AT = 1000  # rows whose EOS is looked for
+LOGITS_COPIES = 4  # of a chunk of logits: themselves, probabilities, gradient, a temporary
+GB = 1024**3
+
+Row = tuple[Tensor, Tensor]  # ids of a prompt and of its response
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number, the largest value that passes, and what to say of a larger one or of NaN.
+
+    `told` is the value in words, where a bare number says too little. A `warning` does not end
+    the run.
+    """
+
+    name: str
+    value: float
+    limit: float
+    cause: str
+    cure: str
+    told: str = ""
+    warning: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.told:
+            object.__setattr__(self, "told", f"{self.value:.2g}, at most {self.limit:.2g}")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within the limit; NaN is not."""
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "warning" if self.warning else "FAILED"
+        return f"  {verdict:<7}  {self.name:<40}  {self.told}"
+
+
+# The four stages
+
+
+def check_sft(policy: Policy, config: sft.SFTConfig, state: OptimState) -> None:
+    """Measure what SFT relies on; a state of `sft.new_state` is left as it is.
+
+    Raises:
+        BadInput: at the first check that fails.
+    """
+    tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
+    rows = [(x.prompt_ids, x.response_ids) for x in state.cursor.examples]
+
+    def checks() -> Iterator[Check]:
+        yield no_empty_row(rows)
+        yield eos_supervised(rows, policy)
+        longest = max(map(_length, rows))
+        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+        yield from policy_memory(policy, [], state.optimizer, rows[0], tokens=tokens)
+        short = shortest(rows)
+        yield head_equals_model(policy, short[0], tolerance)
+        yield row_alone_equals_batch(policy, short[-1], tolerance)
+
+    run("SFT", checks(), state.optimizer, policy)
+
+
+def check_dpo(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: OptimState) -> None:
+    """Measure what DPO relies on, with the reference cached or live.
+
+    Raises:
+        BadInput: at the first check that fails.
+    """
+    precision = precision_of(policy.lm.dtype, config.precision)
+    pairs: Sequence[PreferenceExample] = state.cursor.examples
+    rows = [(x.prompt_ids, ids) for x in pairs for ids in (x.chosen_ids, x.rejected_ids)]
+
+    def checks() -> Iterator[Check]:
+        yield no_empty_row(rows, rows_per_example=2)
+        yield pairs_differ(pairs)
+        yield eos_supervised(rows, policy)
+        longest = 2 * max(map(_length, rows))  # a pair passes together
+        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+        yield from policy_memory(policy, [ref_policy], state.optimizer, rows[0], tokens=tokens)
+        short = shortest(rows)
+        yield passes_agree(policy, short)
+        yield head_equals_model(policy, short[0], TOLERANCE[precision])
+        yield row_alone_equals_batch(policy, short[-1], TOLERANCE[precision])
+        yield loss_is_ln_2(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
+
+    run("DPO", checks(), state.optimizer, policy, ref_policy)
+
+
+def check_reward(reward_model: RewardModel, config: reward.RewardConfig, state: OptimState) -> None:
+    """Measure what reward training relies on.
+
+    Raises:
+        BadInput: at the first check that fails.
+    """
+    tolerance = TOLERANCE[precision_of(reward_model.model.dtype, config.precision)]
+    examples: Sequence[reward.RewardExample] = state.cursor.examples
+
+    def checks() -> Iterator[Check]:
+        yield inputs_differ(reward_model, examples[:LOOKED_AT])
+        longest = max(x.length for x in examples)
+        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+        short = heapq.nsmallest(ROWS, examples, key=lambda x: x.length)
+        yield from reward_memory(reward_model, state.optimizer, short[0], tokens=tokens)
+        chosen, rejected = scores_of_pairs(reward_model, short)
+        yield scores_are_finite(torch.cat([chosen, rejected]))
+        yield scores_differ(chosen, rejected)
+        yield score_alone_equals_batch(reward_model, short, tolerance)
+        yield head_is_trainable(reward_model, short, config)
+
+    run("the reward model", checks(), state.optimizer, reward_model)
+
+
+def check_ppo(
+    policy: Policy,
+    ref_policy: Policy,
+    reward_model: RewardModel | RewardFunction,
+    config: ppo.PPOConfig,
+    state: ppo.State,
+) -> None:
+    """Measure what PPO relies on, on a rollout of a few tokens with a generator of its own.
+
+    Raises:
+        BadInput: at the first check that fails, or what the reward itself raises.
+    """
+    tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
+    scorers = [reward_model] if isinstance(reward_model, RewardModel) else []
+    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    prompts = heapq.nsmallest(ROWS, state.cursor.examples, key=lambda x: len(x.ids))
+    prompts = [replace(x, ids=x.ids[-PROMPT_TOKENS:]) for x in prompts]
+
+    def checks() -> Iterator[Check]:
+        yield no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
+        yield eos_is_known(policy)
+        longest = max(len(x.ids) for x in state.cursor.examples) + config.max_new_tokens
+        yield from policy_memory(
+            policy,
+            [ref_policy, *scorers],
+            state.optimizer,
+            (prompts[0].ids, prompts[0].ids[:1]),
+            tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
+            cached_tokens=min(config.batch_size, ROWS_AT_ONCE) * longest,
+        )
+        response_ids = sample(
+            policy,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=min(config.max_new_tokens, RESPONSE_TOKENS),
+            temperature=config.temperature,
+            rng=torch.Generator().manual_seed(config.seed),
+        )
+        rows = list(zip([prompt.ids for prompt in prompts], response_ids, strict=True))
+        yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
+        yield passes_agree(policy, rows)
+        longest_row = max(rows, key=_length)
+        yield head_equals_model(policy, longest_row, tolerance)
+        yield row_alone_equals_batch(policy, longest_row, tolerance)
+        rollout = scored(policy, ref_policy, rows, config)
+        yield ref_policy_equals_policy(rollout, tolerance)
+        yield ratio_is_one(policy, rollout, config, tolerance)
+        texts, columns = [x.text for x in prompts], [x.columns for x in prompts]
+        responses = [policy.decode(ids) for ids in response_ids]
+        yield reward_varies(call_reward(reward_function, texts, responses, columns), responses)
+
+    run("PPO", checks(), state.optimizer, policy, ref_policy, *scorers)
+
+
+def run(stage: str, checks: Iterator[Check], optimizer: Optimizer, *models: nn.Module) -> None:
+    """Make the checks until one fails, print them all, and end the run if one has failed.
+
+    Raises:
+        BadInput: with the failed check's cause and cure.
+    """
+    started, done = time.perf_counter(), list[Check]()
+    try:
+        with untouched(*models), optimizer.autocast():
+            for check in checks:
+                done.append(check)
+                if not check.passed and not check.warning:
+                    raise BadInput(
+                        f"preflight of {stage}: {check.name}: {check.told}; {check.cause}; "
+                        f"{check.cure} (--skip_preflight starts all the same)"
+                    )
+    finally:
+        passed = sum(check.passed for check in done)
+        seconds = time.perf_counter() - started
+        print(f"preflight of {stage}: {passed} of {len(done)} checks passed in {seconds:.1f} s")
+        for check in done:
+            print(check)
+            if check.warning and not check.passed:
+                print(f"{'':11}{check.cause}; {check.cure}")
+
+
+@contextlib.contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """Inside, modes may change and torch's global generators be drawn from; all is as before
+    afterwards. What the reward models count as cut is not counted."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    scorers = [(model, replace(model.cuts)) for model in models if isinstance(model, RewardModel)]
+    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for scorer, cuts in scorers:
+            scorer.cuts = cuts
+
+
+def precision_of(dtype: torch.dtype, autocast: str) -> str:
+    """The key of the tolerances: of the weights where they are not float32, else of autocast."""
+    of_weights = {torch.float64: "float64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return of_weights.get(dtype, autocast)
+
+
+# Rows
+
+
+def shortest(rows: Sequence[Row]) -> list[Row]:
+    """A few short rows, cut further where they are long; longer ones last."""
+    return [
+        (prompt_ids[-PROMPT_TOKENS:], response_ids[:RESPONSE_TOKENS])
+        for prompt_ids, response_ids in heapq.nsmallest(ROWS, rows, key=_length)
+    ]
+
+
+def no_empty_row(rows: Sequence[Row], *, rows_per_example: int = 1) -> Check:
+    """Every prompt and every response has a token."""
+    empty = [i // rows_per_example for i, row in enumerate(rows) if not min(map(len, row))]
+    return Check(
+        "rows without a prompt or response token",
+        len(empty),
+        0,
+        f"row {empty[0] if empty else 0} (the first is 0) has nothing to learn from",
+        "drop such rows, or raise --max_length if all was cut away",
+    )
+
+
+def eos_supervised(rows: Sequence[Row], policy: Policy) -> Check:
+    """EOS is among the tokens that the loss counts, as the mask has it."""
+    some = rows[:: -(-len(rows) // LOOKED_AT)]
+    batch = collate(*zip(*some, strict=True), pad_id=policy.pad_id)
+    has_eos = (batch.mask & (batch.responses == policy.tokenizer.eos_token_id)).any(1)
+    share = float(has_eos.double().mean())
+    return Check(
+        "EOS supervised",
+        1 - share,
+        0,
+        f"{'no' if share == 0 else 'not every'} row teaches where a response ends",
+        f"end each response with the tokenizer's {policy.tokenizer.eos_token}",
+        told=f"in {share:.1%} of {len(some)} rows",
+        warning=share > 0,
+    )
+
+
+def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
+    """Chosen and rejected are different ids."""
+    equal = [i for i, x in enumerate(pairs) if torch.equal(x.chosen_ids, x.rejected_ids)]
+    return Check(
+        "pairs with chosen equal to rejected",
+        len(equal),
+        0,
+        f"pair {equal[0] if equal else 0} (the first is 0) cannot teach a preference",
+        "raise --max_response_tokens if they differ further on, else drop such pairs",
+    )
+
+
+# The policy
+
+
+def passes_agree(policy: Policy, rows: Sequence[Row]) -> Check:
+    """Two passes in train mode give the same bits."""
+    batch = _collated(policy, rows)
+    policy.train()
+    with torch.no_grad():
+        first, second = policy(batch), policy(batch)
+    differences = [(first.logprobs - second.logprobs).abs().max()]
+    if first.values is not None:
+        differences.append((first.values - second.values).abs().max())
+    return Check(
+        "two passes in train mode",
+        float(max(differences)),
+        EXACT,
+        "dropout, or other noise, is on in train mode",
+        "set it to 0 in the model's config",
+    )
+
+
+def head_equals_model(policy: Policy, row: Row, tolerance: float) -> Check:
+    """Our chunked head gives the log-probabilities of the model's own logits."""
+    batch = _collated(policy, [row])
+    with evaluating(policy):
+        ours = policy(batch).logprobs[0]
+        logits = policy.lm(input_ids=batch.ids, use_cache=False).logits[0, len(row[0]) - 1 : -1]
+    theirs = token_logprobs(logits, batch.responses[0])
+    return Check(
+        "head against the model's own logits",
+        float((ours - theirs).abs().mean()),
+        tolerance,
+        f"{type(policy.lm).__name__} makes its logits in a way that is not known here",
+        "use another model",
+    )
+
+
+def row_alone_equals_batch(policy: Policy, row: Row, tolerance: float) -> Check:
+    """A row has the same log-probabilities alone and padded beside a longer one."""
+    prompt_ids, response_ids = row
+    half = prompt_ids[len(prompt_ids) // 2 :], response_ids[: (len(response_ids) + 1) // 2]
+    with evaluating(policy):
+        alone = policy(_collated(policy, [half])).logprobs[0]
+        padded = policy(_collated(policy, [row, half])).logprobs[1, : len(alone)]
+    return Check(
+        "a row alone against it in a batch",
+        float((alone - padded).abs().mean()),
+        tolerance,
+        "padding or positions change the model's output",
+        "use a model that heeds attention_mask and counts positions from the first token",
+    )
+
+
+def loss_is_ln_2(
+    policy: Policy,
+    ref_policy: Policy,
+    pairs: Sequence[PreferenceExample],
+    config: dpo.DPOConfig,
+    tolerance: float,
+) -> Check:
+    """DPO's loss while policy and reference are the same."""
+    few = heapq.nsmallest(2, pairs, key=_pair_length)
+    few = [pair if _pair_length(pair) <= PAIR_TOKENS else _cut_pair(pair) for pair in few]
+    policy.train()
+    with torch.no_grad():
+        loss = float(dpo.batch_loss(policy, ref_policy, few, config)[0].loss)
+    return Check(
+        "DPO's loss against ln 2",
+        abs(loss - math.log(2)),
+        tolerance,
+        "policy and reference differ before training",
+        "start both from the same weights",
+        told=f"{loss:.6f}, within {tolerance:.2g} of {math.log(2):.6f}",
+    )
+
+
+# PPO
+
+
+def eos_is_known(policy: Policy) -> Check:
+    """The policy can sample its end."""
+    eos_id, vocabulary = policy.tokenizer.eos_token_id, policy.lm.get_output_embeddings().weight
+    known = eos_id is not None and 0 <= eos_id < len(vocabulary)
+    return Check(
+        "EOS outside the vocabulary",
+        0 if known else 1,
+        0,
+        f"EOS is id {eos_id}, and the model has {len(vocabulary)} tokens, so no response could end",
+        "give the model's own tokenizer, with an EOS token",
+        told=f"EOS is id {eos_id} of {len(vocabulary)}",
+    )
+
+
+def not_all_empty(response_ids: Sequence[Tensor], eos_id: int) -> Check:
+    """The policy writes something before it ends."""
+    empty = sum(int(ids[0]) == eos_id for ids in response_ids)
+    return Check(
+        "sampled responses that end at once",
+        empty,
+        len(response_ids) - 1,
+        "the policy writes nothing that a reward could score",
+        "fine-tune it on demonstrations first, or look at --template",
+        told=f"{empty} of {len(response_ids)}",
+    )
+
+
+def scored(
+    policy: Policy, ref_policy: Policy, rows: Sequence[Row], config: ppo.PPOConfig
+) -> Rollout:
+    """The rows as PPO would score them, with the absolute difference as KL."""
+    prompt_ids, response_ids = zip(*rows, strict=True)
+    return score_rollout(
+        policy,
+        ref_policy,
+        prompt_ids,
+        response_ids,
+        torch.zeros(len(rows)),
+        temperature=config.temperature,
+        kl="abs",
+        max_tokens=config.max_tokens,
+    )
+
+
+def ref_policy_equals_policy(rollout: Rollout, tolerance: float) -> Check:
+    """The KL to the reference, token by token, before training."""
+    return Check(
+        "KL to the reference, per token",
+        float(masked_mean(rollout.kl, rollout.mask)),
+        tolerance,
+        "policy and reference differ before training",
+        "start both from the same weights",
+    )
+
+
+def ratio_is_one(
+    policy: Policy, rollout: Rollout, config: ppo.PPOConfig, tolerance: float
+) -> Check:
+    """The learning pass gives the probabilities of the scoring pass."""
+    policy.train()
+    with torch.no_grad():
+        new = policy(rollout.sequences, temperature=config.temperature)
+    off = ((new.logprobs - rollout.logprobs).exp() - 1).abs()
+    return Check(
+        "ratio against 1, in train mode",
+        float(masked_mean(off, rollout.mask)),
+        tolerance,
+        "the model computes something else in train mode than in eval mode",
+        "use a model without batch normalisation or other layers that know the mode",
+    )
+
+
+def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
+    """Different responses do not all get the same score."""
+    constant = len(set(responses)) > 1 and float(scores.max() - scores.min()) == 0
+    return Check(
+        "constant reward",
+        int(constant),
+        0,
+        f"{len(set(responses))} different responses all score {float(scores[0]):.4g}",
+        "if that stays so, PPO has nothing to learn: look at the reward",
+        told=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
+        warning=True,
+    )
+
+
+# The reward model
+
+
+def inputs_differ(reward_model: RewardModel, examples: Sequence[reward.RewardExample]) -> Check:
+    """Chosen and rejected are still different after the cut and the tokenizer."""
+    prompts = [x.prompt for x in examples] * 2
+    texts = [x.chosen for x in examples] + [x.rejected for x in examples]
+    chosen, rejected = reward_model.encode(prompts, texts).input_ids.split(len(examples))
+    equal = int((chosen == rejected).all(1).sum())
+    return Check(
+        "pairs with the same tokens on both sides",
+        equal,
+        0,
+        "chosen and rejected differ only in what is cut away or has no token",
+        "raise the reward model's max_length, or drop such pairs",
+        told=f"{equal} of {len(examples)}",
+        warning=equal < len(examples),
+    )
+
+
+def scores_of_pairs(
+    reward_model: RewardModel, examples: Sequence[reward.RewardExample]
+) -> tuple[Tensor, Tensor]:
+    """Scores of chosen and rejected of pairs in one batch, ``(B,)`` each."""
+    texts = [x.chosen for x in examples] + [x.rejected for x in examples]
+    with evaluating(reward_model):
+        chosen, rejected = reward_model([x.prompt for x in examples] * 2, texts).split(
+            len(examples)
+        )
+    return chosen, rejected
+
+
+def scores_are_finite(scores: Tensor) -> Check:
+    """No score is infinite or NaN."""
+    return Check(
+        "scores that are not finite",
+        int((~scores.isfinite()).sum()),
+        0,
+        "the reward model's weights or its precision overflow",
+        "look at its weights, or use --precision fp32",
+    )
+
+
+def scores_differ(chosen: Tensor, rejected: Tensor) -> Check:
+    """The reward model tells at least one chosen text from its rejected one."""
+    equal, margin = int((chosen == rejected).sum()), float((chosen - rejected).abs().max())
+    return Check(
+        "pairs with the same score on both sides",
+        equal,
+        len(chosen) - 1,
+        "the score does not depend on the response, so nothing can be learned",
+        "look at where the score is read: pad token, max_length, classifier",
+        told=f"{equal} of {len(chosen)}, largest margin {margin:.2g}",
+    )
+
+
+def score_alone_equals_batch(
+    reward_model: RewardModel, examples: Sequence[reward.RewardExample], tolerance: float
+) -> Check:
+    """A text has the same score alone and padded beside a longer one."""
+    row, longer = examples[0], examples[-1]
+    with evaluating(reward_model):
+        alone = reward_model([row.prompt], [row.chosen])[0]
+        padded = reward_model(
+            [row.prompt, longer.prompt], [row.chosen, f"{longer.chosen} {longer.rejected}"]
+        )[0]
+    return Check(
+        "a score alone against it in a batch",
+        float((alone - padded).abs()),
+        tolerance,
+        "padding changes the score",
+        "look at the tokenizer's pad token and padding side",
+    )
+
+
+def head_is_trainable(
+    reward_model: RewardModel,
+    examples: Sequence[reward.RewardExample],
+    config: reward.RewardConfig,
+) -> Check:
+    """The loss has a gradient in the classifier's last layer."""
+    weight, norm = reward_model._last_layer.weight, 0.0
+    if weight.requires_grad:
+        found = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef)
+        norm = float(torch.autograd.grad(found.loss, weight)[0].norm())
+    return Check(
+        "classifier without gradient",
+        0 if 0 < norm < math.inf else 1,
+        0,
+        "the loss cannot change the reward model's last layer",
+        "let it require a gradient",
+        told=f"gradient of length {norm:.2g}",
+    )
+
+
+# Memory
+
+
+def policy_memory(
+    policy: Policy,
+    frozen: Sequence[Policy | RewardModel],
+    optimizer: Optimizer,
+    row: Row,
+    *,
+    tokens: int,
+    cached_tokens: int = 0,
+) -> Iterator[Check]:
+    """What training a policy needs, for each device.
+
+    Args:
+        frozen: what lies beside it: reference and reward model.
+        row: for a small forward pass.
+        tokens: padded tokens of the largest micro-batch.
+        cached_tokens: tokens in the key-value cache while sampling.
+    """
+    ids = row[0][None, :PROMPT_TOKENS].to(policy.device)
+    trunks = 1 if policy.critic_trunk is None else 2
+    policy.train()
+    fixed, per_token = kept_bytes(
+        policy,
+        lambda n: policy.lm.base_model(input_ids=ids.repeat(n, 1), use_cache=False),
+        ids.numel(),
+    )
+    vocabulary = len(policy.lm.get_output_embeddings().weight)
+    passes = {
+        "activations": trunks * (fixed + tokens * per_token),
+        "logits": min(CHUNK_TOKENS, tokens) * vocabulary * LOGITS_COPIES * 4,
+    }
+    cache = cached_tokens * cache_bytes(policy)
+    yield from memory(policy, frozen, optimizer, passes, cache)
+
+
+def reward_memory(
+    reward_model: RewardModel, optimizer: Optimizer, row: reward.RewardExample, *, tokens: int
+) -> Iterator[Check]:
+    """What training a reward model needs; `tokens` as in `policy_memory`."""
+    reward_model.train()
+    fixed, per_token = kept_bytes(
+        reward_model,
+        lambda n: reward_model([row.prompt] * n, [row.chosen] * n),
+        reward_model.lengths([row.prompt], [row.chosen])[0],
+    )
+    yield from memory(reward_model, [], optimizer, {"activations": fixed + tokens * per_token}, 0)
+
+
+def memory(
+    trained: Policy | RewardModel,
+    frozen: Sequence[Policy | RewardModel],
+    optimizer: Optimizer,
+    passes: dict[str, float],
+    cache: float,
+) -> Iterator[Check]:
+    """Need against room for each device, an estimate.
+
+    Args:
+        passes: bytes of a forward and backward pass.
+        cache: bytes of the key-value cache, which is gone when a pass begins.
+    """
+    gradients = sum(p.nbytes for p in optimizer.parameters)
+    learning = {"gradients": gradients, **passes}
+    parts: dict[torch.device, dict[str, float]] = defaultdict(lambda: {"weights": 0.0})
+    parts[trained.device] |= {"Adam": 2 * gradients}
+    parts[trained.device] |= learning if sum(learning.values()) > cache else {"cache": cache}
+    for model in [trained, *frozen]:
+        parts[model.device]["weights"] += sum(p.nbytes for p in model.parameters())
+    for device, need in parts.items():
+        total, room = sum(need.values()), available_bytes(device) + need["weights"]
+        largest = max(need, key=lambda name: need[name])
+        yield Check(
+            f"memory of {device}",
+            total / room,
+            SHARE_OF_MEMORY,
+            f"most goes to {largest}",
+            MEMORY_CURES.get(largest, "use a smaller model"),
+            told=f"needs about {total / GB:.2f} of {room / GB:.2f} GB: "
+            + ", ".join(f"{name} {part / GB:.2f}" for name, part in need.items()),
+        )
+
+
+MEMORY_CURES = {
+    "activations": "lower --max_tokens, or --max_length if single rows are longer",
+    "logits": "lower --max_tokens",
+    "cache": "lower --batch_size or --max_new_tokens",
+}
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[int], Any], tokens: int) -> tuple[float, float]:
+    """What autograd keeps of a forward pass beside the weights: bytes at all, and for each token.
+
+    Measured with one row and with two, so that autocast's copies of the weights are told from what
+    grows with the tokens.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def measure(rows: int) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = forward(rows)  # held, so that no address is used twice
+        del output
+        return sum(size for address, size in kept.items() if address not in weights)
+
+    one, two = measure(1), measure(2)
+    return 2 * one - two, (two - one) / tokens
+
+
+def cache_bytes(policy: Policy) -> float:
+    """Bytes of a token's keys and values in all layers."""
+    config = policy.lm.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kept_heads * width * policy.lm.dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that is free for this process; infinite where nothing tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if Path("/proc/meminfo").is_file():
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * float(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+    try:  # all there is, free or not
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def _collated(policy: Policy, rows: Sequence[Row]) -> Sequences:
+    prompt_ids, response_ids = zip(*rows, strict=True)
+    return collate(prompt_ids, response_ids, pad_id=policy.pad_id).to(policy.device)
+
+
+def _length(row: Row) -> int:
+    return len(row[0]) + len(row[1])
+
+
+def _pair_length(pair: PreferenceExample) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def _cut_pair(pair: PreferenceExample) -> PreferenceExample:
+    return PreferenceExample(
+        pair.prompt_ids[-PROMPT_TOKENS:],
+        pair.chosen_ids[:RESPONSE_TOKENS],
+        pair.rejected_ids[:RESPONSE_TOKENS],
+    )

@@ -1,0 +1,116 @@
+"""Rewards by name: a reward model, a Python function, or a weighted sum of several."""
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_min.errors import BadInput, require
+from rlhf_min.models import RewardModel
+from rlhf_min.rollout import RewardFunction, call_reward
+
+FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
+
+
+class WeightedSum:
+    """A reward that is a weighted sum of named rewards.
+
+    Args:
+        parts: name -> (weight, reward).
+
+    Each part's own mean can be watched by `monitors`, which does not score anything twice.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[float, RewardFunction]]) -> None:
+        self.parts = dict(parts)
+        self._texts: tuple[list[str], list[str]] | None = None
+        self._scores: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> Tensor:
+        """Scores, ``(B,)``; further columns go to the parts that name them."""
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
+        self._texts = (prompts, responses)
+        self._scores = {
+            name: call_reward(reward, prompts, responses, rows)
+            for name, (_, reward) in self.parts.items()
+        }
+        weighted = [weight * self._scores[name] for name, (weight, _) in self.parts.items()]
+        return torch.stack(weighted).sum(0)
+
+    @property
+    def monitors(self) -> dict[str, RewardFunction]:
+        """Each part as a reward of its own, for the metrics."""
+        return {f"reward/{name}": partial(self._part, name) for name in self.parts}
+
+    def _part(
+        self, name: str, prompts: list[str], responses: list[str], **columns: list[Any]
+    ) -> Tensor:
+        if self._texts != (prompts, responses):
+            self(prompts, responses, **columns)
+        return self._scores[name]
+
+
+def load_reward(specs: Sequence[str], load_model: Callable[[str], RewardModel]) -> WeightedSum:
+    """The reward that ``--reward`` names.
+
+    Args:
+        specs: each ``module:function``, ``file.py:function``, or a reward model's folder or name,
+            with ``WEIGHT*`` before it if its weight is not 1.
+        load_model: makes a reward model of a folder or name.
+
+    Raises:
+        BadInput: if one cannot be found or is named twice.
+    """
+    parts: dict[str, tuple[float, RewardFunction]] = {}
+    for spec in specs:
+        weight, name = _split_weight(spec)
+        require(name not in parts, f"--reward names {name} twice; add up the weights instead")
+        reward = _function(name) if ":" in name else load_model(name).score
+        parts[name] = (weight, reward)
+    require(bool(parts), f"--reward names nothing; {FORMS}")
+    return WeightedSum(parts)
+
+
+def _split_weight(spec: str) -> tuple[float, str]:
+    before, star, name = spec.partition("*")
+    if not star:
+        return 1.0, spec
+    try:
+        weight = float(before)
+    except ValueError as error:
+        raise BadInput(f"--reward {spec}: {before!r} is not a weight; {FORMS}") from error
+    require(math.isfinite(weight), f"--reward {spec}: the weight must be finite")
+    return weight, name
+
+
+def _function(name: str) -> RewardFunction:
+    where, _, attribute = name.rpartition(":")
+    found: Any = getattr(_module(where), attribute, None)
+    require(callable(found), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
+    return found
+
+
+def _module(where: str) -> ModuleType:
+    if where.endswith(".py"):
+        require(Path(where).is_file(), f"--reward {where}: no such file; {FORMS}")
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    sys.path.insert(0, str(Path.cwd()))  # as if it were imported by a script that lies here
+    try:
+        return importlib.import_module(where)
+    except ImportError as error:
+        raise BadInput(f"--reward {where}: cannot be imported ({error}); {FORMS}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))

@@ -1,0 +1,151 @@
+"""Rows for a run, the codec of a model, and what is told before the first step."""
+
+import json
+import re
+
+import pytest
+from small import small_policy, small_reward_model
+
+from rlhf_min import reward
+from rlhf_min.data import Codec, CutReport
+from rlhf_min.errors import BadInput
+from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.inputs import encoded, encoded_pairs, load_inputs, make_codec
+from rlhf_min.models import Policy
+
+CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+def rows(n):
+    """Pairs as messages, whose columns have other names."""
+    return [
+        {
+            "talk": [{"role": "user", "content": f"one {i}"}],
+            "good": [{"role": "assistant", "content": "red ball"}],
+            "bad": [{"role": "assistant", "content": "two"}],
+        }
+        for i in range(n)
+    ]
+
+
+def test_load_inputs_names_columns_and_draws(tmp_path, capsys):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(rows(30)), encoding="utf-8")
+    options = RunOptions(
+        data=str(path), columns="prompt=talk,chosen=good,rejected=bad", limit=20, heldout_share=0.2
+    )
+    inputs = load_inputs(options, "dpo", seed=5)
+    assert capsys.readouterr().out == (
+        f"{path}: 30 rows read, 30 kept, 0 dropped; 20 of the kept were drawn (seed 5)\n"
+        "16 rows to train on, 4 held out (split by prompt, seed 5)\n"
+    )
+    assert len(inputs.pairs) == 16
+    assert len(inputs.heldout_pairs) == 4
+    assert inputs.pairs[0]["prompt"].messages[0]["role"] == "user"
+    assert inputs.demonstrations[0] == {
+        "prompt": inputs.pairs[0]["prompt"],
+        "response": "red ball",
+    }
+    assert load_inputs(options, "dpo", seed=5) == inputs
+    assert load_inputs(options, "dpo", seed=6) != inputs
+
+
+@pytest.mark.parametrize("given", [{"columns": "prompt=q"}, {"split": "test"}, {"limit": 3}])
+def test_options_for_own_rows_need_them(given):
+    with pytest.raises(BadInput, match=f"--{next(iter(given))} is for your own rows; give --data"):
+        load_inputs(RunOptions(**given), "sft", seed=0)
+
+
+# The codec
+
+
+def test_a_chat_template_is_used_where_there_is_one(tmp_path):
+    policy = small_policy()
+    policy.tokenizer.chat_template = CHAT
+    assert make_codec(policy, RunOptions()).template == "chat"
+    save_policy(policy, tmp_path / "chat")
+    loaded = Policy.from_pretrained(tmp_path / "chat", critic="none")
+    assert loaded.tokenizer.chat_template == CHAT
+    assert make_codec(loaded, RunOptions()).template == "chat"
+    # the option goes first, and stays with the model as any other template
+    assert make_codec(loaded, RunOptions(template="{prompt}")).template == "{prompt}"
+    assert make_codec(loaded, RunOptions()).template == "{prompt}"
+    assert make_codec(loaded, RunOptions(template="chat")).template == "chat"
+
+
+def test_chat_is_refused_without_a_chat_template():
+    with pytest.raises(BadInput, match="the tokenizer has no chat template"):
+        make_codec(small_policy(), RunOptions(template="chat"))
+
+
+# What is told
+
+
+def small_codec(room):
+    return Codec(small_policy().tokenizer, 3, room, "{prompt}")
+
+
+DEMONSTRATIONS = [
+    {"prompt": "red ball", "response": "one"},
+    {"prompt": "big red ball two", "response": "one two"},
+    {"prompt": "red", "response": "one two one"},
+    {"prompt": "blue", "response": "one"},
+    {"prompt": "green", "response": "one"},
+]
+
+
+def test_report_of_demonstrations():
+    codec = small_codec(room=4)
+    assert encoded(codec.encode_demonstrations(DEMONSTRATIONS)[1], codec) == (
+        "1 of 5 prompts cut (1 tokens lost); 0 of 5 responses cut (0 tokens lost)\n"
+        "  tokens before the cut (median, p95, max): prompts 1, 4, 4; responses 2, 4, 4; "
+        "EOS is supervised in 100.0% of the responses"
+    )
+
+
+def test_many_cut_responses_are_a_warning():
+    # a fifth is none yet; two of five are
+    assert (
+        encoded(small_codec(3).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(3)).count("\n")
+        == 1
+    )
+    told = encoded(small_codec(2).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(2))
+    assert told.splitlines()[2:] == [
+        "  warning: 40% of the responses lose their end; raise --max_response_tokens, now 2, "
+        "and --max_length with it"
+    ]
+
+
+def test_report_of_prompts_tells_nothing_of_responses():
+    codec = small_codec(4)
+    assert encoded(codec.encode_prompts(DEMONSTRATIONS)[1], codec) == (
+        "1 of 5 prompts cut (1 tokens lost)\n"
+        "  tokens before the cut (median, p95, max): prompts 1, 4, 4"
+    )
+
+
+def test_supervised_eos_is_measured():
+    codec = small_codec(4)
+    report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
+    report.responses_with_eos = 2
+    assert "EOS is supervised in 40.0% of the responses" in encoded(report, codec)
+    with pytest.raises(BadInput, match="none of the 5 responses ends with EOS") as caught:
+        encoded(CutReport(responses=5), codec)
+    assert str(caught.value).isprintable()
+
+
+def test_report_of_pairs_for_the_reward_model():
+    reward_model = small_reward_model()  # 32 positions, 3 of them special, 21 for a response
+    words = " ".join(["red"] * 25)
+    pairs = [
+        {"prompt": "red ball", "chosen": words, "rejected": "one"},
+        {"prompt": "red ball two", "chosen": "one two", "rejected": "two one"},
+    ]
+    told = encoded_pairs(reward.prepare_pairs(reward_model, pairs)[1], reward_model).splitlines()
+    assert told[1:] == [
+        "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 25, 25",
+        "  warning: 25% of the responses lose their end; the reward model reads 32 tokens of "
+        "prompt and response; raise --max_length, or give a --reward_model with more positions",
+    ]
+    assert re.search(r"1 of 4 responses cut \(4 tokens lost\)", told[0])

@@ -1,0 +1,156 @@
+"""One step of every stage in bfloat16 by autocast, on the CPU: near float32, with weights, value
+head and losses in float32; and a float64 model stays float64."""
+
+import pytest
+import torch
+from small import (
+    DEMONSTRATIONS,
+    PREFERENCES,
+    PROMPTS,
+    small_policy,
+    small_reward_model,
+    weights,
+)
+
+from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.inputs import start_policy, start_reward_model
+from rlhf_min.rollout import collect
+
+BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1
+PAIRS = [
+    {"prompt": "red ball", "chosen": "one big", "rejected": "two"},
+    {"prompt": "big", "chosen": "small ball", "rejected": "green one two"},
+]
+
+
+def sft_steps(dtype, precision):
+    policy = small_policy(dtype=dtype)
+    config = sft.SFTConfig(epochs=1, precision=precision)
+    state = sft.new_state(policy, DEMONSTRATIONS, config)
+    return policy, sft.train(policy, config, state)
+
+
+def reward_steps(dtype, precision):
+    model = small_reward_model(dtype=dtype)
+    config = reward.RewardConfig(epochs=1, precision=precision)
+    examples, _ = reward.prepare_pairs(model, PAIRS)
+    return model, reward.train(model, config, reward.new_state(model, examples, config))
+
+
+def ppo_steps(dtype, precision):
+    policy = small_policy(critic="shared", dtype=dtype)
+    config = ppo.PPOConfig(
+        steps=1, batch_size=4, minibatch_size=4, epochs=1, max_new_tokens=5, precision=precision
+    )
+    state = ppo.new_state(policy, PROMPTS, config)
+    return policy, ppo.train(policy, policy.reference(), lengths, config, state)
+
+
+def dpo_steps(dtype, precision):
+    policy = small_policy(dtype=dtype)
+    config = dpo.DPOConfig(precision=precision)
+    reference = policy.reference()
+    state = dpo.new_state(policy, reference, PREFERENCES, config)
+    return policy, dpo.train(policy, reference, config, state)
+
+
+def lengths(_prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+STAGES = pytest.mark.parametrize("steps", [sft_steps, reward_steps, ppo_steps, dpo_steps])
+
+
+def losses(steps, dtype, precision):
+    """The dtypes that the losses are computed in, seen where they are handed to backward."""
+    seen = []
+    model, train = steps(dtype, precision)
+    before = weights(model)
+    original = torch.Tensor.backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", lambda x: seen.append(x.dtype) or original(x))
+        [metrics] = train
+    moved = max(
+        float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()
+    )
+    assert moved > 0
+    return model, metrics, set(seen)
+
+
+@STAGES
+def test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it(steps):
+    model, plain, _ = losses(steps, torch.float32, "fp32")
+    model, metrics, seen = losses(steps, torch.float32, "bf16")
+    assert seen == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(torch.isfinite(torch.tensor(x)) for x in metrics.values())
+    if steps is ppo_steps:
+        # Other tokens may be drawn, so only what holds for any of them: at the first pass the
+        # policy is the one that sampled, and the reference.
+        assert metrics["ratio"] == pytest.approx(1, abs=BF16)
+        assert metrics["kl"] == 0
+        return
+    loss = metrics["loss"]
+    assert loss == pytest.approx(plain["loss"], rel=4 * BF16)
+    if steps is dpo_steps:  # policy and reference are equal in any precision
+        assert loss == plain["loss"]
+    else:
+        assert loss != plain["loss"]  # it really was another precision
+    assert metrics["grad_norm"] != plain["grad_norm"]
+    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=20 * BF16)
+
+
+@STAGES
+def test_float64_stays_float64(steps):
+    model, _, seen = losses(steps, torch.float64, "fp32")
+    assert seen == {torch.float64}
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_values_are_the_float32_head_on_the_hidden_state(critic):
+    policy = small_policy(critic=critic, dtype=torch.float32)
+    assert policy.value_head.weight.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = collect(
+            policy,
+            policy.reference(),
+            lengths,
+            PROMPTS[:2],
+            max_new_tokens=4,
+            temperature=1.0,
+            kl="k1",
+            max_tokens=100,
+            rng=torch.Generator().manual_seed(0),
+        )
+    for x in (rollout.logprobs, rollout.values, rollout.entropy, rollout.scores):
+        assert x.dtype == torch.float32
+    seen = rollout.values[rollout.mask]
+    assert not torch.equal(seen, seen.bfloat16().float())  # not rounded to bfloat16
+
+
+@pytest.mark.parametrize("critic", ["none", "shared"])
+def test_the_command_line_starts_in_float32_and_checkpoints_if_asked(critic):
+    for asked in (False, True):
+        options = RunOptions(max_length=16, max_response_tokens=8, gradient_checkpointing=asked)
+        policy = start_policy(options, ["red ball"], critic=critic, seed=0)
+        reward_model = start_reward_model(options, ["red ball"], seed=0)
+        for model in (policy.lm, reward_model.model):
+            layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+            assert {m.gradient_checkpointing for m in layers} == {asked}
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_reference_on_the_cpu_runs_in_the_policys_precision(device_type):
+    policy = small_policy(dtype=torch.float32)
+    optimizer = sft.new_state(policy, DEMONSTRATIONS, sft.SFTConfig(precision="bf16")).optimizer
+    optimizer.device_type = device_type  # of the policy; what is on the CPU is beside it
+    layer = torch.nn.Linear(2, 2)
+    assert layer(torch.ones(2)).dtype == torch.float32
+    with optimizer.autocast():
+        assert layer(torch.ones(2)).dtype == torch.bfloat16
+    assert layer(torch.ones(2)).dtype == torch.float32
