@@ -43,7 +43,9 @@ class Table:
     """A pytest plugin that turns marks and gaps into rows."""
 
     def __init__(self, only: str) -> None:
-        self.only, self.rows, self.tests = only, {}, {}
+        self.only = only
+        self.rows: dict[tuple[str, ...], Row] = {}
+        self.tests: dict[str, dict[str, Row]] = {}
 
     def pytest_collection_modifyitems(self, items) -> None:
         """Keep the comparisons asked for and make their rows."""
