@@ -1,14 +1,18 @@
 """Run our functions and whole training runs beside trl's, and print how far apart they come.
 
-The comparisons are the tests in tests/parity that carry the mark "parity": trl 1.12.0 runs live
-and unmodified, trl 0.11.3 as it was recorded. Needs the extra: pip install -e '.[test]'
+The comparisons are the tests in tests/parity that carry the mark "parity": trl 1.12.0 runs live,
+trl 0.11.3 as it was recorded. Needs the extra: pip install -e '.[test]'
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the next lines are imported
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import command
@@ -34,7 +38,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """What is printed. The gap is "-" if nothing was run."""
         gap = f"{max(self.gaps):.0e}" if any(self.gaps) else "0" if self.gaps else "-"
-        gap = "failed" if self.failed else gap
+        gap = f"failed ({gap})" if self.failed else gap
         cases = f"{self.cases:,} {self.of}"
         return (f"`{self.function}`", self.trl, self.dtype, cases, gap, self.convention)
 
@@ -83,16 +87,22 @@ def main() -> None:
     options = parser.parse_args()
     try:
         import pytest
-        import trl  # noqa: F401
+        import trl
     except ImportError as error:
-        raise BadInput(f"{error.name} is missing: pip install -e '.[test]'") from error
+        raise BadInput(f"{error}: pip install -e '.[test]'") from error
+    require(
+        trl.__version__ == "1.12.0",
+        f"needs trl 1.12.0, found {trl.__version__}: pip install -e '.[test]'",
+    )
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     table = Table(options.only)
-    quiet = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--show-capture=no"]
-    chosen = ["--collect-only", "-qq"] if options.list else []
     files = [str(file) for kind in ORDER for file in sorted(TESTS.glob(f"test_{kind}*.py"))]
-    code = pytest.main([*files, *quiet, *chosen], plugins=[table])
+    quiet = [*files, "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
+    if options.list:
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = pytest.main([*quiet, "--collect-only"], plugins=[table])
+    else:
+        code = pytest.main(quiet, plugins=[table])
     require(bool(table.rows), f"no comparison holds {options.only!r} in its name; see --list")
     print()
     for cells in (HEADER, ("---",) * len(HEADER), *(r.cells() for r in table.rows.values())):

@@ -270,8 +270,8 @@ def dpo_loss(
             range.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps: Mitchell 2023, "A note on DPO with
-    noisy preferences", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores its
-    ``label_smoothing`` there).
+    noisy preferences & relationship to IPO", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores
+    its ``label_smoothing`` there).
 
     Example: a policy that equals the reference has h = 0 and the loss log 2, whatever beta is.
         >>> x, y = torch.tensor([-3.0]), torch.tensor([-5.0])

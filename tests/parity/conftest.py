@@ -3,17 +3,18 @@
 The marks and the gaps together are the table that ``examples/compare_with_trl.py`` prints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from tolerances import FP64
 
 
 @pytest.fixture
-def parity(request: pytest.FixtureRequest) -> Callable[..., None]:
+def parity(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """``parity(gap)`` asserts that gaps are within the tolerance and enters them in the table.
 
-    A test with several marks names the function too: ``parity(gap, "gae")``.
+    A test with several marks names the function too: ``parity(gap, "gae")``. A test that compares
+    nothing at all fails.
     """
     functions = [mark.args[0] for mark in request.node.iter_markers("parity")]
 
@@ -27,4 +28,6 @@ def parity(request: pytest.FixtureRequest) -> Callable[..., None]:
             request.node.user_properties.append((function, gap))
             assert gap <= tolerance  # NaN is not
 
-    return check
+    yield check
+    compared = {function for function, _ in request.node.user_properties}
+    assert compared == set(functions)

@@ -4,13 +4,13 @@
     python tests/parity/record_trl_0_11.py --check    # compares with what is there
 
 trl 0.11.3 is the last release with the legacy ``PPOTrainer.step`` and cannot live beside a current
-transformers. Any Python will do: one that has not the packages of requirements-trl-0.11.txt makes a
-venv that has them and runs this file there.
+transformers. Python 3.11 to 3.13 will do: one without the packages of requirements-trl-0.11.txt
+makes a venv that has them and runs this file there.
 
 Every model is a tiny random GPT-2 in float64. Tensors are recorded as safetensors, all else as JSON
 in the same file's header; together they say what trl was given and what came out. trl is driven
 through its own classes and functions; what is put in the place of something is all in `in_float64`,
-`permutations`, `train_ppo_v2` (given responses in the place of sampled ones) and `dpo_run` (the
+`permutations`, `train_ppo_v2` (given prompts and responses, and the log) and `dpo_run` (the
 loss of each micro-batch, which trl logs in four digits only).
 """
 

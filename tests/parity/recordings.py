@@ -35,6 +35,7 @@ class Recording:
         """Of each case of one function, arguments and results by their names."""
         keys = [key for key in self.under(name) if not key.endswith(".shapes")]
         columns = [self.rows(f"{name}.{key}") for key in keys]
+        assert columns
         return [dict(zip(keys, case, strict=True)) for case in zip(*columns, strict=True)]
 
     def under(self, name: str) -> dict[str, Tensor]:

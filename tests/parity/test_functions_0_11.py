@@ -25,6 +25,13 @@ LOSS = {"dtype": SHIMMED, **RAGGED}
 KINDS: dict[str, KLKind] = {"kl": "k1", "abs": "abs", "mse": "k2"}
 
 
+def recorded(name: str) -> list[dict[str, Tensor]]:
+    """The cases of one function, as many as the table says."""
+    cases = RECORDED.cases(name)
+    assert len(cases) == RAGGED["cases"]
+    return cases
+
+
 @pytest.mark.eq("masked_mean")
 @pytest.mark.eq("masked_var")
 @pytest.mark.eq("whiten")
@@ -57,7 +64,7 @@ KINDS: dict[str, KLKind] = {"kl": "k1", "abs": "abs", "mse": "k2"}
     ],
 )
 def test_masked_functions(ours: Callable[..., Tensor], name: str, parity: Parity) -> None:
-    for case in RECORDED.cases("masked"):
+    for case in recorded("masked"):
         mask, found, expected = case["mask"], ours(case["x"], case["mask"]), case[name]
         # trl whitens the padding too, which means nothing
         parity(gap(found[mask], expected[mask]) if found.ndim else gap(found, expected))
@@ -66,7 +73,7 @@ def test_masked_functions(ours: Callable[..., Tensor], name: str, parity: Parity
 @pytest.mark.eq("token_logprobs")
 @pytest.mark.parity("token_logprobs", "logprobs_from_logits", VERSION, **RAGGED)
 def test_token_logprobs(parity: Parity) -> None:
-    for case in RECORDED.cases("logits"):
+    for case in recorded("logits"):
         found = token_logprobs(case["logits"], case["tokens"])
         parity(gap(found, case["logprobs_from_logits"]))
 
@@ -74,14 +81,14 @@ def test_token_logprobs(parity: Parity) -> None:
 @pytest.mark.eq("entropy")
 @pytest.mark.parity("entropy", "entropy_from_logits", VERSION, **RAGGED)
 def test_entropy(parity: Parity) -> None:
-    for case in RECORDED.cases("logits"):
+    for case in recorded("logits"):
         parity(gap(entropy(case["logits"]), case["entropy_from_logits"]))
 
 
 @pytest.mark.eq("exact_kl")
 @pytest.mark.parity("exact_kl", 'PPOTrainer._kl_penalty("full")', VERSION, **RAGGED)
 def test_exact_kl(parity: Parity) -> None:
-    for case in RECORDED.cases("logits"):
+    for case in recorded("logits"):
         parity(gap(exact_kl(case["logits"], case["ref_logits"]), case["full"]))
 
 
@@ -91,7 +98,7 @@ def test_exact_kl(parity: Parity) -> None:
 @pytest.mark.parity("shape_rewards", "PPOTrainer.compute_rewards", VERSION, **RAGGED)
 def test_kl_estimate_and_shape_rewards(parity: Parity) -> None:
     seen = set()
-    for case in RECORDED.cases("rewards"):
+    for case in recorded("rewards"):
         name, mask = RECORDED.facts["kl_penalties"][case["kind"]], case["mask"]
         kl = kl_estimate(case["logprobs"], case["ref_logprobs"], kind=KINDS[name])
         rewards = shape_rewards(case["scores"], kl, mask, kl_coef=case["kl_coef"].item())
@@ -107,7 +114,7 @@ def test_kl_estimate_and_shape_rewards(parity: Parity) -> None:
     "gae, masked_whiten", "PPOTrainer.compute_advantages", VERSION, dtype=SHIMMED, **RAGGED
 )
 def test_gae(parity: Parity) -> None:
-    for case in RECORDED.cases("advantages"):
+    for case in recorded("advantages"):
         mask, gamma, lam = case["mask"], case["gamma"].item(), case["lam"].item()
         advantages, returns = gae(case["rewards"], case["values"], mask, gamma=gamma, lam=lam)
         advantages = masked_whiten(advantages, mask)
@@ -119,7 +126,7 @@ def test_gae(parity: Parity) -> None:
 @pytest.mark.parity("ppo_policy_loss", "PPOTrainer.loss", VERSION, **LOSS)
 def test_policy_loss(parity: Parity) -> None:
     clipped = 0
-    for case in RECORDED.cases("loss"):
+    for case in recorded("loss"):
         mask, new_logprobs = case["mask"], case["new_logprobs"].requires_grad_()
         found = ppo_policy_loss(
             *(new_logprobs, case["logprobs"], case["advantages"], mask), clip=case["clip"].item()
@@ -141,7 +148,7 @@ def test_policy_loss(parity: Parity) -> None:
 @pytest.mark.parity("ppo_value_loss", "PPOTrainer.loss", VERSION, **LOSS)
 def test_value_loss(parity: Parity) -> None:
     clipped = 0
-    for case in RECORDED.cases("loss"):
+    for case in recorded("loss"):
         mask, new_values = case["mask"], case["new_values"].requires_grad_()
         found = ppo_value_loss(
             *(new_values, case["values"], case["returns"], mask), clip=case["value_clip"].item()
@@ -166,7 +173,7 @@ def test_value_loss(parity: Parity) -> None:
 @pytest.mark.eq("adaptive_kl")
 @pytest.mark.parity("AdaptiveKL", "AdaptiveKLController", VERSION, cases=100, of="runs")
 def test_adaptive_kl(parity: Parity) -> None:
-    for case in RECORDED.cases("adaptive_kl"):
+    for case in recorded("adaptive_kl"):
         control = AdaptiveKL(
             case["coef"].item(), target=case["target"].item(), horizon=case["horizon"].item()
         )
@@ -182,7 +189,7 @@ def test_adaptive_kl(parity: Parity) -> None:
     "RunningMoments", "RunningMoments.update", VERSION, cases=100, of="runs", dtype=SHIMMED
 )
 def test_running_moments(parity: Parity) -> None:
-    for case in RECORDED.cases("moments"):
+    for case in recorded("moments"):
         moments, found = RunningMoments(), []
         for scores in case["scores"].split(case["sizes"].tolist()):
             moments.update(scores)

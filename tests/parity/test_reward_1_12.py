@@ -134,11 +134,19 @@ def with_margins(rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.eq("reward")
-@pytest.mark.parity(
-    *("reward.batch_loss", "RewardTrainer.compute_loss", VERSION),
-    **{"cases": 4, "of": "batches", "dtype": SHIMMED, "convention": SEGMENTS},
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=pytest.mark.parity(
+                *("reward.batch_loss", "RewardTrainer.compute_loss", VERSION),
+                **{"cases": 4, "of": "batches", "dtype": SHIMMED, "convention": convention},
+            ),
+        )
+        for kind, convention in [("bert", SEGMENTS), ("gpt2", "")]
+    ],
 )
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("center_coef", [0.0, CENTER_COEF])
 @pytest.mark.parametrize("margins", [False, True], ids=["no margins", "margins"])
 def test_loss_gradient_and_metrics_of_batches(
@@ -163,11 +171,22 @@ def test_loss_gradient_and_metrics_of_batches(
 
 
 @pytest.mark.eq("reward")
-@pytest.mark.parity(
-    *("reward.train", "RewardTrainer.train", VERSION),
-    **{"cases": 1, "of": "runs", "dtype": SHIMMED, "convention": f"{SEGMENTS}; {EQUAL}"},
+@pytest.mark.parametrize(
+    ("kind", "max_norm"),
+    [
+        pytest.param(
+            *(kind, max_norm),
+            marks=pytest.mark.parity(
+                *("reward.train", "RewardTrainer.train", VERSION),
+                **{"cases": 1, "of": "runs", "dtype": SHIMMED, "convention": convention},
+            ),
+        )
+        for kind, max_norm, convention in [
+            ("bert", 0.9, f"{SEGMENTS}; {EQUAL}"),
+            ("gpt2", 3.0, EQUAL),
+        ]
+    ],
 )
-@pytest.mark.parametrize(("kind", "max_norm"), [("bert", 0.9), ("gpt2", 3.0)])
 def test_whole_run(kind: str, max_norm: float, tmp_path: Path, parity: Parity) -> None:
     # 10 pairs, 2 in a micro-batch, 2 micro-batches in a step: the epoch's last step has one only.
     # The responses are of unequal length, which makes no difference: the mean is over pairs.
