@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from .logprobs import at_least_float32
+from .masking import require_right_padded
+
 
 def gae(
     rewards: Tensor,  # (B, T)
@@ -31,8 +34,8 @@ def gae(
         lam: GAE's lambda in [0, 1].
 
     Returns:
-        ``(advantages, returns)``, each ``(B, T)``, zero at padding, without gradient and not
-        whitened: whitening is a line of its own where the rollout is judged.
+        ``(advantages, returns)``, each ``(B, T)``, in at least float32, zero at padding, without
+        gradient and not whitened: whitening is a line of its own where the rollout is judged.
 
     Raises:
         ValueError: if the shapes differ or a mask row is not right-padded.
@@ -52,10 +55,9 @@ def gae(
     if not rewards.shape == values.shape == mask.shape:
         shapes = [tuple(x.shape) for x in (rewards, values, mask)]
         raise ValueError(f"rewards, values and mask differ in shape: {shapes}")
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError("a mask row has a real token after padding; rows must be right-padded")
-    rewards = torch.where(mask, rewards.detach(), 0)
-    values = torch.where(mask, values.detach(), 0)
+    require_right_padded(mask)
+    rewards = torch.where(mask, at_least_float32(rewards.detach()), 0)
+    values = torch.where(mask, at_least_float32(values.detach()), 0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .logprobs import at_least_float32
+from .masking import require_right_padded
 
 KLKind = Literal["k1", "abs", "k2", "k3"]
 
@@ -20,13 +21,16 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind) -> Tens
         k2 = d^2 / 2                  biased, low variance                         (3)
         k3 = exp(-d) - 1 + d          unbiased, never negative                     (4)
 
+    In the rewards only k1 gives the gradient of E[score] - kl_coef * KL: the score function's
+    factor is right for log-ratios, not for another estimate of the same number.
+
     Args:
         logprobs: log pi(y). Shape ``(B, T)``.
         ref_logprobs: log ref(y). Shape ``(B, T)``.
         kind: which of the four.
 
     Returns:
-        Shape ``(B, T)``; padding must be masked by the caller.
+        Shape ``(B, T)``, in at least float32; padding must be masked by the caller.
 
     Source: Schulman 2020, "Approximating KL divergence"; trl 0.11.3 ``kl_penalty`` "kl", "abs"
     and "mse" are (1) to (3), trl 1.12.0 ``kl_estimator`` "k1" and "k3" are (1) and (4).
@@ -35,7 +39,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind) -> Tens
         >>> kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), kind="k2")
         tensor([[0.5000]])
     """
-    d = logprobs - ref_logprobs
+    d = at_least_float32(logprobs) - ref_logprobs
     if kind == "k1":
         return d  # (1)
     if kind == "abs":
@@ -53,11 +57,12 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
         KL = sum_v p_v (log p_v - log r_v)                                         (1)
 
     Args:
-        logits: the policy's. Shape ``(..., V)``.
+        logits: the policy's. Shape ``(..., V)``. A logit of minus infinity has probability 0.
         ref_logits: the reference's. Shape ``(..., V)``.
 
     Returns:
-        Shape ``(...)``, in at least float32.
+        Shape ``(...)``, in at least float32; infinite where the reference rules out what the
+        policy may say.
 
     Source: trl 0.11.3 ``kl_penalty="full"``.
 
@@ -67,7 +72,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """
     logp = at_least_float32(logits).log_softmax(-1)
     logr = at_least_float32(ref_logits).log_softmax(-1)
-    return (logp.exp() * (logp - logr)).sum(-1)  # (1)
+    p = logp.exp()
+    return (p * torch.where(p > 0, logp - logr, 0)).sum(-1)  # (1), where 0 * inf is 0
 
 
 class FixedKL:
@@ -133,7 +139,10 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
         kl_coef: weight of the penalty, in score per nat.
 
     Returns:
-        Shape ``(B, T)``, zero at padding.
+        Shape ``(B, T)``, in at least float32, zero at padding.
+
+    Raises:
+        ValueError: if the shapes do not fit, a mask row is not right-padded or has no real token.
 
     Source: Ziegler et al. 2019, eq. 2; trl 0.11.3 ``PPOTrainer.compute_rewards``. (trl 1.12.0
     puts the score one cell after EOS.)
@@ -143,7 +152,11 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
         >>> shape_rewards(torch.tensor([1.0]), torch.tensor([[2.0, 3.0, 9.0]]), mask, kl_coef=0.5)
         tensor([[-1.0000, -0.5000,  0.0000]])
     """
-    rewards = torch.where(mask, -kl_coef * kl, 0)  # (B, T)
+    if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
+        shapes = [tuple(x.shape) for x in (scores, kl, mask)]
+        raise ValueError(f"scores, kl and mask do not fit each other: {shapes}")
+    require_right_padded(mask)
+    rewards = torch.where(mask, -kl_coef * at_least_float32(kl), 0)  # (B, T)
     last = mask.sum(1) - 1  # (B,)
     if bool((last < 0).any()):
         raise ValueError("a row has no real token to carry its score")

@@ -1,5 +1,7 @@
 """The five losses. Each is a function of tensors and returns the loss first, then its count.
 
+All are computed in at least float32, whatever they are given.
+
 `loss` is a mean, over real tokens or over pairs; `count` says over how many. A micro-batch is
 backpropagated as ``loss * count / count_of_the_minibatch``, so that splitting a minibatch never
 changes its gradient. What follows the count is worth logging and carries no gradient.
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .kl import kl_estimate
+from .logprobs import at_least_float32
 from .masking import masked_mean
 
 
@@ -110,7 +113,7 @@ def pairwise_reward_loss(
         `RewardLoss`.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ or there is no pair.
 
     Source: Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2;
     centring: Eisenstein et al. 2023, arXiv:2312.09244; trl ``RewardTrainer.compute_loss``.
@@ -120,7 +123,8 @@ def pairwise_reward_loss(
         >>> pairwise_reward_loss(zero, zero, margin=None, center_coef=0.0).loss
         tensor(0.6931)
     """
-    _same_shape(chosen_scores, rejected_scores, *([] if margin is None else [margin]))
+    _same_pairs(chosen_scores, rejected_scores, *([] if margin is None else [margin]))
+    chosen_scores = at_least_float32(chosen_scores)  # and with it all that follows
     difference = chosen_scores - rejected_scores  # (B,)
     loss = -logsigmoid(difference if margin is None else difference - margin)  # (1)
     if center_coef:
@@ -169,8 +173,8 @@ def ppo_policy_loss(
         tensor(-1.2000)
     """
     _same_shape(new_logprobs, logprobs, advantages, mask)
-    log_ratio = torch.where(mask, new_logprobs - logprobs.detach(), 0)
-    advantages = torch.where(mask, advantages.detach(), 0)
+    log_ratio = torch.where(mask, at_least_float32(new_logprobs) - logprobs.detach(), 0)
+    advantages = torch.where(mask, at_least_float32(advantages.detach()), 0)
     ratio = log_ratio.exp()  # (1)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -220,9 +224,9 @@ def ppo_value_loss(
         tensor(1.6200)
     """
     _same_shape(new_values, values, returns, mask)
-    new_values = torch.where(mask, new_values, 0)
-    values = torch.where(mask, values.detach(), 0)
-    returns = torch.where(mask, returns.detach(), 0)
+    new_values = torch.where(mask, at_least_float32(new_values), 0)
+    values = torch.where(mask, at_least_float32(values.detach()), 0)
+    returns = torch.where(mask, at_least_float32(returns.detach()), 0)
     near_values = new_values.clamp(values - clip, values + clip)  # (1)
     error = (new_values - returns).square()
     near_error = (near_values - returns).square()
@@ -262,11 +266,12 @@ def dpo_loss(
         `DPOLoss`.
 
     Raises:
-        ValueError: if the shapes differ, or beta or label_smoothing is out of range.
+        ValueError: if the shapes differ, there is no pair, or beta or label_smoothing is out of
+            range.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps: Mitchell 2023, "A note on DPO with
-    noisy preferences", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores its
-    ``label_smoothing`` there).
+    noisy preferences & relationship to IPO", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores
+    its ``label_smoothing`` there).
 
     Example: a policy that equals the reference has h = 0 and the loss log 2, whatever beta is.
         >>> x, y = torch.tensor([-3.0]), torch.tensor([-5.0])
@@ -275,13 +280,13 @@ def dpo_loss(
         >>> dpo_loss(x + 10, y, x, y, beta=0.1, label_smoothing=0.0).loss  # h = 1: log(1 + 1/e)
         tensor(0.3133)
     """
-    _same_shape(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    _same_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     if not beta > 0 or not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"beta must be above 0 and label_smoothing in [0, 0.5), not {beta}, {label_smoothing}"
         )
-    chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
-    rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
+    chosen_rewards = beta * (at_least_float32(chosen_logprobs) - ref_chosen_logprobs)
+    rejected_rewards = beta * (at_least_float32(rejected_logprobs) - ref_rejected_logprobs)
     h = chosen_rewards - rejected_rewards  # (1)
     loss = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)  # (2)
     return DPOLoss(
@@ -290,6 +295,12 @@ def dpo_loss(
         chosen_rewards.detach(),
         rejected_rewards.detach(),
     )
+
+
+def _same_pairs(first: Tensor, *others: Tensor) -> None:
+    _same_shape(first, *others)
+    if first.dim() != 1 or len(first) == 0:
+        raise ValueError(f"one number for each of one pair or more, not shape {tuple(first.shape)}")
 
 
 def _same_shape(first: Tensor, *others: Tensor) -> None:

@@ -8,6 +8,8 @@ because 0 * NaN is NaN, and it is used on the *inputs*, because the gradient of 
 import torch
 from torch import Tensor
 
+from .logprobs import at_least_float32
+
 
 def response_mask(lengths: Tensor, width: int) -> Tensor:
     """The mask of right-padded rows from their lengths.
@@ -27,6 +29,19 @@ def response_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]  # (B, T)
 
 
+def require_right_padded(mask: Tensor) -> None:
+    """Refuse a mask with real tokens after padding, where "the last real token" means nothing.
+
+    Args:
+        mask: True at real tokens. Shape ``(B, T)``.
+
+    Raises:
+        ValueError: if a row is not right-padded.
+    """
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("a mask row has a real token after padding; rows must be right-padded")
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     r"""Mean over all real tokens of the batch, whatever their rows.             [eq:masked_mean]
 
@@ -37,7 +52,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
         mask: True at real tokens. Shape ``(B, T)``.
 
     Returns:
-        A scalar that carries gradient to the real tokens only.
+        A scalar, in at least float32, that carries gradient to the real tokens only.
 
     Raises:
         ValueError: if no token is real or the shapes differ.
@@ -49,7 +64,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask)
         tensor(3.)
     """
-    n = _count(x, mask, at_least=1)
+    x, n = at_least_float32(x), _count(x, mask, at_least=1)
     return torch.where(mask, x, 0).sum() / n  # (1)
 
 
@@ -69,6 +84,7 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
         tensor(7.)
     """
     n = _count(x, mask, at_least=2)
+    x = at_least_float32(x)
     deviation = torch.where(mask, x - masked_mean(x, mask), 0)  # (B, T)
     return deviation.square().sum() / (n - 1)  # (1)
 
@@ -90,6 +106,7 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
+    x = at_least_float32(x)
     deviation = torch.where(mask, x - masked_mean(x, mask), 0)  # (B, T)
     return deviation * torch.rsqrt(masked_var(x, mask) + 1e-8)  # (1)
 
@@ -110,6 +127,7 @@ def masked_scale(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_scale(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[1.2929, 2.7071, 0.0000]])
     """
+    x = at_least_float32(x)
     return torch.where(mask, masked_whiten(x, mask) + masked_mean(x, mask), 0)  # (1)
 
 

@@ -59,7 +59,9 @@ class PPOConfig:
     clip: float = option(0.2, "How far the ratio may leave 1 before it earns nothing.")
     value_clip: float = option(0.2, "How far a value may move in one update; inf: no limit.")
     value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.")
-    kl: RolloutKL = option("k1", "Estimate of the KL to the reference in the rewards.")
+    kl: RolloutKL = option(
+        "k1", "Estimate of the KL in the rewards; only k1 has the objective's gradient."
+    )
     kl_coef: float = option(0.05, "Weight of the KL in the rewards, in score per nat.")
     kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
     kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.")

@@ -147,7 +147,8 @@ def largest_difference(module: nn.Module, other: nn.Module | dict[str, torch.Ten
     theirs = weights(other) if isinstance(other, nn.Module) else other
     ours = weights(module)
     assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    # torch's max, unlike Python's, does not overlook a NaN
+    return float(torch.stack([(ours[name] - theirs[name]).abs().max() for name in ours]).max())
 
 
 def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -416,6 +416,19 @@ def test_ppo_errors_no_real_token(loss):
         loss(x, x, x, x.bool())
 
 
+@pytest.mark.parametrize(("loss", "expected"), [(policy_loss, -2.0), (value_loss, 2.0)])
+@pytest.mark.parametrize("poisoned", range(3))
+def test_ppo_gradient_nan_in_the_padding(loss, expected, poisoned):
+    # policy: ratio 1 and advantage 2; value: (0 - 2)^2 / 2. Both have the slope -2
+    inputs = [f64([0.0, 0.0]), f64([0.0, 0.0]), f64([2.0, 0.0])]
+    inputs[poisoned][0, 1] = NAN
+    inputs[0].requires_grad_()
+    found = loss(*inputs, torch.tensor([[True, False]])).loss
+    (gradient,) = torch.autograd.grad(found, inputs[0])
+    assert_close(found, expected, EXACT)
+    assert_close(gradient, [[-2.0, 0.0]], EXACT)
+
+
 # ppo_value_loss
 
 
@@ -469,7 +482,7 @@ def test_ppo_value_loss_definition(batch, clip):
         else:
             near = new_value
         losses.append(max(abs(new_value - target), abs(near - target)) ** 2 / 2)
-        clipped += abs(near - target) > abs(new_value - target)
+        clipped += (near - target) ** 2 > (new_value - target) ** 2  # of tiny ones both are 0
     result = ppo_value_loss(new, old, returns, mask, clip=clip)
     assert_close(result.loss, sum(losses) / len(losses), FP64)
     assert result.count == len(losses)

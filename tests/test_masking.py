@@ -64,6 +64,13 @@ def test_masked_mean_closed():
 
 
 @pytest.mark.eq("masked_mean")
+def test_masked_mean_closed_nan_in_the_padding():
+    # 0 times NaN would be NaN
+    x = torch.tensor([[1.0, 2.0, 6.0], [3.0, math.nan, math.inf]])
+    assert_close(masked_mean(x, RAGGED), 3.0, EXACT)
+
+
+@pytest.mark.eq("masked_mean")
 @given(ragged_batches(1))
 def test_masked_mean_definition(batch):
     x, mask = batch

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlhf_min.data import collate
 from rlhf_min.errors import NonFinite
-from rlhf_min.optim import Optimizer, adamw
+from rlhf_min.optim import Optimizer, adamw, dropout_rng
 
 OPTIONS = {
     "learning_rate": 0.1,
@@ -263,6 +263,16 @@ def test_fp16_scales_the_loss_and_skips_an_overflow():
     assert norms[0] == norms[1] == pytest.approx(math.sqrt(5.35), rel=FP32)
     assert largest_difference(toy, plain) == EXACT
     assert largest_difference(toy, start) > 0
+
+
+def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
+    def kept(seed, step):
+        with dropout_rng(seed, step, torch.device("cpu")):
+            return tuple(nn.functional.dropout(torch.ones(64)).tolist())
+
+    cases = [(seed, step) for seed in range(3) for step in range(3)]
+    assert len({kept(*case) for case in cases}) == 9
+    assert kept(2, 1) == kept(2, 1)
 
 
 def test_a_language_model_decays_its_matrices_only():

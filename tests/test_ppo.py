@@ -273,10 +273,8 @@ def test_micro_batches_leave_the_gradient_as_it_is(critic):
     assert split[0][2] == [1] * 5
 
 
-def test_a_wider_value_mask_counts_in_the_value_loss_only():
+def widened(buffer):
     """As where a reward lands one slot after the last token: that slot has a value too."""
-    policy = small_policy(critic="shared")
-    buffer = judged_rollout(small_policy(critic="shared", seed=2))
     rollout = buffer.rollout
     sequences = replace(
         rollout.sequences,
@@ -284,16 +282,20 @@ def test_a_wider_value_mask_counts_in_the_value_loss_only():
         mask=pad(rollout.mask, (0, 1)),
     )
     wide = {name: pad(getattr(rollout, name), (0, 1)) for name in ("logprobs", "values")}
-    lengths = rollout.lengths.tolist()
-    value_mask = torch.tensor([[t <= n for t in range(6)] for n in lengths])
-    returns = pad(buffer.returns, (0, 1)) + 0.3  # the slot after the last token returns 0.3
-    wider = RolloutBuffer(
+    value_mask = torch.tensor([[t <= n for t in range(6)] for n in rollout.lengths.tolist()])
+    return RolloutBuffer(
         replace(rollout, sequences=sequences, **wide),
         pad(buffer.rewards, (0, 1)),
         pad(buffer.advantages, (0, 1)),
-        returns,
+        pad(buffer.returns, (0, 1)) + 0.3,  # the slot after the last token returns 0.3
         value_mask,
     )
+
+
+def test_a_wider_value_mask_counts_in_the_value_loss_only():
+    policy = small_policy(critic="shared")
+    buffer = judged_rollout(small_policy(critic="shared", seed=2))
+    wider, lengths = widened(buffer), buffer.rollout.lengths.tolist()
     config = replace(CONFIG, value_clip=math.inf, max_tokens=12)
     rows = [0, 1, 2, 3, 4, 5]
     plain_stats = ppo.minibatch_step(
@@ -307,11 +309,22 @@ def test_a_wider_value_mask_counts_in_the_value_loss_only():
             torch.cat([PROMPTS[row].ids, RESPONSES[row]])[None]
         ).last_hidden_state[0]
         values = plain.value_head(hidden)[len(PROMPTS[row].ids) - 1 :, 0]  # one more than tokens
-        squares += [(v - returns[row, t]).item() ** 2 / 2 for t, v in enumerate(values)]
+        squares += [(v - wider.returns[row, t]).item() ** 2 / 2 for t, v in enumerate(values)]
     assert len(squares) == sum(lengths) + 6
     assert stats["value_loss"] == pytest.approx(statistics.fmean(squares), abs=FP64)
     for name in ("policy_loss", "update_k1", "update_k3", "ratio", "entropy", "clip_fraction"):
         assert stats[name] == pytest.approx(plain_stats[name], abs=FP64)
+
+
+def test_micro_batches_leave_the_gradient_of_a_wider_value_mask_as_it_is():
+    # a row of one token has two values, one of five has six: each loss has weights of its own
+    wider = widened(judged_rollout(small_policy(critic="shared", seed=2)))
+    whole, split = small_policy(critic="shared"), small_policy(critic="shared")
+    for policy, max_tokens in ((whole, 1000), (split, 12)):
+        config = replace(CONFIG, max_tokens=max_tokens)
+        ppo.minibatch_step(policy, descent(policy, 0.1), wider, [3, 5, 0, 2, 1], config)
+    assert largest_difference(split, whole) < FP64
+    assert largest_difference(whole, small_policy(critic="shared")) > 1e-3
 
 
 def test_an_advantage_that_is_not_finite_stops_before_the_step():
@@ -664,6 +677,56 @@ def test_report_by_hand(kl):
         rel=FP64,
         abs=FP64,
     )
+
+
+def test_report_never_looks_at_padding():
+    # rows of 2 tokens and 1; padding is NaN in everything
+    ours, theirs = [[-1.0, -2.0], [-3.0]], [[-1.5, -4.0], [-2.0]]  # d = 0.5, 2 | -1
+    rollout = hand_rollout(
+        [2, 1],
+        scores=[1.0, 4.0],
+        ended=[True, False],
+        logprobs=ours,
+        ref_logprobs=theirs,
+        kl=[[1.0, 2.0], [3.0]],
+        entropy=[[0.5, 1.0], [3.0]],
+        values=[[1.0, 2.0], [3.0]],
+    )
+    rewards, returns = f64([[2.0, 3.0, NAN], [5.0, NAN, NAN]]), f64([[2.0, 4.0, NAN], [9.0] * 3])
+    found = ppo.report(RolloutBuffer(rollout, rewards, NAN * rewards, returns))
+    assert found == pytest.approx(
+        {
+            "score": 2.5,
+            "score_std": math.sqrt(4.5),
+            "kl": (1 + 2 + 3) / 2,
+            "k1": (0.5 + 2 - 1) / 2,
+            # exp(-d) - 1 + d
+            "k3": (math.exp(-0.5) + math.exp(-2) + math.exp(1) - 3 + 1.5) / 2,
+            "reward": (2 + 3 + 5) / 2,
+            "rollout_entropy": 4.5 / 3,
+            "value": 6 / 3,
+            "return": 15 / 3,
+            # of 1, 2, 6 around 3, and of 2, 4, 9 around 5
+            "explained_variance": 1 - (4 + 1 + 9) / (9 + 1 + 16),
+            "response_length": 1.5,
+            "eos_rate": 0.5,
+        },
+        abs=FP64,
+    )
+
+
+def test_tokens_per_second_counts_prompts_and_responses():
+    seen = []
+
+    def spy(prompts, responses):
+        seen.append(prompts)
+        return uneven(prompts, responses)
+
+    _, _, metrics = run(reward=spy)
+    for m, prompts in zip(metrics, seen, strict=True):
+        seconds = m["time/sample"] + m["time/score"] + m["time/update"]
+        tokens = sum(len(p.split()) for p in prompts) + 6 * m["response_length"]
+        assert m["time/tokens_per_second"] * seconds == pytest.approx(tokens, rel=FP64)
 
 
 def test_explained_variance_of_perfect_and_useless_values():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import check_quickstart
 import pytest
+import torch
 from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
@@ -23,11 +24,15 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = [code for language, code in BLOCKS if language == "python"]
     assert blocks
+    names: dict = {}  # a later block goes on from an earlier one
+    weights = []
     for code in blocks:
         # The tiny models here have no room for 128 tokens.
         code = code.replace("max_prompt_tokens=80, max_response_tokens=48", "8, 8")
         code = code.replace("batch_size=16", "batch_size=16, max_new_tokens=8")
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), names)
+        weights.append(names["policy"].lm.transformer.wte.weight.detach().clone())
+    assert not torch.equal(*weights)  # the second block trains on
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 5
     assert all(len([float(x) for x in line.split()]) == 2 for line in printed)

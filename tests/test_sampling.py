@@ -153,6 +153,13 @@ def test_rows_end_at_the_first_eos_or_at_the_limit():
     assert all(len(row) == 1 for row in draw(policy(gpt2(vocabulary=FEW)), PROMPTS, tokens=1))
 
 
+def test_how_many_rows_are_sampled_at_once_changes_nothing(monkeypatch):
+    model = policy(gpt2(vocabulary=FEW))
+    expected = draw(model, PROMPTS)
+    monkeypatch.setattr("rlhf_min.sampling.ROWS_AT_ONCE", 2)  # each row keeps its own numbers
+    assert draw(model, PROMPTS) == expected
+
+
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():
     model, sizes = policy(gpt2(vocabulary=FEW)), []
     model.lm.transformer.register_forward_pre_hook(

@@ -173,13 +173,19 @@ def train_trl(
 
 
 def train_ours(
-    models: Models, batches: Sequence[Batch], config: ppo.PPOConfig
+    models: Models,
+    batches: Sequence[Batch],
+    config: ppo.PPOConfig,
+    orders: Iterator[Tensor] | None = None,
 ) -> tuple[Policy, list[Metrics]]:
-    """The same by our functions. The models stay as they are; the policy returned is trained."""
+    """The same by our functions. The models stay as they are; the policy returned is trained.
+
+    `orders` are those of the rows, one for each epoch, if they are not those of `train_trl`.
+    """
+    orders = _orders(config) if orders is None else orders
     policy = policy_of(models)
     ref_policy = Policy(models.ref_lm, policy.tokenizer)
     optimizer = trl_optimizer(policy, config)
-    rng = np.random.RandomState(SEED)
     logged = []
     for step, batch in enumerate(batches, 1):
         rollout = rollout_of(policy, ref_policy, models.reward, batch, config)
@@ -187,7 +193,7 @@ def train_ours(
         rate = optimizer.learning_rate
         with watched(policy, buffer.rollout, batch, config) as watch:
             epochs = [
-                ppo.ppo_epoch(policy, optimizer, buffer, _order(rng, config), config)
+                ppo.ppo_epoch(policy, optimizer, buffer, next(orders), config)
                 for _ in range(config.epochs)
             ]
         stats = {name: float(np.mean([epoch[name] for epoch in epochs])) for name in epochs[0]}
@@ -196,8 +202,10 @@ def train_ours(
     return policy, logged
 
 
-def _order(rng: np.random.RandomState, config: ppo.PPOConfig) -> Tensor:
-    return torch.from_numpy(rng.permutation(config.batch_size))
+def _orders(config: ppo.PPOConfig) -> Iterator[Tensor]:
+    rng = np.random.RandomState(SEED)
+    while True:
+        yield torch.from_numpy(rng.permutation(config.batch_size))
 
 
 def policy_of(models: Models) -> Policy:

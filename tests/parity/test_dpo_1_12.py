@@ -10,6 +10,9 @@ from tiny import WORDS, gpt2, words
 from tolerances import FP64
 from trainer_harness import (
     SEED,
+    SHIMMED,
+    VERSION,
+    Parity,
     Row,
     float64,
     gradients,
@@ -62,6 +65,8 @@ PER_STEP = PER_BATCH | {
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
 }
+
+EQUAL = "micro-batches of equal size"
 
 cached = pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
 
@@ -123,8 +128,11 @@ def same_ids(ours: list[PreferenceExample], theirs: Any) -> bool:
 
 
 @pytest.mark.eq("dpo")
+@pytest.mark.parity(
+    *("dpo.batch_loss", "DPOTrainer.compute_loss", VERSION), cases=4, of="batches", dtype=SHIMMED
+)
 @cached
-def test_loss_gradient_and_metrics_of_batches(cached: bool, tmp_path: Path) -> None:
+def test_loss_gradient_and_metrics_of_batches(cached: bool, tmp_path: Path, parity: Parity) -> None:
     rows = preference_rows(12, seed=3)
     ours = Ours(rows, cached=cached)
     ours.policy.train()
@@ -138,15 +146,19 @@ def test_loss_gradient_and_metrics_of_batches(cached: bool, tmp_path: Path) -> N
         found, per_pair = ours.batch_loss([ours.state.cursor.examples[i] for i in batch])
         means = {name: float(values.mean()) for name, values in per_pair.items()}
         assert 0.05 < found.loss < 3  # far from both saturations
-        assert abs(found.loss.item() - loss) <= FP64
-        assert metric_gap(means, metrics, PER_BATCH) <= FP64
-        assert largest_gap(gradients(ours.policy.lm, found.loss), gradient) <= FP64
+        parity(abs(found.loss.item() - loss))
+        parity(metric_gap(means, metrics, PER_BATCH))
+        parity(largest_gap(gradients(ours.policy.lm, found.loss), gradient))
 
 
 @pytest.mark.eq("dpo")
+@pytest.mark.parity(
+    *("dpo.train", "DPOTrainer.train", VERSION),
+    **{"cases": 1, "of": "runs", "dtype": SHIMMED, "convention": EQUAL},
+)
 @cached
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_whole_run(cached: bool, schedule: Any, tmp_path: Path) -> None:
+def test_whole_run(cached: bool, schedule: Any, tmp_path: Path, parity: Parity) -> None:
     # 10 pairs, 2 in a micro-batch, 2 micro-batches in a step: the epoch's last step has one only.
     # The responses are of unequal length, which makes no difference: DPO's mean is over pairs.
     rows = preference_rows(10, seed=4)
@@ -165,8 +177,8 @@ def test_whole_run(cached: bool, schedule: Any, tmp_path: Path) -> None:
     assert rates[0] == 0
     assert rates[2] == RATE > rates[3] > rates[5]
     for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        assert metric_gap(ours_now, theirs_now, PER_STEP) <= FP64
-    assert largest_gap(weights(ours.policy.lm), weights(trainer.model)) <= FP64
+        parity(metric_gap(ours_now, theirs_now, PER_STEP))
+    parity(largest_gap(weights(ours.policy.lm), weights(trainer.model)))
     assert largest_gap(weights(ours.policy.lm), start) > RATE
 
 

@@ -20,14 +20,13 @@ from ppo_harness import (
     trl_ppo,
     trl_value_mask,
 )
-from strategies import assert_close
-from tolerances import FP64
 from torch import Tensor
-from trainer_harness import float64
+from trainer_harness import SHIMMED, VERSION, Parity, float64, gap
+from trl.trainer.utils import entropy_from_logits
 
 from rlhf_min.advantages import gae
 from rlhf_min.kl import kl_estimate, shape_rewards
-from rlhf_min.logprobs import token_logprobs
+from rlhf_min.logprobs import entropy, token_logprobs
 from rlhf_min.masking import (
     masked_mean,
     masked_scale,
@@ -40,6 +39,8 @@ from rlhf_min.ppo import PPOConfig
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl to transformers
 
 CASES = 1000
+ON_CASES = {"cases": CASES, "of": "ragged"}
+IN_TRAIN = {"cases": CASES, "of": "rows", "dtype": SHIMMED, "convention": "score cell"}
 TOGETHER = PPOConfig(
     steps=1,
     batch_size=CASES,
@@ -67,38 +68,91 @@ def ragged_cases(*, real_tokens: int) -> Iterator[tuple[Tensor, Tensor, torch.Ge
 
 
 @pytest.mark.eq("token_logprobs")
-def test_token_logprobs() -> None:
+@pytest.mark.parity("token_logprobs", "selective_log_softmax", VERSION, **ON_CASES)
+def test_token_logprobs(parity: Parity) -> None:
+    gaps = []
     for x, mask, rng in ragged_cases(real_tokens=1):
         vocabulary = int(torch.randint(2, 40, (), generator=rng))
         logits = 5 * torch.randn(*x.shape, vocabulary, generator=rng, dtype=torch.float64)
         tokens = torch.randint(vocabulary, x.shape, generator=rng)
         expected = trl_ppo.selective_log_softmax(logits, tokens)
-        assert_close(token_logprobs(logits[mask], tokens[mask]), expected[mask], FP64)
+        gaps.append(gap(token_logprobs(logits[mask], tokens[mask]), expected[mask]))
+    parity(gaps)
+
+
+@pytest.mark.eq("entropy")
+@pytest.mark.parity("entropy", "entropy_from_logits", VERSION, **ON_CASES)
+def test_entropy(parity: Parity) -> None:
+    gaps = []
+    for x, mask, rng in ragged_cases(real_tokens=1):
+        vocabulary = int(torch.randint(2, 40, (), generator=rng))
+        logits = 5 * torch.randn(*x.shape, vocabulary, generator=rng, dtype=torch.float64)
+        expected = entropy_from_logits(logits)
+        gaps.append(gap(entropy(logits[mask]), expected[mask]))
+    parity(gaps)
 
 
 @pytest.mark.eq("masked_mean")
 @pytest.mark.eq("masked_var")
 @pytest.mark.parametrize(
     ("ours", "theirs", "real_tokens"),
-    [(masked_mean, trl_ppo.masked_mean, 1), (masked_var, trl_ppo.masked_var, 2)],
+    [
+        pytest.param(
+            *(masked_mean, trl_ppo.masked_mean, 1),
+            marks=pytest.mark.parity("masked_mean", "masked_mean", VERSION, **ON_CASES),
+        ),
+        pytest.param(
+            *(masked_var, trl_ppo.masked_var, 2),
+            marks=pytest.mark.parity(
+                "masked_var", "masked_var", VERSION, dtype=SHIMMED, **ON_CASES
+            ),
+        ),
+    ],
 )
 def test_masked_moments(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], real_tokens: int
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    real_tokens: int,
+    parity: Parity,
 ) -> None:
+    gaps = []
     for x, mask, _ in ragged_cases(real_tokens=real_tokens):
         with float64():  # trl divides n by n - 1 in the default dtype
             expected = theirs(x, mask)
-        assert_close(ours(x, mask), expected, FP64)
+        gaps.append(gap(ours(x, mask), expected))
+    parity(gaps)
 
 
 @pytest.mark.eq("whiten")
 @pytest.mark.eq("scale")
-@pytest.mark.parametrize(("ours", "shift_mean"), [(masked_whiten, True), (masked_scale, False)])
-def test_masked_whiten(ours: Callable[..., Tensor], shift_mean: bool) -> None:
+@pytest.mark.parametrize(
+    ("ours", "shift_mean"),
+    [
+        pytest.param(
+            *(masked_whiten, True),
+            marks=pytest.mark.parity(
+                "masked_whiten", "masked_whiten", VERSION, dtype=SHIMMED, **ON_CASES
+            ),
+        ),
+        pytest.param(
+            *(masked_scale, False),
+            marks=pytest.mark.parity(
+                "masked_scale",
+                "masked_whiten(shift_mean=False)",
+                VERSION,
+                dtype=SHIMMED,
+                **ON_CASES,
+            ),
+        ),
+    ],
+)
+def test_masked_whiten(ours: Callable[..., Tensor], shift_mean: bool, parity: Parity) -> None:
+    gaps = []
     for x, mask, _ in ragged_cases(real_tokens=2):
         with float64():
             expected = trl_ppo.masked_whiten(x, mask, shift_mean=shift_mean)
-        assert_close(ours(x, mask)[mask], expected[mask], FP64)
+        gaps.append(gap(ours(x, mask)[mask], expected[mask]))
+    parity(gaps)
 
 
 def record(patch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple[Any, ...], Any]]:
@@ -117,6 +171,8 @@ def record(patch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple[Any, ...], 
 @pytest.mark.eq("kl")
 @pytest.mark.eq("shape_rewards")
 @pytest.mark.eq("gae")
+@pytest.mark.parity("kl_estimate, shape_rewards", "PPOTrainer.train", VERSION, **IN_TRAIN)
+@pytest.mark.parity("gae", "PPOTrainer.train", VERSION, **IN_TRAIN)
 @pytest.mark.parametrize(
     "config",
     [
@@ -126,7 +182,7 @@ def record(patch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple[Any, ...], 
     ids=["k1", "k3"],
 )
 def test_kl_rewards_and_gae(
-    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: Parity
 ) -> None:
     (batch,) = random_batches(config)
     of_tokens = record(monkeypatch, "selective_log_softmax")
@@ -144,7 +200,7 @@ def test_kl_rewards_and_gae(
     value_mask = trl_value_mask(mask)
     kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, kind=config.kl), 0)
     ours = shape_rewards(scores, kl, value_mask, kl_coef=config.kl_coef)
-    assert_close(ours, rewards, FP64)
+    parity(gap(ours, rewards), "kl_estimate, shape_rewards")
 
     ours, _ = gae(scaled_rewards, values, value_mask, gamma=config.gamma, lam=config.lam)
-    assert_close(ours, advantages, FP64)
+    parity(gap(ours, advantages), "gae")

@@ -13,7 +13,7 @@ from ppo_harness import (
     train_trl,
 )
 from small import largest_difference
-from tolerances import FP64
+from trainer_harness import SHIMMED, VERSION, Parity
 
 from rlhf_min.ppo import PPOConfig
 
@@ -46,20 +46,26 @@ RUNS = {
 }
 
 
+@pytest.mark.eq("ppo_policy")
+@pytest.mark.eq("ppo_value")
+@pytest.mark.parity(
+    *("judge, ppo_epoch", "PPOTrainer.train", VERSION),
+    **{"cases": 1, "of": "runs", "dtype": SHIMMED, "convention": "score cell; padded metrics"},
+)
 @pytest.mark.parametrize("config", RUNS.values(), ids=RUNS.keys())
 def test_a_whole_run_ends_at_the_weights_and_metrics_of_trl(
-    config: PPOConfig, tmp_path: Path
+    config: PPOConfig, tmp_path: Path, parity: Parity
 ) -> None:
     batches, models = random_batches(config), random_models()
     start = policy_of(models)
     policy, metrics = train_ours(models, batches, config)
     trl_metrics = train_trl(models, batches, config, tmp_path)  # trains the models in place
 
-    assert largest_difference(policy, policy_of(models)) <= FP64
+    parity(largest_difference(policy, policy_of(models)))
     assert len(metrics) == len(trl_metrics) == config.steps
     for ours, theirs in zip(metrics, trl_metrics, strict=True):
         assert ours.keys() == theirs.keys() - {"eps"}  # episodes per second
-        assert ours == pytest.approx({k: theirs[k] for k in ours}, rel=0, abs=FP64)
+        parity([abs(value - theirs[name]) for name, value in ours.items()])
 
     # The run was worth comparing: it moved, and both losses met their clips.
     assert largest_difference(policy, start) > 0.05

@@ -12,6 +12,9 @@ from tolerances import FP64
 from torch import Tensor
 from trainer_harness import (
     SEED,
+    SHIMMED,
+    VERSION,
+    Parity,
     Row,
     float64,
     gradients,
@@ -53,6 +56,8 @@ PER_STEP = {
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
 }
+SEGMENTS = "BERT's segments, which trl leaves out"
+EQUAL = "micro-batches of equal size"
 BERT, GPT2 = bert(1), gpt2_classifier(1)
 
 
@@ -129,11 +134,23 @@ def with_margins(rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.eq("reward")
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=pytest.mark.parity(
+                *("reward.batch_loss", "RewardTrainer.compute_loss", VERSION),
+                **{"cases": 4, "of": "batches", "dtype": SHIMMED, "convention": convention},
+            ),
+        )
+        for kind, convention in [("bert", SEGMENTS), ("gpt2", "")]
+    ],
+)
 @pytest.mark.parametrize("center_coef", [0.0, CENTER_COEF])
 @pytest.mark.parametrize("margins", [False, True], ids=["no margins", "margins"])
 def test_loss_gradient_and_metrics_of_batches(
-    kind: str, center_coef: float, margins: bool, tmp_path: Path
+    kind: str, center_coef: float, margins: bool, tmp_path: Path, parity: Parity
 ) -> None:
     rows = preference_rows(12, seed=3)
     rows = with_margins(rows) if margins else rows
@@ -147,15 +164,30 @@ def test_loss_gradient_and_metrics_of_batches(
     assert same_inputs(ours, rows, trainer)
     for batch, (loss, metrics, gradient) in zip(batches, theirs, strict=True):
         found = reward.batch_loss(ours, [examples[i] for i in batch], center_coef=center_coef)
-        assert abs(found.loss.item() - loss) <= FP64
-        assert abs(found.accuracy.item() - metrics["accuracy"]) <= FP64
-        assert abs(found.margin.item() - metrics["margin"]) <= FP64
-        assert largest_gap(gradients(ours.model, found.loss), gradient) <= FP64
+        parity(abs(found.loss.item() - loss))
+        parity(abs(found.accuracy.item() - metrics["accuracy"]))
+        parity(abs(found.margin.item() - metrics["margin"]))
+        parity(largest_gap(gradients(ours.model, found.loss), gradient))
 
 
 @pytest.mark.eq("reward")
-@pytest.mark.parametrize(("kind", "max_norm"), [("bert", 0.9), ("gpt2", 3.0)])
-def test_whole_run(kind: str, max_norm: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "max_norm"),
+    [
+        pytest.param(
+            *(kind, max_norm),
+            marks=pytest.mark.parity(
+                *("reward.train", "RewardTrainer.train", VERSION),
+                **{"cases": 1, "of": "runs", "dtype": SHIMMED, "convention": convention},
+            ),
+        )
+        for kind, max_norm, convention in [
+            ("bert", 0.9, f"{SEGMENTS}; {EQUAL}"),
+            ("gpt2", 3.0, EQUAL),
+        ]
+    ],
+)
+def test_whole_run(kind: str, max_norm: float, tmp_path: Path, parity: Parity) -> None:
     # 10 pairs, 2 in a micro-batch, 2 micro-batches in a step: the epoch's last step has one only.
     # The responses are of unequal length, which makes no difference: the mean is over pairs.
     rows = with_margins(preference_rows(10, seed=4))
@@ -173,8 +205,8 @@ def test_whole_run(kind: str, max_norm: float, tmp_path: Path) -> None:
     norms = [m["grad_norm"] for m in metrics]
     assert min(norms) < max_norm < max(norms)
     for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        assert metric_gap(ours_now, theirs_now, PER_STEP) <= FP64
-    assert largest_gap(weights(ours.model), weights(trainer.model)) <= FP64
+        parity(metric_gap(ours_now, theirs_now, PER_STEP))
+    parity(largest_gap(weights(ours.model), weights(trainer.model)))
     assert largest_gap(weights(ours.model), start) > RATE
 
 

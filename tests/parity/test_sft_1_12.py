@@ -10,6 +10,9 @@ from tolerances import FP32, FP64
 from torch import tensor
 from trainer_harness import (
     SEED,
+    SHIMMED,
+    VERSION,
+    Parity,
     Row,
     demonstration_rows,
     float64,
@@ -89,8 +92,11 @@ def same_ids(ours: list[SFTExample], theirs: Any) -> bool:
 
 
 @pytest.mark.eq("sft")
+@pytest.mark.parity(
+    *("sft.batch_loss", "SFTTrainer.compute_loss", VERSION), cases=5, of="batches", dtype=SHIMMED
+)
 @loss_types
-def test_loss_and_gradient_of_batches(loss_type: str, tmp_path: Path) -> None:
+def test_loss_and_gradient_of_batches(loss_type: str, tmp_path: Path, parity: Parity) -> None:
     rows = demonstration_rows(12, seed=3)
     policy, examples = our_side(rows)
     batches = [[0], [1, 2], [3, 4, 5, 6], list(range(12))]
@@ -103,11 +109,11 @@ def test_loss_and_gradient_of_batches(loss_type: str, tmp_path: Path) -> None:
     for batch, (their_loss, _, gradient) in zip(batches, theirs, strict=True):
         loss, count = sft.batch_loss(policy, [examples[i] for i in batch])
         assert count == sum(len(examples[i].response_ids) for i in batch)
-        assert abs(loss.item() - their_loss) <= FP64
-        assert largest_gap(gradients(policy.lm, loss), gradient) <= FP64
+        parity(abs(loss.item() - their_loss))
+        parity(largest_gap(gradients(policy.lm, loss), gradient))
     loss, count = sft.batch_loss(policy, examples[1:3])
-    assert abs((loss * count / 50).item() - share.loss) <= FP64
-    assert largest_gap(gradients(policy.lm, loss * count / 50), share.gradient) <= FP64
+    parity(abs((loss * count / 50).item() - share.loss))
+    parity(largest_gap(gradients(policy.lm, loss * count / 50), share.gradient))
 
 
 @pytest.mark.eq("sft")
@@ -125,9 +131,10 @@ def test_float64_is_all_that_the_harness_changes(loss_type: str, tmp_path: Path)
 
 
 @pytest.mark.eq("sft")
+@pytest.mark.parity("sft.train", "SFTTrainer.train", VERSION, cases=1, of="runs", dtype=SHIMMED)
 @loss_types
 @pytest.mark.parametrize("n", [10, 11])
-def test_whole_run(loss_type: str, n: int, tmp_path: Path) -> None:
+def test_whole_run(loss_type: str, n: int, tmp_path: Path, parity: Parity) -> None:
     # 2 rows in a micro-batch, 2 micro-batches in a step; the epoch's last step has one of 2 rows,
     # or one of 2 and one of 1. trl divides each sum by the tokens of the whole step, as we do, so
     # that neither unequal lengths nor a short micro-batch make a difference.
@@ -144,6 +151,6 @@ def test_whole_run(loss_type: str, n: int, tmp_path: Path) -> None:
     norms = [m["grad_norm"] for m in metrics]
     assert min(norms) < MAX_NORM < max(norms)
     for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        assert metric_gap(ours_now, theirs_now, PER_STEP) <= FP64
-    assert largest_gap(weights(policy.lm), weights(trainer.model)) <= FP64
+        parity(metric_gap(ours_now, theirs_now, PER_STEP))
+    parity(largest_gap(weights(policy.lm), weights(trainer.model)))
     assert largest_gap(weights(policy.lm), start) > RATE

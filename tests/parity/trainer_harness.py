@@ -5,8 +5,9 @@ the rows needs nothing: both sides draw it from the seed plus the epoch.
 """
 
 import copy
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from transformers import PreTrainedModel
 torch.set_num_threads(1)  # models so small only wait for a second thread
 
 VERSION = "1.12.0"
+SHIMMED = "float64, shimmed"  # see `float64`
 SEED = 7  # of the order of the rows, on both sides
 
 Row = dict[str, Any]
+Parity = Callable[..., None]  # the fixture in conftest.py
 
 
 def import_trl() -> Any:
@@ -155,11 +158,22 @@ def their_batch(trainer: Any, rows: Sequence[int], **also: Any) -> TheirBatch:
 def largest_gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """The largest absolute difference of any entry; both must have the same names."""
     assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    return largest(gap(ours[name], theirs[name]) for name in ours)
 
 
 def metric_gap(
     ours: Mapping[str, float], theirs: Mapping[str, float], names: Mapping[str, str]
 ) -> float:
     """The largest absolute difference of any metric; `names` leads from ours to trl's."""
-    return max(abs(ours[name] - theirs[their_name]) for name, their_name in names.items())
+    return largest(abs(ours[name] - theirs[their_name]) for name, their_name in names.items())
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference of two tensors, which must be of one shape and dtype."""
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    return float((ours - theirs).abs().max())
+
+
+def largest(gaps: Iterable[float]) -> float:
+    """Infinity if one is NaN, which `max` would overlook."""
+    return max(math.inf if math.isnan(g) else g for g in gaps)

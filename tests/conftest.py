@@ -1,0 +1,19 @@
+"""``pytest --eq gae`` runs the tests that prove the equation with the tag ``[eq:gae]``."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--eq", metavar="TAG", help="only the tests that prove this equation")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--eq")
+    if wanted is None:
+        return
+    tags_of = {item: {mark.args[0] for mark in item.iter_markers("eq")} for item in items}
+    known = set().union(*tags_of.values())
+    if wanted not in known:
+        raise pytest.UsageError(f"--eq {wanted}: no test proves it; known: {sorted(known)}")
+    config.hook.pytest_deselected(items=[item for item in items if wanted not in tags_of[item]])
+    items[:] = [item for item in items if wanted in tags_of[item]]

@@ -1,0 +1,1214 @@
+"""Tests of the tests: break the studied source one line at a time and see each break caught.
+
+    python tests/mutants.py
+
+Each mutant below is what a reader would fear: a wrong sign, a missing mask, a shift by one. It is
+applied to a module's text in memory, in a process of its own, where the one named test must fail.
+Prints a table; exits with 1 if a mutant survives, or if an equation or a mask has no mutant.
+"""
+
+import ast
+import gc
+import importlib
+import importlib.util
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_house import (
+    EQUATION_FLOORS,
+    FLOORS,
+    NUMBER,
+    PACKAGE,
+    ROOT,
+    TAG,
+    comments,
+    definitions,
+    tree,
+)
+
+TESTS = ROOT / "tests"
+EQUATIONS = [name for floor in FLOORS[:EQUATION_FLOORS] for name in floor] + ["ppo"]
+MASKS = [*EQUATIONS, "data", "models", "sampling", "rollout", "sft", "dpo"]
+WORKERS, SECONDS = 2, 120  # at once; the most that one of them may take
+
+
+@cache
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+class Mutant(NamedTuple):
+    """What is feared, the function it happens in, what stands there once, what stands there
+    instead, and the test that must not pass then."""
+
+    fear: str
+    where: str  # "kl.AdaptiveKL" is in rlhf_min/kl.py
+    old: str
+    new: str
+    test: str  # of tests/
+
+    @property
+    def path(self) -> Path:
+        return PACKAGE / f"{self.where.partition('.')[0]}.py"
+
+    def source(self) -> str:
+        """The module's text with the mutation.
+
+        Raises:
+            ValueError: if the old text does not stand exactly once in the code of the function.
+        """
+        lines = text(self.path).splitlines(keepends=True)
+        first, last = code_lines(self.path, self.where.partition(".")[2])
+        before, code, after = (
+            "".join(part) for part in (lines[: first - 1], lines[first - 1 : last], lines[last:])
+        )
+        if code.count(self.old) != 1:
+            raise ValueError(f"{self.old!r} stands there {code.count(self.old)} times, not once")
+        if self.new == self.old:
+            raise ValueError(f"{self.old!r} stays as it is")
+        return before + code.replace(self.old, self.new) + after
+
+    @property
+    def line(self) -> int:
+        """The number of the first line that is changed."""
+        pairs = zip(text(self.path).splitlines(), self.source().splitlines(), strict=False)
+        return next(i for i, (was, now) in enumerate(pairs, start=1) if was != now)
+
+
+# fmt: off
+MUTANTS = [
+    # masking
+    Mutant("padding begins one late", "masking.response_mask",
+           "< lengths[:, None]", "<= lengths[:, None]",
+           "test_masking.py::test_response_mask_closed"),
+    Mutant("the last token is left out", "masking.response_mask",
+           "< lengths[:, None]", "< lengths[:, None] - 1",
+           "test_masking.py::test_response_mask_closed"),
+    Mutant("a mean of no token is NaN", "masking.masked_mean",
+           "at_least=1", "at_least=0",
+           "test_masking.py::test_masking_errors_too_few"),
+    Mutant("mean over rows instead of tokens", "masking.masked_mean",
+           "torch.where(mask, x, 0).sum() / n",
+           "(torch.where(mask, x, 0).sum(1) / mask.sum(1)).mean()",
+           "test_masking.py::test_masked_mean_closed"),
+    Mutant("sum instead of mean", "masking.masked_mean",
+           ".sum() / n", ".sum()",
+           "test_masking.py::test_masked_mean_closed"),
+    Mutant("padding in the sum", "masking.masked_mean",
+           "torch.where(mask, x, 0).sum()", "x.sum()",
+           "test_masking.py::test_masked_mean_closed"),
+    Mutant("0 times NaN is NaN", "masking.masked_mean",
+           "torch.where(mask, x, 0)", "(x * mask)",
+           "test_masking.py::test_masked_mean_closed_nan_in_the_padding"),
+    Mutant("variance of one value", "masking.masked_var",
+           "at_least=2", "at_least=1",
+           "test_masking.py::test_masking_errors_too_few"),
+    Mutant("padding has a deviation", "masking.masked_var",
+           "torch.where(mask, x - masked_mean(x, mask), 0)", "x - masked_mean(x, mask)",
+           "test_masking.py::test_masked_var_closed"),
+    Mutant("biased variance", "masking.masked_var",
+           "/ (n - 1)", "/ n",
+           "test_masking.py::test_masked_var_closed"),
+    Mutant("padding is whitened too", "masking.masked_whiten",
+           "torch.where(mask, x - masked_mean(x, mask), 0)", "x - masked_mean(x, mask)",
+           "test_masking.py::test_masked_whiten_closed"),
+    Mutant("epsilon outside the root", "masking.masked_whiten",
+           "* torch.rsqrt(masked_var(x, mask) + 1e-8)", "/ (masked_var(x, mask).sqrt() + 1e-8)",
+           "test_masking.py::test_masked_whiten_closed_epsilon_is_inside_the_root"),
+    Mutant("divided by the variance", "masking.masked_whiten",
+           "torch.rsqrt(", "torch.reciprocal(",
+           "test_masking.py::test_masked_whiten_closed"),
+    Mutant("scaling moves the mean", "masking.masked_scale",
+           "masked_whiten(x, mask) + masked_mean(x, mask)", "masked_whiten(x, mask)",
+           "test_masking.py::test_masked_scale_closed"),
+    Mutant("the mean lands in the padding", "masking.masked_scale",
+           "torch.where(mask, masked_whiten(x, mask) + masked_mean(x, mask), 0)",
+           "masked_whiten(x, mask) + masked_mean(x, mask)",
+           "test_masking.py::test_masked_scale_closed"),
+    Mutant("padding is counted", "masking._count",
+           "mask.sum()", "torch.tensor(mask.numel())",
+           "test_masking.py::test_masked_mean_closed"),
+
+    # logprobs
+    Mutant("not normalised", "logprobs.token_logprobs",
+           "chosen - logits.logsumexp(-1)", "chosen",
+           "test_logprobs.py::test_token_logprobs_closed"),
+    Mutant("log of the sum overflows", "logprobs.token_logprobs",
+           "logits.logsumexp(-1)", "logits.exp().sum(-1).log()",
+           "test_logprobs.py::test_token_logprobs_property_extreme"),
+    Mutant("half precision stays", "logprobs.token_logprobs",
+           "logits = at_least_float32(logits)", "pass",
+           "test_logprobs.py::test_token_logprobs_dtype"),
+    Mutant("sign of the mean logit", "logprobs.entropy",
+           "- mean_logit", "+ mean_logit",
+           "test_logprobs.py::test_entropy_closed"),
+    Mutant("0 times minus infinity", "logprobs.entropy",
+           "torch.where(probabilities > 0, logits, 0)", "logits",
+           "test_logprobs.py::test_entropy_closed"),
+    Mutant("the head's bias forgotten", "logprobs.lm_head_logits",
+           "linear(hidden, weight, bias)", "linear(hidden, weight)",
+           "test_logprobs.py::test_lm_head_logits_closed"),
+    Mutant("the model's scale forgotten", "logprobs.lm_head_logits",
+           "* scale  # (1)", " # (1)",
+           "test_logprobs.py::test_lm_head_logits_closed"),
+    Mutant("the cap only squashes", "logprobs.lm_head_logits",
+           "softcap * torch.tanh(", "torch.tanh(",
+           "test_logprobs.py::test_lm_head_logits_closed"),
+    Mutant("temperature forgotten", "logprobs.lm_head_logits",
+           "logits / temperature", "logits",
+           "test_logprobs.py::test_lm_head_logits_closed"),
+    Mutant("temperature the wrong way", "logprobs.lm_head_logits",
+           "logits / temperature", "logits * temperature",
+           "test_logprobs.py::test_lm_head_logits_closed"),
+    Mutant("temperature not handed on", "logprobs.lm_head_logprobs",
+           "temperature=temperature", "temperature=1.0",
+           "test_logprobs.py::test_lm_head_logprobs_closed"),
+    Mutant("the entropy carries gradient", "logprobs.lm_head_logprobs",
+           "entropy(logits.detach())", "entropy(logits)",
+           "test_logprobs.py::test_lm_head_logprobs_gradient_stops"),
+    Mutant("the logits of all chunks are kept", "logprobs.lm_head_logprobs",
+           "if len(chunks) == 1 or not torch.is_grad_enabled():", "if True:",
+           "test_logprobs.py::test_lm_head_logprobs_property_memory"),
+
+    # kl
+    Mutant("sign of the log ratio", "kl.kl_estimate",
+           "at_least_float32(logprobs) - ref_logprobs", "at_least_float32(ref_logprobs) - logprobs",
+           "test_kl.py::test_kl_estimate_closed"),
+    Mutant("sign of k1", "kl.kl_estimate",
+           "return d  # (1)", "return -d  # (1)",
+           "test_kl.py::test_kl_estimate_closed[k1-expected0]"),
+    Mutant("abs without the bars", "kl.kl_estimate",
+           "d.abs()", "d",
+           "test_kl.py::test_kl_estimate_closed[abs-expected1]"),
+    Mutant("k2 without its half", "kl.kl_estimate",
+           "d.square() / 2", "d.square()",
+           "test_kl.py::test_kl_estimate_closed[k2-expected2]"),
+    Mutant("sign in k3", "kl.kl_estimate",
+           "torch.expm1(-d) + d", "torch.expm1(d) - d",
+           "test_kl.py::test_kl_estimate_closed[k3-expected3]"),
+    Mutant("k3 rounds to 0 near 0", "kl.kl_estimate",
+           "torch.expm1(-d) + d", "torch.exp(-d) - 1 + d",
+           "test_kl.py::test_kl_estimate_property_small"),
+    Mutant("weighed by the reference", "kl.exact_kl",
+           "p = logp.exp()", "p = logr.exp()",
+           "test_kl.py::test_exact_kl_closed"),
+    Mutant("KL(reference || policy)", "kl.exact_kl",
+           "p * torch.where(p > 0, logp - logr, 0)", "logr.exp() * (logr - logp)",
+           "test_kl.py::test_exact_kl_closed"),
+    Mutant("the error is not limited", "kl.AdaptiveKL",
+           "min(max(mean_kl / self.target - 1, -0.2), 0.2)", "mean_kl / self.target - 1",
+           "test_kl.py::test_adaptive_kl_closed"),
+    Mutant("steers away from the target", "kl.AdaptiveKL",
+           "mean_kl / self.target - 1", "1 - mean_kl / self.target",
+           "test_kl.py::test_adaptive_kl_closed"),
+    Mutant("the responses are not counted", "kl.AdaptiveKL",
+           "error * n / self.horizon", "error / self.horizon",
+           "test_kl.py::test_adaptive_kl_closed"),
+    Mutant("the KL is rewarded", "kl.shape_rewards",
+           "-kl_coef * at_least_float32(kl)", "kl_coef * kl",
+           "test_kl.py::test_shape_rewards_closed"),
+    Mutant("padding pays for its KL", "kl.shape_rewards",
+           "torch.where(mask, -kl_coef * at_least_float32(kl), 0)", "-kl_coef * kl",
+           "test_kl.py::test_shape_rewards_closed"),
+    Mutant("a KL of another shape is spread", "kl.shape_rewards",
+           "kl.shape != mask.shape or ", "",
+           "test_edges.py::test_shape_rewards_errors_shapes"),
+    Mutant("the message leaves out the mask", "kl.shape_rewards",
+           "(scores, kl, mask)", "(scores, kl)",
+           "test_edges.py::test_shape_rewards_errors_shapes"),
+    Mutant("the score lands in left padding", "kl.shape_rewards",
+           "require_right_padded(mask)", "pass",
+           "test_edges.py::test_shape_rewards_errors_padding_on_the_left"),
+    Mutant("half precision stays in the losses", "losses.ppo_policy_loss",
+           "at_least_float32(new_logprobs)", "new_logprobs",
+           "test_edges.py::test_half_precision_is_only_how_the_inputs_are_stored"),
+    Mutant("no pair is a pair", "losses._same_pairs",
+           "len(first) == 0", "False",
+           "test_edges.py::test_pairs_are_one_number_each_and_at_least_one"),
+    Mutant("a token without probability", "kl.exact_kl",
+           "torch.where(p > 0, logp - logr, 0)", "(logp - logr)",
+           "test_edges.py::test_exact_kl_of_impossible_tokens"),
+    Mutant("the score lands behind EOS", "kl.shape_rewards",
+           "mask.sum(1) - 1", "mask.sum(1)",
+           "test_kl.py::test_shape_rewards_closed"),
+    Mutant("the score lands in the last column", "kl.shape_rewards",
+           "mask.sum(1) - 1", "mask.sum(1) * 0 + mask.shape[1] - 1",
+           "test_kl.py::test_shape_rewards_closed"),
+    Mutant("each token gets the score", "kl.shape_rewards",
+           "rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))",
+           "torch.where(mask, rewards + scores[:, None], 0)",
+           "test_kl.py::test_shape_rewards_closed"),
+
+    # advantages
+    Mutant("the message leaves out the mask", "advantages.gae",
+           "(rewards, values, mask)", "(rewards, values)",
+           "test_advantages.py::test_gae_errors_shapes"),
+    Mutant("left padding is never noticed", "masking.require_right_padded",
+           "if bool((mask[:, 1:] & ~mask[:, :-1]).any())", "if False",
+           "test_advantages.py::test_gae_errors_padding_on_the_left"),
+    Mutant("left padding goes unnoticed", "advantages.gae",
+           "require_right_padded(mask)", "pass",
+           "test_advantages.py::test_gae_errors_padding_on_the_left"),
+    Mutant("rewards of the padding", "advantages.gae",
+           "torch.where(mask, at_least_float32(rewards.detach()), 0)", "rewards.detach()",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("bootstraps from the padding", "advantages.gae",
+           "torch.where(mask, at_least_float32(values.detach()), 0)", "values.detach()",
+           "test_advantages.py::test_gae_closed_value_after_the_end"),
+    Mutant("rewards not detached", "advantages.gae",
+           "rewards.detach()", "rewards",
+           "test_advantages.py::test_gae_gradient_stops"),
+    Mutant("values not detached", "advantages.gae",
+           "values.detach()", "values",
+           "test_advantages.py::test_gae_gradient_stops"),
+    Mutant("gamma missing in delta", "advantages.gae",
+           "gamma * next_value", "next_value",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("lambda for gamma in delta", "advantages.gae",
+           "gamma * next_value", "lam * next_value",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("the value is not taken off", "advantages.gae",
+           "gamma * next_value - values[:, t]", "gamma * next_value",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("gamma missing in the sum", "advantages.gae",
+           "gamma * lam * next_advantage", "lam * next_advantage",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("lambda missing in the sum", "advantages.gae",
+           "gamma * lam * next_advantage", "gamma * next_advantage",
+           "test_advantages.py::test_gae_closed"),
+    Mutant("returns without the values", "advantages.gae",
+           "advantages + values", "advantages",
+           "test_advantages.py::test_gae_closed"),
+
+    # losses
+    Mutant("sign of the likelihood", "losses.sft_loss",
+           "-masked_mean(logprobs, mask)", "masked_mean(logprobs, mask)",
+           "test_losses.py::test_sft_loss_closed"),
+    Mutant("padding is imitated", "losses.sft_loss",
+           "masked_mean(logprobs, mask)", "logprobs.mean()",
+           "test_losses.py::test_sft_loss_closed"),
+    Mutant("rows are counted, not tokens", "losses.sft_loss",
+           "mask.sum()", "mask.any(1).sum()",
+           "test_losses.py::test_sft_loss_closed"),
+    Mutant("chosen and rejected exchanged", "losses.pairwise_reward_loss",
+           "chosen_scores - rejected_scores", "rejected_scores - chosen_scores",
+           "test_losses.py::test_pairwise_reward_loss_closed_margin"),
+    Mutant("sign of the margin", "losses.pairwise_reward_loss",
+           "difference - margin", "difference + margin",
+           "test_losses.py::test_pairwise_reward_loss_closed_margin"),
+    Mutant("sign of the centring", "losses.pairwise_reward_loss",
+           "loss + center_coef", "loss - center_coef",
+           "test_losses.py::test_pairwise_reward_loss_closed_centre"),
+    Mutant("centres the difference", "losses.pairwise_reward_loss",
+           "chosen_scores + rejected_scores", "chosen_scores - rejected_scores",
+           "test_losses.py::test_pairwise_reward_loss_closed_centre"),
+    Mutant("a tie counts as right", "losses.pairwise_reward_loss",
+           "difference > 0", "difference >= 0",
+           "test_losses.py::test_pairwise_reward_loss_closed"),
+    Mutant("the logged margin carries gradient", "losses.pairwise_reward_loss",
+           "difference = difference.detach()", "pass",
+           "test_losses.py::test_pairwise_reward_loss_gradient"),
+    Mutant("a shape that broadcasts", "losses.ppo_policy_loss",
+           "logprobs, advantages, mask)", "logprobs, mask)",
+           "test_losses.py::test_ppo_errors_shapes[policy_loss-2]"),
+    Mutant("new and old exchanged in the ratio", "losses.ppo_policy_loss",
+           "at_least_float32(new_logprobs) - logprobs.detach()", "logprobs.detach() - new_logprobs",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("log-probabilities of the padding", "losses.ppo_policy_loss",
+           "torch.where(mask, at_least_float32(new_logprobs) - logprobs.detach(), 0)",
+           "new_logprobs - logprobs.detach()",
+           "test_losses.py::test_ppo_gradient_nan_in_the_padding"),
+    Mutant("old log-probabilities not detached", "losses.ppo_policy_loss",
+           "logprobs.detach()", "logprobs",
+           "test_losses.py::test_ppo_policy_loss_gradient"),
+    Mutant("advantages of the padding alone", "losses.ppo_policy_loss",
+           "torch.where(mask, at_least_float32(advantages.detach()), 0)",
+           "torch.where(mask, 0, advantages.detach())",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("advantages not detached", "losses.ppo_policy_loss",
+           "advantages.detach()", "advantages",
+           "test_losses.py::test_ppo_policy_loss_gradient"),
+    Mutant("the ratio to first order", "losses.ppo_policy_loss",
+           "log_ratio.exp()", "1 + log_ratio",
+           "test_losses.py::test_ppo_policy_loss_closed_cases"),
+    Mutant("sign of the advantage", "losses.ppo_policy_loss",
+           "unclipped = -advantages", "unclipped = advantages",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("the clip is not symmetric", "losses.ppo_policy_loss",
+           "1 - clip, 1 + clip", "1 / (1 + clip), 1 + clip",
+           "test_losses.py::test_ppo_policy_loss_closed_cases"),
+    Mutant("the smaller loss, not the larger", "losses.ppo_policy_loss",
+           "torch.maximum(", "torch.minimum(",
+           "test_losses.py::test_ppo_policy_loss_closed_cases"),
+    Mutant("the clipped loss alone", "losses.ppo_policy_loss",
+           "torch.maximum(unclipped, clipped)", "clipped",
+           "test_losses.py::test_ppo_policy_loss_closed_cases"),
+    Mutant("mean over padding too", "losses.ppo_policy_loss",
+           "masked_mean(torch.maximum(unclipped, clipped), mask)",
+           "torch.maximum(unclipped, clipped).mean()",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("the logged numbers carry gradient", "losses.ppo_policy_loss",
+           "with torch.no_grad():", "if True:",
+           "test_losses.py::test_ppo_policy_loss_gradient"),
+    Mutant("k3 the wrong way", "losses.ppo_policy_loss",
+           "kl_estimate(-log_ratio", "kl_estimate(log_ratio",
+           "test_losses.py::test_ppo_policy_loss_closed_statistics"),
+    Mutant("padding is counted", "losses.ppo_policy_loss",
+           "mask.sum()", "torch.tensor(mask.numel())",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("padding in the clip fraction", "losses.ppo_policy_loss",
+           "masked_mean((clipped > unclipped).to(loss.dtype), mask)",
+           "(clipped > unclipped).to(loss.dtype).mean()",
+           "test_losses.py::test_ppo_policy_loss_closed"),
+    Mutant("sign of the update's k1", "losses.ppo_policy_loss",
+           "masked_mean(-log_ratio, mask)", "masked_mean(log_ratio, mask)",
+           "test_losses.py::test_ppo_policy_loss_definition_kl"),
+    Mutant("padding in the update's k3", "losses.ppo_policy_loss",
+           "masked_mean(k3, mask)", "k3.mean()",
+           "test_losses.py::test_ppo_policy_loss_closed_statistics"),
+    Mutant("padding in the ratio", "losses.ppo_policy_loss",
+           "masked_mean(ratio, mask)", "ratio.mean()",
+           "test_losses.py::test_ppo_policy_loss_closed_statistics"),
+    Mutant("padding in the largest ratio", "losses.ppo_policy_loss",
+           "ratio[mask].max()", "ratio.max()",
+           "test_losses.py::test_ppo_policy_loss_closed_largest_ratio"),
+    Mutant("a shape that broadcasts", "losses.ppo_value_loss",
+           "values, returns, mask)", "values, mask)",
+           "test_losses.py::test_ppo_errors_shapes[value_loss-2]"),
+    Mutant("new values of the padding", "losses.ppo_value_loss",
+           "torch.where(mask, at_least_float32(new_values), 0)", "new_values",
+           "test_losses.py::test_ppo_gradient_nan_in_the_padding"),
+    Mutant("old values of the padding alone", "losses.ppo_value_loss",
+           "torch.where(mask, at_least_float32(values.detach()), 0)",
+           "torch.where(mask, 0, values.detach())",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("returns of the padding alone", "losses.ppo_value_loss",
+           "torch.where(mask, at_least_float32(returns.detach()), 0)",
+           "torch.where(mask, 0, returns.detach())",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("returns not detached", "losses.ppo_value_loss",
+           "returns.detach()", "returns",
+           "test_losses.py::test_ppo_value_loss_gradient"),
+    Mutant("clipped around the returns", "losses.ppo_value_loss",
+           "clamp(values - clip, values + clip)", "clamp(returns - clip, returns + clip)",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("clipped around 0", "losses.ppo_value_loss",
+           "clamp(values - clip, values + clip)", "clamp(-clip, clip)",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("the smaller error, not the larger", "losses.ppo_value_loss",
+           "torch.maximum(", "torch.minimum(",
+           "test_losses.py::test_ppo_value_loss_closed_cases"),
+    Mutant("without its half", "losses.ppo_value_loss",
+           "mask) / 2", "mask)",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("mean over padding too", "losses.ppo_value_loss",
+           "masked_mean(torch.maximum(error, near_error), mask)",
+           "torch.maximum(error, near_error).mean()",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("padding in the clip fraction", "losses.ppo_value_loss",
+           "masked_mean((near_error > error).to(loss.dtype), mask)",
+           "(near_error > error).to(loss.dtype).mean()",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("padding is counted", "losses.ppo_value_loss",
+           "mask.sum()", "torch.tensor(mask.numel())",
+           "test_losses.py::test_ppo_value_loss_closed"),
+    Mutant("chosen against the rejected one's reference", "losses.dpo_loss",
+           "at_least_float32(chosen_logprobs) - ref_chosen_logprobs",
+           "at_least_float32(chosen_logprobs) - ref_rejected_logprobs",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("no reference", "losses.dpo_loss",
+           "at_least_float32(rejected_logprobs) - ref_rejected_logprobs", "rejected_logprobs",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("beta on one side only", "losses.dpo_loss",
+           "rejected_rewards = beta * (", "rejected_rewards = (",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("chosen and rejected exchanged", "losses.dpo_loss",
+           "h = chosen_rewards - rejected_rewards", "h = rejected_rewards - chosen_rewards",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("sign of the label smoothing", "losses.dpo_loss",
+           "- label_smoothing * logsigmoid(-h)", "+ label_smoothing * logsigmoid(-h)",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("smoothing without the other label", "losses.dpo_loss",
+           "logsigmoid(-h)", "logsigmoid(h)",
+           "test_losses.py::test_dpo_loss_closed"),
+    Mutant("the logged rewards carry gradient", "losses.dpo_loss",
+           "chosen_rewards.detach()", "chosen_rewards",
+           "test_losses.py::test_dpo_loss_gradient"),
+
+    # data
+    Mutant("cut to the shortest row", "data.Sequences.select",
+           "self.attention_mask[index].sum(1).max()", "self.attention_mask[index].sum(1).min()",
+           "test_data.py::test_select_is_collate_of_those_rows"),
+    Mutant("responses keep their old width", "data.Sequences.select",
+           "self.mask[index].sum(1).max()", "self.mask.sum(1).max()",
+           "test_data.py::test_select_is_collate_of_those_rows"),
+    Mutant("another row's attention mask", "data.Sequences.select",
+           "self.attention_mask[index, :length]", "self.attention_mask[: len(index), :length]",
+           "test_data.py::test_select_is_collate_of_those_rows"),
+    Mutant("another row's mask", "data.Sequences.select",
+           "self.mask[index, :width]", "self.mask[: len(index), :width]",
+           "test_data.py::test_select_is_collate_of_those_rows"),
+    Mutant("padding is attended to", "data.collate",
+           "response_mask(lengths, int(lengths.max())).long()",
+           "torch.ones_like(_pad(joined, pad_id))",
+           "test_data.py::test_collate_as_drawn"),
+    Mutant("padding is told by its id", "data.collate",
+           "response_mask(lengths, int(lengths.max())).long()",
+           "(_pad(joined, pad_id) != pad_id).long()",
+           "test_data.py::test_collate_masks_do_not_look_at_ids"),
+    Mutant("EOS out of the mask", "data.collate",
+           "response_mask(response_lengths, ", "response_mask(response_lengths - 1, ",
+           "test_data.py::test_collate_as_drawn"),
+    Mutant("a long prompt loses its end", "data.Codec.encode_prompt",
+           "ids[-self.max_prompt_tokens :]", "ids[: self.max_prompt_tokens]",
+           "test_data.py::test_a_long_prompt_loses_its_beginning"),
+    Mutant("a response without EOS", "data.Codec.encode_response",
+           "[*ids[:room], self.tokenizer.eos_token_id]", "ids[:room]",
+           "test_data.py::test_a_long_response_loses_its_end_and_keeps_eos"),
+    Mutant("a group holds one row too many", "data.micro_batches",
+           "(len(groups[-1]) + 1) * width", "len(groups[-1]) * width",
+           "test_data.py::test_micro_batches_of_equal_rows_keep_their_order"),
+    Mutant("the same order in each epoch", "data.Cursor._order",
+           "self.seed + self.epoch", "self.seed",
+           "test_data.py::test_take_goes_through_each_epoch_once"),
+
+    # models
+    Mutant("a critic with the policy's weights", "models.Policy.__init__",
+           "copy.deepcopy(lm.base_model)", "lm.base_model",
+           "test_models.py::test_a_separate_critic_starts_as_a_copy_with_weights_of_its_own"),
+    Mutant("a new value head is not zero", "models.Policy.__init__",
+           "nn.init.zeros_(self.value_head.weight)", "pass",
+           "test_models.py::test_a_new_value_head_is_zero[shared]"),
+    Mutant("tokens in another order than states", "models.Policy.forward",
+           "batch.responses[batch.mask]", "batch.responses.T[batch.mask.T]",
+           "test_models.py::test_logprobs_and_entropy_are_those_of_the_model_itself[1.0-gpt2]"),
+    Mutant("temperature forgotten", "models.Policy.forward",
+           "temperature=temperature", "temperature=1.0",
+           "test_models.py::test_logprobs_and_entropy_are_those_of_the_model_itself[0.7-gpt2]"),
+    Mutant("the critic reads the policy's trunk", "models.Policy.forward",
+           "self._trunk(self.critic_trunk, batch)", "self._trunk(self.lm.base_model, batch)",
+           "test_models.py::test_values_are_the_head_on_the_hidden_state_before_each_token"
+           "[separate-gpt2]"),
+    Mutant("values in the wrong cells", "models.Policy.forward",
+           "scatter_tokens(self.value_head(at_head)[:, 0], batch.mask)",
+           "scatter_tokens(self.value_head(at_head)[:, 0], batch.mask.T).T",
+           "test_models.py::test_values_are_the_head_on_the_hidden_state_before_each_token"
+           "[shared-gpt2]"),
+    Mutant("log-probabilities in the wrong cells", "models.Policy.forward",
+           "scatter_tokens(logprobs, batch.mask)", "scatter_tokens(logprobs, batch.mask.T).T",
+           "test_models.py::test_logprobs_and_entropy_are_those_of_the_model_itself[1.0-gpt2]"),
+    Mutant("temperature forgotten", "models.Policy.token_logits",
+           "temperature=temperature", "temperature=1.0",
+           "test_models.py::test_token_logits[gpt2]"),
+    Mutant("the reference is the policy", "models.Policy.reference",
+           "copy.deepcopy(self.lm)", "self.lm",
+           "test_models.py::test_the_reference_is_frozen_and_stays_what_it_was"),
+    Mutant("the reference has dropout", "models.Policy.reference",
+           "disable_dropout(reference)", "pass",
+           "test_models.py::test_the_reference_is_frozen_and_stays_what_it_was"),
+    Mutant("the reference learns", "models.Policy.reference",
+           "reference.requires_grad_(False)", "pass",
+           "test_models.py::test_the_reference_is_frozen_and_stays_what_it_was"),
+    Mutant("any head is taken for a linear one", "models.Policy._check_head",
+           "torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std()))", "True",
+           "test_models.py::test_a_language_model_with_an_unknown_head_is_refused"),
+    Mutant("attention to the padding alone", "models.Policy._trunk",
+           "attention_mask=batch.attention_mask", "attention_mask=1 - batch.attention_mask",
+           "test_models.py::test_logprobs_and_entropy_are_those_of_the_model_itself[1.0-gpt2]"),
+    Mutant("padding has hidden states", "models.response_hidden",
+           "batch.mask.nonzero(as_tuple=True)", "(batch.mask | True).nonzero(as_tuple=True)",
+           "test_models.py::test_response_hidden_by_hand"),
+    Mutant("shifted by P, not P - 1", "models.response_hidden",
+           "batch.prompt_lengths[rows] - 1 + t", "batch.prompt_lengths[rows] + t",
+           "test_models.py::test_response_hidden_by_hand"),
+    Mutant("tokens go into the padding", "models.scatter_tokens",
+           "masked_scatter(mask, x)", "masked_scatter(~mask, x)",
+           "test_models.py::test_scatter_tokens_by_hand"),
+    Mutant("a look leaves dropout on", "models.evaluating",
+           "model.eval()", "pass",
+           "test_models.py::test_score_is_forward_in_eval_mode_whatever_the_mode"),
+    Mutant("a look records a gradient", "models.evaluating",
+           "with torch.no_grad():", "if True:",
+           "test_models.py::test_evaluating_restores_each_mode_even_after_an_error"),
+    Mutant("after a look the mode is lost", "models.evaluating",
+           "module.training = True", "pass",
+           "test_models.py::test_evaluating_restores_each_mode_even_after_an_error"),
+    Mutant("dropout modules stay on", "models.disable_dropout",
+           "module.p = 0.0", "pass",
+           "test_models.py::test_without_dropout_train_mode_is_eval_mode[gpt2]"),
+    Mutant("dropout numbers stay", "models.disable_dropout",
+           "setattr(module, name, 0.0)", "pass",
+           "test_models.py::test_without_dropout_train_mode_is_eval_mode[opt]"),
+    Mutant("scores in the order of the groups", "models.RewardModel.score",
+           "scores[rows] = found", "scores[sorted(rows)] = found",
+           "test_models.py::test_scores_depend_neither_on_batching_nor_on_order[bert]"),
+    Mutant("scores with dropout", "models.RewardModel.score",
+           "evaluating(self)", "evaluating()",
+           "test_models.py::test_score_is_forward_in_eval_mode_whatever_the_mode"),
+    Mutant("the old bias is not scaled", "models.RewardModel.rescale",
+           ".mul_(gain).add_(bias)", ".add_(bias)",
+           "test_models.py::test_rescale"),
+
+    # sampling
+    Mutant("all rows share their random numbers", "sampling.sample",
+           "torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)",
+           "torch.rand(1, max_new_tokens, generator=rng, dtype=torch.float64)"
+           ".repeat(len(prompt_ids), 1)",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("random numbers reused by later rows", "sampling.sample",
+           "uniforms[rows]", "uniforms",
+           "test_sampling.py::test_how_many_rows_are_sampled_at_once_changes_nothing"),
+    Mutant("samples with dropout", "sampling.sample",
+           "evaluating(policy)", "evaluating()",
+           "test_sampling.py::test_dropout_is_off_while_sampling_and_the_mode_comes_back[True]"),
+    Mutant("the prompts' padding is attended to", "sampling._sample",
+           "attention_mask.to(device)", "torch.ones_like(attention_mask).to(device)",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("positions count the left padding", "sampling._sample",
+           "(attention_mask.cumsum(1) - 1)", "(torch.ones_like(attention_mask).cumsum(1) - 1)",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("each pass attends to the padding", "sampling._sample",
+           "attention_mask=attention_mask", "attention_mask=torch.ones_like(attention_mask)",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("temperature forgotten", "sampling._sample",
+           "temperature=temperature", "temperature=1.0",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[0.6-gpt2]"),
+    Mutant("one random number for all tokens", "sampling._sample",
+           "uniforms[live, t]", "uniforms[live, 0]",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("rows inherit others' random numbers", "sampling._sample",
+           "uniforms[live, t]", "uniforms[: len(live), t]",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("rows go on that have ended", "sampling._sample",
+           "tokens != eos_id", "tokens == eos_id",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("the cache keeps other rows", "sampling._sample",
+           "cache.batch_select_indices(going)",
+           "cache.batch_select_indices(torch.arange(len(going)))",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("other rows' attention masks", "sampling._sample",
+           "attention_mask[going]", "attention_mask[: len(going)]",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("new tokens are not attended to", "sampling._sample",
+           "torch.ones_like(ids)", "torch.zeros_like(ids)",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("prompts padded on the right", "sampling._left_padded",
+           "ids[b, width - len(row) :] = row", "ids[b, : len(row)] = row",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("the mask on the wrong side", "sampling._left_padded",
+           "attention_mask[b, width - len(row) :] = 1", "attention_mask[b, : len(row)] = 1",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("the mask inverted", "sampling._left_padded",
+           "return ids, attention_mask", "return ids, 1 - attention_mask",
+           "test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand[1.0-gpt2]"),
+    Mutant("an edge takes the token before it", "sampling._inverse_cdf",
+           "right=True", "right=False",
+           "test_sampling.py::test_a_uniform_number_on_an_edge_takes_the_next_token"),
+
+    # rollout
+    Mutant("the rollout's mask ignores lengths", "rollout.Rollout.mask",
+           "self.sequences.mask", "self.sequences.mask | True",
+           "test_rollout.py::test_padding_is_zero_in_everything[k1]"),
+    Mutant("lengths without EOS", "rollout.Rollout.lengths",
+           "self.mask.sum(1)", "self.mask.sum(1) - 1",
+           "test_rollout.py::test_padding_is_zero_in_everything[k1]"),
+    Mutant("temperature missing in sampling", "rollout.collect",
+           "temperature=temperature, rng=rng", "temperature=1.0, rng=rng",
+           "test_rollout.py::test_collect_remembers_what_it_sampled"),
+    Mutant("temperature missing in scoring", "rollout.collect",
+           "temperature=temperature,\n        kl=kl", "temperature=1.0,\n        kl=kl",
+           "test_rollout.py::test_collect_remembers_what_it_sampled"),
+    Mutant("scored with dropout", "rollout.score_rollout",
+           "evaluating(policy, ref_policy)", "evaluating()",
+           "test_rollout.py::test_scoring_is_without_dropout_and_the_modes_come_back"),
+    Mutant("temperature missing in the policy's pass", "rollout.score_rollout",
+           "found = policy(part, temperature=temperature)", "found = policy(part)",
+           "test_rollout.py::test_scoring_passes_are_the_plain_ones[gpt2]"),
+    Mutant("temperature missing in the reference's pass", "rollout.score_rollout",
+           "ref_policy(part, temperature=temperature)", "ref_policy(part)",
+           "test_rollout.py::test_scoring_passes_are_the_plain_ones[gpt2]"),
+    Mutant("the policy for the reference", "rollout.score_rollout",
+           "ref_policy(part, temperature=temperature)", "policy(part, temperature=temperature)",
+           "test_rollout.py::test_scoring_passes_are_the_plain_ones[gpt2]"),
+    Mutant("rows in the order of the groups", "rollout.score_rollout",
+           "logprobs[rows, :width] = found.logprobs",
+           "logprobs[sorted(rows), :width] = found.logprobs",
+           "test_rollout.py::test_scoring_passes_are_the_plain_ones[gpt2]"),
+    Mutant("temperature missing in the exact KL", "rollout.score_rollout",
+           "ref_policy.token_logits(part, temperature=temperature)",
+           "ref_policy.token_logits(part)",
+           "test_rollout.py::test_full_kl_is_the_sum_over_the_vocabulary"),
+    Mutant("exact KL in the wrong cells", "rollout.score_rollout",
+           "scatter_tokens(per_token, part.mask)", "scatter_tokens(per_token, part.mask.T).T",
+           "test_rollout.py::test_full_kl_is_the_sum_over_the_vocabulary"),
+    Mutant("sign of the KL", "rollout.score_rollout",
+           "kl_estimate(logprobs, ref_logprobs", "kl_estimate(ref_logprobs, logprobs",
+           "test_rollout.py::test_scoring_passes_are_the_plain_ones[gpt2]"),
+    Mutant("EOS anywhere ends a response", "rollout.score_rollout",
+           "bool(ids[-1] == eos_id)", "bool((ids == eos_id).any())",
+           "test_rollout.py::test_ended_says_which_rows_end_in_eos"),
+    Mutant("ended inverted", "rollout.score_rollout",
+           "ids[-1] == eos_id", "ids[-1] != eos_id",
+           "test_rollout.py::test_ended_says_which_rows_end_in_eos"),
+    Mutant("a value mask may leave out tokens", "rollout.RolloutBuffer.__post_init__",
+           "self.value_mask).any()", "self.value_mask).all()",
+           "test_ppo.py::test_a_value_mask_without_a_real_token_is_refused"),
+    Mutant("a score of NaN is let through", "rollout.call_reward",
+           "math.isfinite(score)", "True",
+           "test_rollout.py::test_a_refused_score_stops_collect"),
+
+    # sft
+    Mutant("prompts are imitated", "sft.batch_loss",
+           "[x.prompt_ids for x in examples], [x.response_ids for x in examples]",
+           "[x.prompt_ids[:1] for x in examples], "
+           "[x.prompt_ids.new_tensor([*x.prompt_ids[1:], *x.response_ids]) for x in examples]",
+           "test_sft.py::test_prompt_tokens_get_no_loss"),
+    Mutant("padding is imitated", "sft.batch_loss",
+           "batch.mask)", "batch.mask | True)",
+           "test_sft.py::test_prompt_tokens_get_no_loss"),
+    Mutant("trains without dropout", "sft.train",
+           "policy.train()", "pass",
+           "test_sft.py::test_dropout_acts_in_training_whatever_the_mode_was_and_not_in_a_look"),
+    Mutant("a micro-batch weighs as a batch", "sft.train",
+           "loss * count / tokens", "loss",
+           "test_sft.py::test_micro_batches_leave_the_gradient_as_it_is"),
+    Mutant("micro-batches weigh alike", "sft.evaluate",
+           "float(loss * count), tokens + int(count)", "float(loss), tokens + 1",
+           "test_sft.py::test_evaluate_by_hand"),
+    Mutant("looks with dropout", "sft.evaluate",
+           "evaluating(policy)", "evaluating()",
+           "test_sft.py::test_evaluate_by_hand"),
+
+    # reward
+    Mutant("chosen and rejected exchanged", "reward.batch_loss",
+           "chosen, rejected = reward_model", "rejected, chosen = reward_model",
+           "test_reward.py::test_loss_and_metrics_by_hand"),
+    Mutant("the margin is not handed on", "reward.batch_loss",
+           "margin=margin", "margin=None",
+           "test_reward.py::test_loss_and_metrics_by_hand"),
+    Mutant("a micro-batch weighs as a batch", "reward.train",
+           "found.loss * found.count / len(batch)", "found.loss",
+           "test_reward.py::test_micro_batches_leave_the_gradient_as_it_is"),
+    Mutant("looks with dropout", "reward.evaluate",
+           "evaluating(reward_model)", "evaluating()",
+           "test_reward.py::test_evaluate_is_over_all_pairs_and_without_dropout"),
+    Mutant("multiplied by the deviation", "reward.normalise",
+           "gain=1 / std", "gain=std",
+           "test_reward.py::test_normalised_scores_survive_saving"),
+    Mutant("the mean is not scaled", "reward.normalise",
+           "-mean / std", "-mean",
+           "test_reward.py::test_normalised_scores_survive_saving"),
+    Mutant("micro-batches weigh alike", "reward._add_means",
+           "int(found.count) / pairs", "1.0",
+           "test_reward.py::test_evaluate_is_over_all_pairs_and_without_dropout"),
+
+    # dpo
+    Mutant("dropout stays on", "dpo.new_state",
+           "disable_dropout(policy)", "pass",
+           "test_dpo.py::test_dropout_is_off[True]"),
+    Mutant("the cache holds the policy", "dpo.new_state",
+           "cache_reference(ref_policy,", "cache_reference(policy,",
+           "test_dpo.py::test_training_is_the_plain_loop[True]"),
+    Mutant("mean over tokens instead of sum", "dpo.response_logprobs",
+           ".logprobs.sum(1)", ".logprobs.mean(1)",
+           "test_dpo.py::test_cache_holds_the_logprobs_of_each_pair_in_its_place"),
+    Mutant("chosen and rejected exchanged", "dpo.response_logprobs",
+           "chosen, rejected = policy", "rejected, chosen = policy",
+           "test_dpo.py::test_cache_holds_the_logprobs_of_each_pair_in_its_place"),
+    Mutant("the policy for the reference", "dpo.batch_loss",
+           "_reference(ref_policy,", "_reference(policy,",
+           "test_dpo.py::test_training_is_the_plain_loop[False]"),
+    Mutant("label smoothing not handed on", "dpo.batch_loss",
+           "label_smoothing=config.label_smoothing", "label_smoothing=0.0",
+           "test_dpo.py::test_training_is_the_plain_loop[True]"),
+    Mutant("a micro-batch weighs as a batch", "dpo.train",
+           "found.loss * found.count / len(batch)", "found.loss",
+           "test_dpo.py::test_micro_batches_leave_the_gradient_as_it_is"),
+    Mutant("the cache in the order of the groups", "dpo.cache_reference",
+           "[cached[i] for i in range(len(examples))]", "list(cached.values())",
+           "test_dpo.py::test_cache_holds_the_logprobs_of_each_pair_in_its_place"),
+    Mutant("a reference with dropout", "dpo._reference",
+           "evaluating(ref_policy)", "evaluating()",
+           "test_dpo.py::test_a_reference_left_in_train_mode_has_no_dropout[False]"),
+    Mutant("micro-batches weigh alike", "dpo._add_means",
+           "float(loss) * n / pairs", "float(loss)",
+           "test_dpo.py::test_micro_batches_leave_the_gradient_as_it_is"),
+
+    # ppo
+    Mutant("sign of the step to the batch's mean", "ppo.RunningMoments",
+           "batch_mean - self.mean", "self.mean - batch_mean",
+           "test_ppo.py::test_running_moments_by_hand"),
+    Mutant("batches weigh alike", "ppo.RunningMoments",
+           "delta * n / total  # (2)", "delta / 2  # (2)",
+           "test_ppo.py::test_running_moments_by_hand"),
+    Mutant("the batches' means do not vary", "ppo.RunningMoments",
+           "batch_squares + delta**2 * self.count * n / total", "batch_squares",
+           "test_ppo.py::test_running_moments_by_hand"),
+    Mutant("biased variance", "ppo.RunningMoments",
+           "max(self.count - 1, 1)", "self.count",
+           "test_ppo.py::test_running_moments_by_hand"),
+    Mutant("epsilon outside the root", "ppo.RunningMoments",
+           "(variance + 1e-8) ** 0.5", "(variance**0.5 + 1e-8)",
+           "test_ppo.py::test_running_moments_are_those_of_all_scores"),
+    Mutant("sampling starts again after a resume", "ppo.State.restore",
+           'self.sampling_rng.set_state(state["sampling_rng"])', "pass",
+           "test_ppo.py::test_resume"),
+    Mutant("dropout stays on", "ppo.new_state",
+           "disable_dropout(policy)", "pass",
+           "test_ppo.py::test_dropout_is_off"),
+    Mutant("the schedule counts rollouts", "ppo.new_state",
+           "config.steps * config.epochs * config.minibatches", "config.steps",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("one random stream for two purposes", "ppo.new_state",
+           "config.seed + 2 * 10**6", "config.seed + 10**6",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("scores are cut on one side", "ppo.judge",
+           "clamp(-config.score_clip, config.score_clip)", "clamp(max=config.score_clip)",
+           "test_ppo.py::test_score_clip_and_eos_penalty[options1-last1]"),
+    Mutant("a missing EOS is rewarded", "ppo.judge",
+           "scores - config.eos_penalty", "scores + config.eos_penalty",
+           "test_ppo.py::test_score_clip_and_eos_penalty[options2-last2]"),
+    Mutant("ended inverted", "ppo.judge",
+           "torch.where(rollout.ended,", "torch.where(~rollout.ended,",
+           "test_ppo.py::test_score_clip_and_eos_penalty[options2-last2]"),
+    Mutant("rewards in the padding", "ppo.judge",
+           "rollout.kl, rollout.mask", "rollout.kl, rollout.mask | True",
+           "test_ppo.py::test_judge_by_hand"),
+    Mutant("scaled rewards lose their mean", "ppo.judge",
+           "masked_scale(rewards, rollout.mask)", "masked_whiten(rewards, rollout.mask)",
+           "test_ppo.py::test_judge_whitens_rewards_and_keeps_their_mean"),
+    Mutant("advantages in the padding", "ppo.judge",
+           "rollout.values, rollout.mask", "rollout.values, rollout.mask | True",
+           "test_ppo.py::test_judge_by_hand"),
+    Mutant("gamma and lambda exchanged", "ppo.judge",
+           "gamma=config.gamma, lam=config.lam", "gamma=config.lam, lam=config.gamma",
+           "test_ppo.py::test_judge_by_hand"),
+    Mutant("whitened over padding too", "ppo.judge",
+           "(advantages, rollout.mask)", "(advantages, rollout.mask | True)",
+           "test_ppo.py::test_judge_whitens_advantages_but_not_returns"),
+    Mutant("returns of whitened advantages", "ppo.judge",
+           "advantages, returns)\n", "advantages, advantages + rollout.values.nan_to_num())\n",
+           "test_ppo.py::test_judge_whitens_advantages_but_not_returns"),
+    Mutant("the wider value mask is ignored", "ppo.minibatch_step",
+           "rollout.mask if buffer.value_mask is None else buffer.value_mask", "rollout.mask",
+           "test_ppo.py::test_a_wider_value_mask_counts_in_the_value_loss_only"),
+    Mutant("the whole rollout's tokens are counted", "ppo.minibatch_step",
+           "int(rollout.mask[rows].sum())", "int(rollout.mask.sum())",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("a pass larger than max_tokens", "ppo.minibatch_step",
+           "rollout.sequences.attention_mask[rows]", "rollout.mask[rows]",
+           "test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is[shared]"),
+    Mutant("no values beyond the tokens", "ppo.minibatch_step",
+           "mask=value_mask", "mask=rollout.mask",
+           "test_ppo.py::test_a_wider_value_mask_counts_in_the_value_loss_only"),
+    Mutant("the value mask for the policy", "ppo.minibatch_step",
+           "mask = rollout.mask[part, :width]", "mask = sequences.mask",
+           "test_ppo.py::test_a_wider_value_mask_counts_in_the_value_loss_only"),
+    Mutant("temperature missing in the update", "ppo.minibatch_step",
+           "temperature=config.temperature", "temperature=1.0",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("new log-probabilities for the old", "ppo.minibatch_step",
+           "rollout.logprobs[part, :width]", "new.logprobs.detach()",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("whitened for each minibatch", "ppo.minibatch_step",
+           "buffer.advantages[part, :width]",
+           "masked_whiten(buffer.advantages[part, :width], mask)",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("the policy loss ignores its mask", "ppo.minibatch_step",
+           "mask,\n            clip=config.clip", "mask | True,\n            clip=config.clip",
+           "test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is[shared]"),
+    Mutant("the policy's clip for the values", "ppo.minibatch_step",
+           "clip=config.value_clip", "clip=config.clip",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("returns for the old values", "ppo.minibatch_step",
+           "rollout.values[part, :width]", "buffer.returns[part, :width]",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("the policy's mask for the values", "ppo.minibatch_step",
+           "sequences.mask,\n", "mask,\n",
+           "test_ppo.py::test_a_wider_value_mask_counts_in_the_value_loss_only"),
+    Mutant("a micro-batch weighs as a minibatch", "ppo.minibatch_step",
+           "policy_loss.loss * share + ", "policy_loss.loss + ",
+           "test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is[shared]"),
+    Mutant("its values weigh as a minibatch's", "ppo.minibatch_step",
+           "value_loss.loss * value_share\n", "value_loss.loss\n",
+           "test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is[shared]"),
+    Mutant("values weighed by the policy's tokens", "ppo.minibatch_step",
+           "value_loss.loss * value_share\n", "value_loss.loss * share\n",
+           "test_ppo.py::test_micro_batches_leave_the_gradient_of_a_wider_value_mask_as_it_is"),
+    Mutant("value_coef forgotten", "ppo.minibatch_step",
+           "config.value_coef * value_loss.loss", "value_loss.loss",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("entropy of the padding", "ppo.minibatch_step",
+           "masked_mean(new.entropy, mask)", "new.entropy.mean()",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("minibatches in the rollout's order", "ppo.ppo_epoch",
+           "buffer.minibatches(order,", "buffer.minibatches(order.sort().values,",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("the same minibatches in each epoch", "ppo.ppo_update",
+           "generator=rng)", "generator=torch.Generator().manual_seed(rng.initial_seed()))",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("stop_kl is never heeded", "ppo.ppo_update",
+           'epochs[-1]["update_k1"] > config.stop_kl', "False",
+           "test_ppo.py::test_stop_kl_is_measured_in_the_last_epoch"),
+    Mutant("stop_kl looks at the first epoch", "ppo.ppo_update",
+           'epochs[-1]["update_k1"]', 'epochs[0]["update_k1"]',
+           "test_ppo.py::test_stop_kl_is_measured_in_the_last_epoch"),
+    Mutant("scores normalised by the moments before", "ppo.train",
+           "moments.update(rollout.scores)",
+           "state.moments = replace(moments); state.moments.update(rollout.scores)",
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("the coefficient moves before its use", "ppo.train",
+           "buffer = judge(",
+           "state.kl_control.update(_per_response(rollout.kl, rollout.mask), config.batch_size); "
+           "buffer = judge(",
+           "test_ppo.py::test_the_coefficient_in_use_is_the_one_from_before[adaptive]"),
+    Mutant("max_kl is ignored", "ppo.train",
+           'metrics["k1"] > config.max_kl', "False",
+           "test_ppo.py::test_max_kl_ends_the_run[0.001-1]"),
+    Mutant("the report's mask inverted", "ppo.report",
+           "buffer.rollout.mask", "~buffer.rollout.mask",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the returns' variance", "ppo.report",
+           "masked_var(buffer.returns, mask)", "buffer.returns.var()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the errors' variance", "ppo.report",
+           "masked_var(buffer.returns - rollout.values, mask)",
+           "(buffer.returns - rollout.values).var()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the KL", "ppo.report",
+           "_per_response(rollout.kl, mask)", "_per_response(rollout.kl, mask | True)",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in k1", "ppo.report",
+           "rollout.ref_logprobs, mask)", "rollout.ref_logprobs, mask | True)",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in k3", "ppo.report",
+           "_per_response(k3, mask)", "_per_response(k3, mask | True)",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the reward", "ppo.report",
+           "_per_response(buffer.rewards, mask)", "_per_response(buffer.rewards, mask | True)",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the entropy", "ppo.report",
+           "masked_mean(rollout.entropy, mask)", "rollout.entropy.mean()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the value", "ppo.report",
+           "masked_mean(rollout.values, mask)", "rollout.values.mean()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("padding in the return", "ppo.report",
+           "masked_mean(buffer.returns, mask)", "buffer.returns.mean()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("the mask inverted", "ppo.evaluate",
+           "rollout.ref_logprobs, rollout.mask)", "rollout.ref_logprobs, ~rollout.mask)",
+           "test_ppo.py::test_eval_prompts_are_looked_at_with_the_same_random_numbers"),
+    Mutant("other random numbers in each look", "ppo.evaluate",
+           "torch.Generator().manual_seed(config.seed + 3 * 10**6)", "torch.Generator()",
+           "test_ppo.py::test_eval_prompts_are_looked_at_with_the_same_random_numbers"),
+    Mutant("per token, not per response", "ppo._per_response",
+           ".sum(1).mean()", ".mean()",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("0 times NaN is NaN", "ppo._per_response",
+           "torch.where(mask, x, 0)", "(x * mask)",
+           "test_ppo.py::test_report_never_looks_at_padding"),
+    Mutant("the prompts' tokens are not counted", "ppo._timing",
+           "rollout.sequences.attention_mask.sum()", "rollout.mask.sum()",
+           "test_ppo.py::test_tokens_per_second_counts_prompts_and_responses"),
+
+    # optim
+    Mutant("fp16 loses small gradients", "optim.Optimizer.backward",
+           "self.scaler.scale(loss).backward()", "loss.backward()",
+           "test_optim.py::test_fp16_scales_the_loss_and_skips_an_overflow"),
+    Mutant("clipped before it is unscaled", "optim.Optimizer.step",
+           "self.scaler.unscale_(self.optimizer)", "pass",
+           "test_optim.py::test_fp16_scales_the_loss_and_skips_an_overflow"),
+    Mutant("never clipped", "optim.Optimizer.step",
+           "(self.parameters, limit)", '(self.parameters, float("inf"))',
+           "test_optim.py::test_a_long_gradient_is_scaled_down_as_a_whole"),
+    Mutant("a gradient of NaN is stepped", "optim.Optimizer.step",
+           "if self.skips > (", "if False and self.skips > (",
+           "test_optim.py::test_a_gradient_that_is_not_finite_raises_before_the_step[nan]"),
+    Mutant("the gradient is not cleared", "optim.Optimizer.step",
+           "self.scaler.update()\n        self.optimizer.zero_grad(set_to_none=True)",
+           "self.scaler.update()\n        pass",
+           "test_optim.py::test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step"),
+    Mutant("the schedule is never stepped", "optim.Optimizer.step",
+           "self.scheduler.step()", "pass",
+           "test_optim.py::test_schedule[linear-rates1]"),
+    Mutant("biases decay", "optim.adamw",
+           '"weight_decay": 0.0', '"weight_decay": weight_decay',
+           "test_optim.py::test_adamw_is_its_formula_and_only_matrices_decay[1e-08]"),
+    Mutant("adam_eps not handed on", "optim.adamw",
+           "eps=eps", "eps=1e-8",
+           "test_optim.py::test_adamw_is_its_formula_and_only_matrices_decay[0.01]"),
+    Mutant("the same dropout in each step", "optim.dropout_rng",
+           "1_000_003 * (step + 1) + seed", "seed",
+           "test_optim.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
+    Mutant("dropout uses up global randomness", "optim.dropout_rng",
+           'with torch.random.fork_rng([device] if device.type == "cuda" else []):', "if True:",
+           "test_sft.py::test_dropout_acts_and_leaves_the_global_generator_alone"),
+    Mutant("Adam's moments are lost in a resume", "optim.State.restore",
+           'self.optimizer.load_state_dict(state["optimizer"])', "pass",
+           "test_dpo.py::test_resume"),
+]
+# fmt: on
+
+
+# The list against the source
+
+
+def definition(path: Path, name: str) -> ast.FunctionDef | ast.ClassDef:
+    """The function or class of this dotted name, such as "Policy.forward"."""
+    node: ast.AST = tree(path)
+    for part in name.split("."):
+        node = next((n for n in node.body if getattr(n, "name", None) == part), None)
+        if node is None:
+            raise ValueError(f"{path.name} has no {name}")
+    return node
+
+
+def code_lines(path: Path, name: str) -> tuple[int, int]:
+    """The first and the last line of a function or class, without signature and docstring."""
+    node = definition(path, name)
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return body[0].lineno, node.end_lineno
+
+
+def equations() -> Iterator[tuple[Path, int, str]]:
+    """Each equation number of a tagged function or class: the line of code that carries it."""
+    for path in (PACKAGE / f"{module}.py" for module in EQUATIONS):
+        for node in definitions(path):
+            if TAG.search(ast.get_docstring(node) or ""):
+                for line, comment in comments(path).items():
+                    if node.lineno <= line <= node.end_lineno:
+                        for number in NUMBER.findall(comment):
+                            yield path, line, f"equation ({number}) of {node.name}"
+
+
+def masks() -> Iterator[tuple[Path, int, str]]:
+    """Each line of code that reads a mask, other than its shape."""
+    for path in (PACKAGE / f"{module}.py" for module in MASKS):
+        nodes = list(ast.walk(tree(path)))
+        parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        for node in nodes:
+            name = getattr(node, "id", getattr(node, "attr", ""))
+            is_read = isinstance(getattr(node, "ctx", None), ast.Load)
+            of_shape = getattr(parents.get(node), "attr", "") == "shape"
+            if re.search(r"(^|_)mask$", name) and is_read and not of_shape:
+                yield path, node.end_lineno, f"{name} is read"
+
+
+def names_of_tests(file: str) -> set[str]:
+    path = TESTS / file
+    nodes = tree(path).body if path.is_file() else []
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def misfits(mutants: Sequence[Mutant]) -> list[str]:
+    """Which mutants cannot be made, stand twice, or name a test that is not there."""
+    found, labels = [], set()
+    for mutant in mutants:
+        label = f"{mutant.where}: {mutant.fear}"
+        try:
+            ast.parse(mutant.source())
+        except (ValueError, SyntaxError) as error:
+            found.append(f"{label}: {error}")
+        if label in labels:
+            found.append(f"{label}: stands twice")
+        labels.add(label)
+        file, _, name = mutant.test.partition("::")
+        if name.partition("[")[0] not in names_of_tests(file):
+            found.append(f"{label}: no test {mutant.test}")
+    return found
+
+
+def gaps(mutants: Sequence[Mutant]) -> list[str]:
+    """Which equations and which readings of a mask no mutant changes."""
+    changed = {(mutant.path, mutant.line) for mutant in mutants}
+    return [
+        f"{path.relative_to(ROOT)}:{line}: {what}, and no mutant changes it"
+        for path, line, what in sorted({*equations(), *masks()})
+        if (path, line) not in changed
+    ]
+
+
+# Running
+
+
+class Verdict:
+    """A pytest plugin: what the failed tests raised."""
+
+    def __init__(self) -> None:
+        self.raised: list[type[BaseException]] = []
+
+    def pytest_exception_interact(self, call: pytest.CallInfo) -> None:
+        self.raised.append(call.excinfo.type)
+
+
+class Finder:
+    """Finds one module of the package with other text than its file has."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = f"rlhf_min.{mutant.where.partition('.')[0]}"
+        self.path, self.text = str(mutant.path), mutant.source()
+
+    def find_spec(self, name: str, _path: object, _target: object = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        loader = SourceFileLoader(name, self.path)
+        loader.get_code = lambda _name: compile(self.text, self.path, "exec")
+        return importlib.util.spec_from_file_location(name, self.path, loader=loader)
+
+
+Job = tuple[Sequence[str], Mutant | None]
+CAUGHT, SURVIVED, BROKEN = 0, 1, 2
+
+
+def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
+    """In a process of its own: do the tests fail? Only by their assertions, or the mutant is
+    broken: a name that does not exist proves nothing."""
+    if mutant is not None:
+        sys.meta_path.insert(0, Finder(mutant))
+    verdict = Verdict()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=native"]
+    code = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[verdict])
+    if code == pytest.ExitCode.OK:
+        return SURVIVED
+    by_assertion = [issubclass(e, (AssertionError, pytest.fail.Exception)) for e in verdict.raised]
+    failed = code == pytest.ExitCode.TESTS_FAILED
+    return CAUGHT if failed and all(by_assertion) else BROKEN
+
+
+class Outcome(NamedTuple):
+    status: int
+    seconds: float
+    output: str
+
+
+def start(job: Job, log: Path) -> int:
+    """Run these tests in a process of its own, which writes to the log; returns its id."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = BROKEN
+        try:
+            signal.alarm(SECONDS)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            status = run_tests(*job)
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def outcomes(jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Of each job, in their order, `WORKERS` of them at once."""
+    running: dict[int, tuple[int, float]] = {}
+    done: dict[int, Outcome] = {}
+    waiting = deque(range(len(jobs)))
+    with tempfile.TemporaryDirectory() as folder:
+        for wanted in range(len(jobs)):
+            while wanted not in done:
+                while waiting and len(running) < WORKERS:
+                    job = waiting.popleft()
+                    running[start(jobs[job], Path(folder, str(job)))] = job, time.perf_counter()
+                pid, status = os.wait()
+                job, began = running.pop(pid)
+                seconds = time.perf_counter() - began
+                output = Path(folder, str(job)).read_text(encoding="utf-8", errors="replace")
+                done[job] = Outcome(os.waitstatus_to_exitcode(status), seconds, output)
+            yield done.pop(wanted)
+
+
+def preload(paths: Sequence[Path]) -> None:
+    """Import once, before the processes part, what these files import of other libraries."""
+    ours = {"rlhf_min", *(path.stem for path in TESTS.glob("*.py"))}
+    for path in paths:
+        for node in tree(path).body:
+            match node:
+                case ast.Import(names=[ast.alias(name=name)]):
+                    pass
+                case ast.ImportFrom(module=str(name), level=0):
+                    pass
+                case _:
+                    continue
+            if name.partition(".")[0] not in ours:
+                exec(compile(ast.Module([node], []), str(path), "exec"), {})
+
+
+COLUMNS = (("mutant", 30), ("file and line", 15), ("what was changed", 60), ("test", 52), ("s", 4))
+
+
+def row(*cells: str) -> str:
+    """A row of the table; what does not fit into a cell goes on below."""
+    wrapped = [
+        textwrap.wrap(cell, width, subsequent_indent="  ") or [""]
+        for cell, (_, width) in zip(cells, COLUMNS, strict=True)
+    ]
+    height = max(map(len, wrapped))
+    return "\n".join(
+        " | ".join(
+            (lines[i] if i < len(lines) else "").ljust(width)
+            for lines, (_, width) in zip(wrapped, COLUMNS, strict=True)
+        ).rstrip()
+        for i in range(height)
+    )
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = True
+    began = time.perf_counter()
+    if wrong := misfits(MUTANTS) or gaps(MUTANTS):
+        print("\n".join(wrong))
+        return 1
+    tests = sorted({mutant.test for mutant in MUTANTS})
+    preload([*PACKAGE.rglob("*.py"), *TESTS.glob("*.py")])
+    torch.set_num_threads(1)
+    gc.freeze()  # or each process would copy what the garbage collector touches
+
+    (plain,) = outcomes([(tests, None)])
+    if plain.status != SURVIVED:
+        print(plain.output)
+        print("the named tests must pass while nothing is changed, or the table means nothing")
+        return 1
+
+    print(row(*(name for name, _ in COLUMNS)))
+    print("-|-".join("-" * width for _, width in COLUMNS))
+    survivors = []
+    jobs: list[Job] = [([mutant.test], mutant) for mutant in MUTANTS]
+    for mutant, outcome in zip(MUTANTS, outcomes(jobs), strict=True):
+        caught = outcome.status == CAUGHT
+        if not caught:
+            survivors.append((mutant, outcome))
+        change = f"{' '.join(mutant.old.split())} -> {' '.join(mutant.new.split())}"
+        place = f"{mutant.path.name}:{mutant.line}"
+        test = mutant.test if caught else f"NOT CAUGHT: {mutant.test}"
+        print(row(mutant.fear, place, change, test, f"{outcome.seconds:.1f}"), flush=True)
+    for mutant, outcome in survivors:
+        what = {SURVIVED: "survived", -signal.SIGALRM: f"took over {SECONDS} s"}.get(
+            outcome.status, "broke the test instead of failing it"
+        )
+        print(f"\n{mutant.path.name}:{mutant.line}: {mutant.fear!r} {what}: {mutant.test}")
+        if outcome.status == BROKEN:
+            print(textwrap.indent(outcome.output[-2000:], "    "))
+    seconds = time.perf_counter() - began
+    print(f"\n{len(MUTANTS)} mutants, {len(MUTANTS) - len(survivors)} caught, {seconds:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
