@@ -1,4 +1,5 @@
-"""``pytest --eq gae`` runs the tests that prove the equation with the tag ``[eq:gae]``."""
+"""``pytest --eq gae`` runs the tests that prove the equation with the tag ``[eq:gae]``;
+``pytest -m real`` those with real weights or models of full size, which are skipped otherwise."""
 
 import pytest
 
@@ -8,6 +9,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "real" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason="minutes and gigabytes: pytest -m real"))
     wanted = config.getoption("--eq")
     if wanted is None:
         return
