@@ -1,6 +1,6 @@
 """A reward that anyone can check by hand: the share of a response's words that are on a list.
 
-    python examples/train_ppo.py --reward examples/friendly_words.py:friendliness
+python examples/train_ppo.py --reward examples/friendly_words.py:friendliness
 """
 
 import re

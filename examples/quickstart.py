@@ -17,6 +17,7 @@ from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start
 from rlhf_min.harness.metrics import MetricsLog
 
 Config = TypeVar("Config", bound=Any)
+MINIBATCH = ppo.PPOConfig.minibatch_size
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class QuickstartOptions(RunOptions):
     sft_epochs: int | None = option(None, "Passes of SFT. Default: SFTConfig's.")
     reward_epochs: int | None = option(None, "Passes of the reward model. Default: RewardConfig's.")
     ppo_steps: int | None = option(None, "Rollouts of PPO. Default: PPOConfig's.")
+    ppo_batch_size: int | None = option(None, "Prompts in one rollout. Default: PPOConfig's.")
     dpo_epochs: int | None = option(None, "Passes of DPO. Default: DPOConfig's.")
     test_prompts: int = option(600, "Test prompts that the models are compared on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "sft_epochs", "reward_epochs", "ppo_steps", "dpo_epochs")
-        require_positive(self, "test_prompts")
+        require_positive(self, "test_prompts", "ppo_batch_size")
         require_seed(self, "seed")
 
 
@@ -52,6 +54,8 @@ def main() -> None:
         ppo.PPOConfig,
         options,
         steps=options.ppo_steps,
+        batch_size=options.ppo_batch_size,
+        minibatch_size=min(options.ppo_batch_size or ppo.PPOConfig.batch_size, MINIBATCH),
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)

@@ -152,6 +152,7 @@ BOUNDS = {
         "sft_epochs": POSITIVE,
         "reward_epochs": POSITIVE,
         "ppo_steps": POSITIVE,
+        "ppo_batch_size": POSITIVE,
         "dpo_epochs": POSITIVE,
         "test_prompts": POSITIVE,
     },
