@@ -51,12 +51,24 @@ def main() -> None:
     }
     baseline, first = next(iter(policies.items()))
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
+    require(
+        options.reward_model is not None or Path(reward_folder).is_dir(),
+        f"no reward model in {options.run}; give --reward_model",
+    )
     reward_model = RewardModel.from_pretrained(reward_folder).to(
         options.torch_device("reward_device")
     )
-    prompts, cut = make_codec(first, options).encode_prompts(test)
+    codecs = {name: make_codec(policy, options) for name, policy in policies.items()}
+    for name, codec in codecs.items():
+        require(
+            codec.template == codecs[baseline].template,
+            f"{name} reads the template {codec.template!r}, {baseline} reads "
+            f"{codecs[baseline].template!r}; --template gives all of them one",
+        )
+    prompts, cut = codecs[baseline].encode_prompts(test)
     print(f"{len(prompts)} prompts from {options.data or 'the world'}; {cut}")
 
+    open_run(out, options)
     evaluations = evaluate_policies(
         policies,
         first.reference(reward_model.device),
@@ -69,7 +81,6 @@ def main() -> None:
         max_tokens=8192,
         seed=seed,
     )
-    open_run(out, options)
     results = report.results_json(evaluations, reward_model={}, seed=seed)
     report.write_json(out / "results.json", results)
     report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])

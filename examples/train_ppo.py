@@ -5,7 +5,7 @@ With --data give --model and --reward_model or --reward. The model and its value
 <out>/ppo.
 
     --reward my_rewards.py:brevity                 def brevity(prompts, responses) -> list of floats
-    --reward 0.7*runs/reward_model 0.3*my_rewards:brevity
+    --reward '0.7*runs/reward_model' '-0.3*my_rewards:length'
 """
 
 from dataclasses import dataclass, field

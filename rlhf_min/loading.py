@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import struct
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,7 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from .errors import BadInput, require
 
 VALUE_FILE = "value_head.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("spm.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+)
 TRL_HEAD = {"v_head.summary.weight": "value_head.weight", "v_head.summary.bias": "value_head.bias"}
 TRL_PREFIX = "pretrained_model."  # some checkpoints of trl have it before the model's own names
 
@@ -148,7 +152,8 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(**_source(name_or_path))
     except _LOADING_ERRORS as error:
-        raise BadInput(prefix + _line(error)) from error
+        nowhere = "" if path.exists() else "no such folder here, and from the Hub: "
+        raise BadInput(prefix + nowhere + _line(error)) from error
 
 
 def _load(
@@ -255,4 +260,4 @@ def _architecture(config: PreTrainedConfig) -> str:
 def _line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return "its pickled weights hold more than tensors and are not read; give safetensors"
-    return " ".join(str(error).split())[:200]
+    return textwrap.shorten(str(error), 200, placeholder=" ...")

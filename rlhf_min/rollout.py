@@ -207,17 +207,8 @@ def call_reward(
         BadInput: if the callable returns another number of scores, or one that is not finite.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    try:
-        parameters = list(inspect.signature(reward).parameters.values())[2:]
-    except ValueError:  # some callables written in C do not tell theirs
-        parameters = []
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    named = {
-        key: [row[key] for row in columns]
-        for key in (columns[0] if columns else ())
-        if takes_all or key in names
-    }
+    wanted = _columns_wanted(reward, name, columns[0] if columns else {})
+    named = {key: [row[key] for row in columns] for key in wanted}
     found = reward(list(prompts), list(responses), **named)
     if isinstance(found, Tensor):
         found = found.detach()
@@ -232,6 +223,28 @@ def call_reward(
     for prompt, score in zip(prompts, scores, strict=True):
         require(math.isfinite(score), f"reward {name} gave {score} for the prompt {prompt[:60]!r}")
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def _columns_wanted(reward: RewardFunction, name: str, columns: Mapping[str, Any]) -> list[str]:
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:  # some callables written in C do not tell theirs
+        return []
+    try:
+        signature.bind_partial([], [])
+    except TypeError as error:
+        raise BadInput(f"reward {name} must take prompts and responses: {error}") from error
+    parameters = list(signature.parameters.values())
+    first = parameters[0].name
+    # The other way round it would score the prompts, and nothing would look wrong.
+    require(
+        first not in ("response", "responses", "completion", "completions"),
+        f"reward {name} takes {first} first; write def {name}(prompts, responses)",
+    )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    taken = {p.name for p in parameters[:2] if p.kind is not p.POSITIONAL_ONLY}
+    named = {p.name for p in parameters[2:]}
+    return [key for key in columns if key not in taken and (takes_all or key in named)]
 
 
 def _at_least_float32(policy: Policy) -> torch.dtype:

@@ -69,7 +69,10 @@ def _sample(
         )
         cache = getattr(output, "past_key_values", None)
         if cache is None:
-            raise BadInput(f"{type(policy.lm).__name__} has no key-value cache to sample with")
+            raise BadInput(
+                f"{type(policy.lm).__name__} has no key-value cache to sample with; "
+                "use an attention model, such as a GPT-2, Llama or Qwen"
+            )
         logits = lm_head_logits(
             output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
         )  # (b, V)
@@ -111,6 +114,8 @@ def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulated probability exceeds the uniform number. Shape ``(b,)``."""
     cdf = logits.to(uniforms.dtype).softmax(-1).cumsum(-1)
+    if bool(cdf[:, -1].isnan().any()):  # which would draw the last token of the vocabulary
+        raise BadInput("the policy gives NaN while sampling; try --precision fp32 or another model")
     # Rounding may end the cdf a little off 1; scaling by its end keeps every draw inside.
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
         max=logits.shape[-1] - 1

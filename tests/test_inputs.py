@@ -146,6 +146,7 @@ def test_report_of_pairs_for_the_reward_model():
     assert told[1:] == [
         "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 25, 25",
         "  warning: 25% of the responses lose their end; the reward model reads 32 tokens of "
-        "prompt and response; raise --max_length, or give a --reward_model with more positions",
+        "prompt and response; give a --reward_model with more positions (a small new one: raise "
+        "--max_length)",
     ]
     assert re.search(r"1 of 4 responses cut \(4 tokens lost\)", told[0])

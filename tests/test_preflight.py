@@ -220,6 +220,23 @@ def test_a_reference_of_other_weights_in_dpo(cached):
     assert "policy and reference differ before training" in found
 
 
+def test_a_wrong_cache_of_long_pairs_in_dpo(monkeypatch):
+    monkeypatch.setattr(preflight, "PAIR_TOKENS", 1)  # every pair is a long one
+    stage = Stage("dpo", cache_reference=True, beta=1.0)
+    cursor = stage.state.cursor
+    cursor.examples = [
+        replace(x, ref_logprobs=(x.ref_logprobs[0] + 5, x.ref_logprobs[1] - 5))
+        for x in cursor.examples
+    ]
+    assert "DPO's loss against ln 2" in refused(stage)
+
+
+def test_values_that_are_not_numbers():
+    stage = Stage("ppo")
+    nn.init.constant_(stage.model.value_head.bias, float("nan"))
+    assert "two passes in train mode" in refused(stage)
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
 def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
     def trunk_with_padded_positions(_policy, trunk, batch):
@@ -552,7 +569,8 @@ def test_modes_gradients_counts_and_generators_stay(name):
 
 
 def test_few_short_rows_are_enough(monkeypatch):
-    """Long rows are cut and many rows left out, so that large models take seconds."""
+    """Long rows are cut and many rows left out, so that large models take seconds. Of long pairs,
+    which a cached reference knows as a whole only, a single one is taken."""
     seen = []
     forward = models.Policy.forward
 
@@ -574,7 +592,8 @@ def test_few_short_rows_are_enough(monkeypatch):
         stage.check()
     assert len(seen) > 10
     assert max(rows for rows, _ in seen) <= 4
-    assert max(length for _, length in seen) <= 4 + 4
+    whole = [shape for shape in seen if shape[1] > 4 + 4]
+    assert whole == [(2, 2 * len(long))]  # chosen and rejected of one pair
 
 
 # How it is told

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import bert, bert_words
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rewards import WeightedSum, load_reward
+from rlhf_min.models import RewardModel
 from rlhf_min.rollout import call_reward
 
 CODE = """
@@ -28,6 +30,7 @@ ROWS = [{"wanted": "b"}, {"wanted": "b"}]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(CODE, encoding="utf-8")
+    (tmp_path / "typo.py").write_text("def f(:", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
     return tmp_path
@@ -83,12 +86,55 @@ def test_a_tensor_sums_like_a_list():
         (["nan*my_rewards:length"], "the weight must be finite"),
         (["my_rewards:length", "2*my_rewards:length"], "names my_rewards:length twice"),
         ([], "--reward names nothing"),
+        (["2*"], "--reward '2*' names nothing"),
+        (["typo.py:f"], "--reward typo.py: cannot be imported"),
+        ([":f"], "cannot be imported (Empty module name)"),
     ],
 )
 def test_bad_names(specs, message):
     with pytest.raises(BadInput, match=re.escape(message)) as error:
         load_reward(specs, model)
     assert "\n" not in str(error.value)
+
+
+def test_columns_may_be_called_like_the_arguments():
+    # the file's own columns "prompts", "responses", "self" and "name" are not handed over twice
+    rows = [{"wanted": "b", "prompts": 1, "responses": 2, "self": 3, "name": 4}] * 2
+    reward = load_reward(["my_rewards:hits", "my_rewards:length"], model)
+    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [4, 1]
+    assert call_reward(reward.monitors["reward/my_rewards:hits"], PROMPTS, RESPONSES, rows)[0] == 1
+    assert call_reward(length, PROMPTS, RESPONSES, rows).tolist() == [3, 1]
+
+
+def length(prompts, responses, **_columns):
+    assert len(prompts) == len(responses)
+    return [len(r) for r in responses]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions, prompts: completions + prompts, "takes completions first"),
+        (lambda responses: responses, "must take prompts and responses"),
+    ],
+)
+def test_a_reward_of_other_arguments_is_refused(reward, message):
+    with pytest.raises(BadInput, match=message):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_a_file_may_import_its_neighbours(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/neighbour.py").write_text("factor = 2", encoding="utf-8")
+    code = "import neighbour\ndef f(p, r): return [neighbour.factor] * len(r)"
+    (folder / "sub/own.py").write_text(code, encoding="utf-8")
+    assert call_reward(load_reward(["sub/own.py:f"], model), PROMPTS, RESPONSES).tolist() == [2, 2]
+
+
+def test_the_models_among_the_parts():
+    reward_model = RewardModel(bert(), bert_words())
+    reward = load_reward(["my_rewards:length", "rm"], lambda _: reward_model)
+    assert reward.models == [reward_model]
 
 
 def test_nan_names_the_function_and_the_prompt():

@@ -10,6 +10,7 @@ import torch
 from tiny import EOS, PAD, gpt2, llama, policy, token_rows
 
 from rlhf_min.data import collate
+from rlhf_min.errors import BadInput
 from rlhf_min.sampling import _inverse_cdf, sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
@@ -207,3 +208,12 @@ def test_log_probabilities_of_the_policy_are_those_of_its_samples():
     rows, t = batch.mask.nonzero(as_tuple=True)
     assert (uniforms[rows, t] < upper + 1e-9).all()
     assert (uniforms[rows, t] >= upper - logprobs.exp() - 1e-9).all()
+
+
+def test_a_policy_that_gives_nan_is_refused():
+    lm = gpt2()
+    made = policy(lm)
+    with torch.no_grad():
+        lm.transformer.wte.weight[5] = float("nan")  # one token, which no prompt holds
+    with pytest.raises(BadInput, match="the policy gives NaN while sampling"):
+        draw(made, [torch.tensor([2, 3])])

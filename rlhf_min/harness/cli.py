@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -75,6 +76,8 @@ class RunOptions:
             parse_columns(self.columns)
         check_trackers(self.report_to)
         require(self.out != "", "--out is empty; give a folder")
+        require(self.model != "", "--model is empty; give a folder or a name")
+        require(self.reward_model != "", "--reward_model is empty; give a folder or a name")
         require(
             self.template in (None, CHAT) or self.template.count("{prompt}") == 1,
             f"template {self.template!r} must hold {{prompt}} exactly once",
@@ -164,6 +167,11 @@ def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
 class _Parser(HfArgumentParser):
     """Says what is wrong in one line, without the usage of forty options before it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse would take the weight in "-0.3*brevity" for an option.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(\*.+)?$")
+
     def add_recipes(self, pretrained: dict[str, tuple[Any, str]]) -> None:
         """Say in the help what a field is for pretrained models, and who published it."""
         for action in self._actions:
@@ -229,6 +237,11 @@ def check_out(options: RunOptions, default: str) -> Path:
             options.overwrite,
             f"--out {out} exists; give another folder or --overwrite",
         )
+        for used in (options.model, options.reward_model, options.data):
+            require(
+                used is None or not Path(used).resolve().is_relative_to(out.resolve()),
+                f"--out {out} would be emptied, and {used} lies in it; give another folder",
+            )
         require(
             (out / RUN_FILE).is_file(),
             f"--out {out} holds no {RUN_FILE}, so it is not a run and is not overwritten",

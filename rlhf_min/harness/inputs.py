@@ -149,8 +149,8 @@ def encoded(cut: CutReport, codec: Codec) -> str:
 def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
     """The same for the reward model, which has no EOS to learn."""
     cure = (
-        f"the reward model reads {reward_model.max_length} tokens of prompt and response; raise "
-        "--max_length, or give a --reward_model with more positions"
+        f"the reward model reads {reward_model.max_length} tokens of prompt and response; give a "
+        "--reward_model with more positions (a small new one: raise --max_length)"
     )
     return _with_lengths(cut, "", cure)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import PreferenceExample, Sequences, collate
 from rlhf_min.errors import BadInput
+from rlhf_min.harness.rewards import WeightedSum
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.masking import masked_mean
 from rlhf_min.models import CHUNK_TOKENS, Policy, RewardModel, evaluating
@@ -39,7 +40,7 @@ SHARE_OF_MEMORY = 1.2  # need is an estimate: only what exceeds the room clearly
 
 ROWS = 3  # in a forward pass
 PROMPT_TOKENS, RESPONSE_TOKENS = 12, 6  # of a row, at most
-PAIR_TOKENS = 32  # of one side of a pair that is taken whole
+PAIR_TOKENS = 64  # of one side of a pair; of longer ones a single one is looked at
 LOOKED_AT = 1000  # rows whose EOS is looked for
 LOGITS_COPIES = 4  # of a chunk of logits: themselves, probabilities, gradient, a temporary
 GB = 1024**3
@@ -166,9 +167,12 @@ def check_ppo(
     """
     tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
     scorers = [reward_model] if isinstance(reward_model, RewardModel) else []
+    if isinstance(reward_model, WeightedSum):
+        scorers = reward_model.models
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     prompts = heapq.nsmallest(ROWS, state.cursor.examples, key=lambda x: len(x.ids))
-    prompts = [replace(x, ids=x.ids[-PROMPT_TOKENS:]) for x in prompts]
+    # Of unequal lengths, so that there is padding on the left while they are sampled from.
+    prompts = [replace(x, ids=x.ids[-(PROMPT_TOKENS - i) :]) for i, x in enumerate(prompts)]
 
     def checks() -> Iterator[Check]:
         yield no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
@@ -320,7 +324,7 @@ def passes_agree(policy: Policy, rows: Sequence[Row]) -> Check:
         differences.append((first.values - second.values).abs().max())
     return Check(
         "two passes in train mode",
-        float(max(differences)),
+        float(torch.stack(differences).max()),  # unlike Python's max, keeps NaN
         EXACT,
         "dropout, or other noise, is on in train mode",
         "set it to 0 in the model's config",
@@ -367,8 +371,9 @@ def loss_is_ln_2(
     tolerance: float,
 ) -> Check:
     """DPO's loss while policy and reference are the same."""
+    # Whole pairs, since a cached reference knows whole responses only; one if they are long.
     few = heapq.nsmallest(2, pairs, key=_pair_length)
-    few = [pair if _pair_length(pair) <= PAIR_TOKENS else _cut_pair(pair) for pair in few]
+    few = few if _pair_length(few[-1]) <= PAIR_TOKENS else few[:1]
     policy.train()
     with torch.no_grad():
         loss = float(dpo.batch_loss(policy, ref_policy, few, config)[0].loss)
@@ -716,11 +721,3 @@ def _length(row: Row) -> int:
 
 def _pair_length(pair: PreferenceExample) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def _cut_pair(pair: PreferenceExample) -> PreferenceExample:
-    return PreferenceExample(
-        pair.prompt_ids[-PROMPT_TOKENS:],
-        pair.chosen_ids[:RESPONSE_TOKENS],
-        pair.rejected_ids[:RESPONSE_TOKENS],
-    )

@@ -34,7 +34,7 @@ class WeightedSum:
         self._texts: tuple[list[str], list[str]] | None = None
         self._scores: dict[str, Tensor] = {}
 
-    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> Tensor:
+    def __call__(self, prompts: list[str], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores, ``(B,)``; further columns go to the parts that name them."""
         rows = [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
         self._texts = (prompts, responses)
@@ -46,12 +46,18 @@ class WeightedSum:
         return torch.stack(weighted).sum(0)
 
     @property
+    def models(self) -> list[RewardModel]:
+        """The reward models among the parts."""
+        owners = [getattr(reward, "__self__", None) for _, reward in self.parts.values()]
+        return [owner for owner in owners if isinstance(owner, RewardModel)]
+
+    @property
     def monitors(self) -> dict[str, RewardFunction]:
         """Each part as a reward of its own, for the metrics."""
         return {f"reward/{name}": partial(self._part, name) for name in self.parts}
 
     def _part(
-        self, name: str, prompts: list[str], responses: list[str], **columns: list[Any]
+        self, name: str, prompts: list[str], responses: list[str], /, **columns: list[Any]
     ) -> Tensor:
         if self._texts != (prompts, responses):
             self(prompts, responses, **columns)
@@ -72,6 +78,7 @@ def load_reward(specs: Sequence[str], load_model: Callable[[str], RewardModel]) 
     parts: dict[str, tuple[float, RewardFunction]] = {}
     for spec in specs:
         weight, name = _split_weight(spec)
+        require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
         reward = _function(name) if ":" in name else load_model(name).score
         parts[name] = (weight, reward)
@@ -99,18 +106,26 @@ def _function(name: str) -> RewardFunction:
 
 
 def _module(where: str) -> ModuleType:
-    if where.endswith(".py"):
-        require(Path(where).is_file(), f"--reward {where}: no such file; {FORMS}")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    sys.path.insert(0, str(Path.cwd()))  # as if it were imported by a script that lies here
+    file = Path(where)
+    is_file = file.suffix == ".py"
+    require(not is_file or file.is_file(), f"--reward {where}: no such file; {FORMS}")
+    # As if it were imported by a script that lies there: it may import its neighbours.
+    beside = str(file.parent.resolve() if is_file else Path.cwd())
+    sys.path.insert(0, beside)
     try:
-        return importlib.import_module(where)
-    except ImportError as error:
-        raise BadInput(f"--reward {where}: cannot be imported ({error}); {FORMS}") from error
+        return _from_file(file) if is_file else importlib.import_module(where)
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"--reward {where}: cannot be imported ({' '.join(str(error).split())}); {FORMS}"
+        ) from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(beside)
+
+
+def _from_file(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -18,6 +18,7 @@ from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
+from rlhf_min.harness.rewards import WeightedSum
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 from rlhf_min.sampling import sample
@@ -82,6 +83,11 @@ def run_reward(
     examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
     heldout, _ = reward.prepare_pairs(reward_model, inputs.heldout_pairs[:HELDOUT_ROWS])
     print(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
+    require(
+        len(examples) > 0,
+        "no pair is left to train on: all are equal after the cut; give a --reward_model with more "
+        "positions, or pairs that differ earlier",
+    )
     state = reward.new_state(reward_model, examples, config)
     if not skip_preflight:
         check_reward(reward_model, config, state)
@@ -178,8 +184,9 @@ def run_ppo(
     )
     if eval_prompts:
         print(change(before, looks.look()[0]))
-    if isinstance(reward_model, RewardModel):
-        print(f"scored by the reward model; {reward_model.cuts}")
+    scorers = [reward_model] if isinstance(reward_model, RewardModel) else []
+    for scorer in reward_model.models if isinstance(reward_model, WeightedSum) else scorers:
+        print(f"scored by the reward model; {scorer.cuts}")
     return policy
 
 
@@ -219,7 +226,7 @@ def change(before: Tensor, after: Tensor) -> str:
     """What training did to the scores of the same prompts, ``(N,)`` each, and how sure that is."""
     difference = after - before
     mean = float(difference.mean())
-    error = float(difference.std()) / len(difference) ** 0.5
+    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     told = f", {mean / error:.1f} standard errors of {error:.3f}" if error > 0 else ""
     return (
         f"score on {len(before)} fixed prompts: {float(before.mean()):.3f} before, "
@@ -249,8 +256,12 @@ def run_dpo(
     """Train a copy of the policy on the preference pairs; the start stays as its reference."""
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, _ = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
-    require(len(examples) > 0, "no pair is left to train on: all are equal after the cut")
     print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}")
+    require(
+        len(examples) > 0,
+        "no pair is left to train on: all are equal after the cut; raise --max_response_tokens, "
+        "and --max_length with it",
+    )
     policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
     if not skip_preflight:
