@@ -150,3 +150,14 @@ def test_report_of_pairs_for_the_reward_model():
         "--max_length)",
     ]
     assert re.search(r"1 of 4 responses cut \(4 tokens lost\)", told[0])
+
+
+def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    given = [{"prompt": f"p{i // 2}", "wanted": f"w{i}"} for i in range(8)]
+    file.write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    options = RunOptions(data=str(file), heldout_share=0.25)
+    inputs = load_inputs(options, "ppo", seed=0)
+    kept = [*inputs.prompts, *inputs.eval_prompts]
+    assert sorted(kept, key=lambda row: row["wanted"]) == given
+    assert len(inputs.eval_prompts) == 2

@@ -78,9 +78,11 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
     )
     print(f"{len(train)} rows to train on, {len(heldout)} held out (split by prompt, seed {seed})")
     inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
-    if stage == "sft":
+    if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
+        inputs.prompts, inputs.eval_prompts = train, heldout
+    elif stage == "sft":
         inputs.demonstrations, inputs.heldout_demonstrations = train, heldout
-    elif stage != "ppo":
+    else:
         inputs.pairs, inputs.heldout_pairs = train, heldout
         inputs.demonstrations = _chosen_as_response(train)
         inputs.heldout_demonstrations = _chosen_as_response(heldout)
