@@ -366,6 +366,7 @@ def test_a_gguf_file_needs_two_packages_and_to_be_there(tmp_path, monkeypatch):
     message(raised)
 
 
+@pytest.mark.real  # the extra brings gguf
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 def test_a_gguf_file_that_is_none_is_refused_in_one_line(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

@@ -8,7 +8,7 @@ import torch
 from tiny import bert, bert_words
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rewards import WeightedSum, load_reward
+from rlhf_min.harness.rewards import WeightedSum, load_reward, models_in
 from rlhf_min.models import RewardModel
 from rlhf_min.rollout import call_reward
 
@@ -134,7 +134,8 @@ def test_a_file_may_import_its_neighbours(folder):
 def test_the_models_among_the_parts():
     reward_model = RewardModel(bert(), bert_words())
     reward = load_reward(["my_rewards:length", "rm"], lambda _: reward_model)
-    assert reward.models == [reward_model]
+    assert models_in(reward) == models_in(reward_model) == [reward_model]
+    assert models_in(length) == []
 
 
 def test_nan_names_the_function_and_the_prompt():

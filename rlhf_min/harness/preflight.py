@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import PreferenceExample, Sequences, collate
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rewards import WeightedSum
+from rlhf_min.harness.rewards import models_in
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.masking import masked_mean
 from rlhf_min.models import CHUNK_TOKENS, Policy, RewardModel, evaluating
@@ -166,9 +166,7 @@ def check_ppo(
         BadInput: at the first check that fails, or what the reward itself raises.
     """
     tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
-    scorers = [reward_model] if isinstance(reward_model, RewardModel) else []
-    if isinstance(reward_model, WeightedSum):
-        scorers = reward_model.models
+    scorers = models_in(reward_model)
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     prompts = heapq.nsmallest(ROWS, state.cursor.examples, key=lambda x: len(x.ids))
     # Of unequal lengths, so that there is padding on the left while they are sampled from.

@@ -64,6 +64,13 @@ class WeightedSum:
         return self._scores[name]
 
 
+def models_in(reward: RewardModel | RewardFunction) -> list[RewardModel]:
+    """The reward models that a reward is, or is a sum of."""
+    if isinstance(reward, RewardModel):
+        return [reward]
+    return reward.models if isinstance(reward, WeightedSum) else []
+
+
 def load_reward(specs: Sequence[str], load_model: Callable[[str], RewardModel]) -> WeightedSum:
     """The reward that ``--reward`` names.
 

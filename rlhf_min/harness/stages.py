@@ -18,7 +18,7 @@ from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
-from rlhf_min.harness.rewards import WeightedSum
+from rlhf_min.harness.rewards import models_in
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 from rlhf_min.sampling import sample
@@ -184,8 +184,7 @@ def run_ppo(
     )
     if eval_prompts:
         print(change(before, looks.look()[0]))
-    scorers = [reward_model] if isinstance(reward_model, RewardModel) else []
-    for scorer in reward_model.models if isinstance(reward_model, WeightedSum) else scorers:
+    for scorer in models_in(reward_model):
         print(f"scored by the reward model; {scorer.cuts}")
     return policy
 
