@@ -21,8 +21,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind) -> Tens
         k2 = d^2 / 2                  biased, low variance                         (3)
         k3 = exp(-d) - 1 + d          unbiased, never negative                     (4)
 
-    In the rewards only k1 gives the gradient of E[score] - kl_coef * KL: the score function's
-    factor is right for log-ratios, not for another estimate of the same number.
+    In the rewards, which are held fixed, only k1 gives the gradient of E[score] - kl_coef * KL: its
+    own derivative has mean 0 under pi, those of the others have not.
 
     Args:
         logprobs: log pi(y). Shape ``(B, T)``.
