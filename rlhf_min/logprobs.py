@@ -1,7 +1,10 @@
 """Log-probabilities of given tokens, without keeping the logits of the whole batch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -85,10 +88,15 @@ def lm_head_logits(
         >>> lm_head_logits(h, w, bias=None, softcap=None, scale=1.0, temperature=0.5)
         tensor([[4., 8.]])
     """
-    logits = at_least_float32(torch.nn.functional.linear(hidden, weight, bias)) * scale  # (1)
+    # With the weight first, its gradient is no transposed view, so that autograd can add to it in
+    # place what comes from the embedding, where that is the same weight.
+    logits = (weight @ hidden.mT).mT
+    logits = at_least_float32(logits if bias is None else logits + bias)
+    # A factor of 1 is left out: all logits of a batch are a lot to multiply.
+    logits = logits if scale == 1 else scale * logits  # (1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)  # (2)
-    return logits / temperature  # (3)
+    return logits if temperature == 1 else logits / temperature  # (3)
 
 
 def lm_head_logprobs(
@@ -122,7 +130,7 @@ def lm_head_logprobs(
         logits = lm_head_logits(
             hidden, weight, bias=bias, softcap=softcap, scale=scale, temperature=temperature
         )
-        return token_logprobs(logits, tokens), entropy(logits.detach())
+        return _LogprobsAndEntropy.apply(logits, tokens)
 
     chunks = list(zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -131,6 +139,34 @@ def lm_head_logprobs(
         parts = [checkpoint(one_chunk, h, y, use_reentrant=False) for h, y in chunks]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """`token_logprobs` and `entropy` at once, with one softmax and its gradient written out.
+
+        d log p(y) / dz_v = [v = y] - p_v                                          (1)
+
+    Of all that is as large as the logits, only the p are kept for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+        probabilities = (logits - log_total).exp_()  # (n, V)
+        logprobs = (logits.gather(-1, tokens[:, None]) - log_total)[:, 0]  # (n,)
+        # A logit of minus infinity has probability 0, and 0 * inf is NaN.
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        entropy = log_total[:, 0] - finite.mul_(probabilities).sum(-1)  # (n,)
+        ctx.save_for_backward(probabilities, tokens)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        probabilities, tokens = ctx.saved_tensors
+        gradient = probabilities * -grad[:, None]  # (n, V)
+        return gradient.scatter_add_(-1, tokens[:, None], grad[:, None]), None  # (1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

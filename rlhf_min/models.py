@@ -12,10 +12,13 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import CutReport, Sequences, micro_batches
 from .errors import require
+from .fast import can_pack, speed_up
 from .loading import VALUE_FILE, load_causal_lm, load_classifier
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
+from .packing import Layout, packed, padded
 
 CHUNK_TOKENS = 1024  # rows of logits held at once
+SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes at once
 Critic = Literal["none", "shared", "separate"]
 
 
@@ -55,6 +58,7 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(weight.shape[1], 1, dtype=dtype, device=weight.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        speed_up(lm)
         self.eval()
         self._check_head()
 
@@ -80,19 +84,20 @@ class Policy(nn.Module):
         of the work of a small model.
         """
         batch = batch.to(self.device)
-        hidden = self._trunk(self.lm.base_model, batch)  # (B, L, H)
-        at_tokens = response_hidden(hidden, batch)  # (N, H), N real response tokens
+        layout = self._layout(batch)
+        head = lm_head(self.lm)  # before the trunk: see there
+        at_tokens = _hidden_states(self.lm.base_model, layout)  # (N, H), N real response tokens
         logprobs, entropy = lm_head_logprobs(
             at_tokens,
             tokens=batch.responses[batch.mask],
             temperature=temperature,
             chunk_tokens=CHUNK_TOKENS,
-            **lm_head(self.lm),
+            **head,
         )
         values = None
         if self.value_head is not None:
             if self.critic_trunk is not None:
-                at_tokens = response_hidden(self._trunk(self.critic_trunk, batch), batch)
+                at_tokens = _hidden_states(self.critic_trunk, layout)
             with torch.autocast(self.device.type, enabled=False):
                 at_head = at_tokens.to(self.value_head.weight.dtype)
                 values = scatter_tokens(self.value_head(at_head)[:, 0], batch.mask)
@@ -103,8 +108,8 @@ class Policy(nn.Module):
     def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
         """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
         batch = batch.to(self.device)
-        hidden = response_hidden(self._trunk(self.lm.base_model, batch), batch)
-        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
+        at_tokens = _hidden_states(self.lm.base_model, self._layout(batch))
+        return lm_head_logits(at_tokens, temperature=temperature, **lm_head(self.lm))
 
     def reference(self, device: torch.device | None = None) -> "Policy":
         """A frozen copy of the language model as it is now, without critic and dropout.
@@ -178,26 +183,17 @@ class Policy(nn.Module):
             "log-probabilities would be wrong; use another model",
         )
 
-    def _trunk(self, trunk: nn.Module, batch: Sequences) -> Tensor:
-        # Rows are right-padded, so the default positions 0, 1, 2, ... are the true ones.
-        return trunk(
-            input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+    def _layout(self, batch: Sequences) -> Layout:
+        if not can_pack(self.lm):
+            return padded(batch)
+        # At a row of a third of the width of the model, attention is a twentieth of the work.
+        return packed(batch, width=self.lm.config.hidden_size // 3)
 
 
-def response_hidden(hidden: Tensor, batch: Sequences) -> Tensor:
-    """The hidden states that predict the real response tokens: the one shift by P - 1.
-
-    Args:
-        hidden: the trunk's output for ``batch.ids``. Shape ``(B, L, H)``.
-        batch: the rows, each with its own prompt length P.
-
-    Returns:
-        Shape ``(N, H)``: for each real response token t of row b, row after row, the hidden state
-        at sequence index P_b - 1 + t.
-    """
-    rows, t = batch.mask.nonzero(as_tuple=True)  # (N,) each
-    return hidden[rows, batch.prompt_lengths[rows] - 1 + t]
+def _hidden_states(trunk: nn.Module, layout: Layout) -> Tensor:
+    """Where each real response token is predicted, row after row. Shape ``(N, H)``."""
+    hidden = trunk(**layout.inputs, use_cache=False).last_hidden_state  # (R, W, H)
+    return hidden.flatten(0, 1)[layout.at]
 
 
 def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
@@ -206,11 +202,16 @@ def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
-    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale."""
+    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale.
+
+    Called before the trunk, the weight's own node is older than the embedding's. Autograd works
+    from the youngest to the oldest, so it adds the few rows of the embedding's gradient to the
+    weight's large one, instead of making a third.
+    """
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0
     return {
-        "weight": head.weight,
+        "weight": head.weight.expand_as(head.weight),
         "bias": getattr(head, "bias", None),
         "softcap": getattr(config, "final_logit_softcapping", None),
         "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
@@ -276,6 +277,7 @@ class RewardModel(nn.Module):
             8 <= max_length <= positions,
             f"max_length {max_length} must lie between 8 and the model's {positions} positions",
         )
+        speed_up(model)
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
         self.tokenizer.model_max_length = max_length  # saved with the model
@@ -288,9 +290,17 @@ class RewardModel(nn.Module):
         return self.model.device
 
     def forward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Scores with gradient. Shape ``(B,)``, in at least float32."""
-        inputs = self.encode(prompts, responses).to(self.device)
-        return at_least_float32(self.model(**inputs).logits[:, 0])
+        """Scores with gradient. Shape ``(B,)``, in at least float32.
+
+        Rows of similar length pass together, so that little of the work is padding.
+        """
+        groups = micro_batches(self.lengths(prompts, responses), max_tokens=SIMILAR_TOKENS)
+        parts = []
+        for rows in groups:
+            inputs = self.encode([prompts[i] for i in rows], [responses[i] for i in rows])
+            parts.append(at_least_float32(self.model(**inputs.to(self.device)).logits[:, 0]))
+        order = torch.tensor([i for rows in groups for i in rows])
+        return torch.cat(parts)[order.argsort().to(self.device)]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> BatchEncoding:
         """Prompt and response as the classifier's input pair: training and scoring alike."""

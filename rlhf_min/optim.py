@@ -79,8 +79,10 @@ class Optimizer:
             NonFinite: if the gradient is not finite; the weights are untouched then.
         """
         self.scaler.unscale_(self.optimizer)
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        total_norm = nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
+        norm = float(total_norm)
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)
         # Under fp16 an overflow is expected now and then: the scaler skips it and scales less.
         self.skips = 0 if norm < float("inf") else self.skips + 1
         if self.skips > (FP16_SKIPS if self.precision == "fp16" else 0):

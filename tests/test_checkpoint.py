@@ -19,7 +19,7 @@ from tiny import (
     token_rows,
     words,
 )
-from tolerances import EXACT
+from tolerances import EXACT, FP32, FP64
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -94,7 +94,9 @@ def test_plain_transformers_reads_a_policy(make, dtype, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     ids = BATCH.ids
-    assert_close(loaded.eval()(ids).logits, model.lm(ids).logits, EXACT)
+    # GPT-2's activation is fused in ours.
+    tolerance = FP32 if dtype == torch.float32 else FP64
+    assert_close(loaded.eval()(ids).logits, model.lm(ids).logits, tolerance)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_vocab() == model.tokenizer.get_vocab()
     assert tokenizer("ba be").input_ids == model.tokenizer("ba be").input_ids
@@ -142,10 +144,10 @@ def test_model_pt_holds_the_weights_and_no_code(make, tmp_path):
     other = make(7, vocabulary=VOCABULARY)
     assert not torch.equal(other(BATCH.ids).logits, model.lm(BATCH.ids).logits)
     other.load_state_dict(state)
-    assert_close(other(BATCH.ids).logits, model.lm(BATCH.ids).logits, EXACT)
+    assert_close(other(BATCH.ids).logits, model.lm(BATCH.ids).logits, FP64)
     again = make(7, vocabulary=VOCABULARY)
     load_state(again, tmp_path / "out" / "model.pt")
-    assert_close(again(BATCH.ids).logits, model.lm(BATCH.ids).logits, EXACT)
+    assert_close(again(BATCH.ids).logits, model.lm(BATCH.ids).logits, FP64)
 
 
 def test_model_pt_of_a_reward_model(tmp_path):

@@ -23,8 +23,9 @@ from rlhf_min import data, dpo, ppo, reward, rollout, sft
 from rlhf_min.data import Cursor
 from rlhf_min.kl import kl_estimate
 from rlhf_min.logprobs import entropy, lm_head_logits, token_logprobs
-from rlhf_min.models import RewardModel, response_hidden, scatter_tokens
+from rlhf_min.models import RewardModel, scatter_tokens
 from rlhf_min.optim import Optimizer, State
+from rlhf_min.packing import padded
 
 SCORES = torch.tensor([1.0, -0.5, 2.0, 0.25, -2.0, 0.5, -1.0, 3.0], dtype=torch.float64)
 PAIRS = [
@@ -218,7 +219,7 @@ def test_the_shift_and_its_inverse_carry_gradient_to_their_own_cells():
     hidden = torch.linspace(-1, 1, batch.ids.numel() * 2, dtype=torch.float64)
     hidden = hidden.reshape(*batch.ids.shape, 2).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda h: scatter_tokens(response_hidden(h, batch).prod(-1), batch.mask), (hidden,)
+        lambda h: scatter_tokens(h.flatten(0, 1)[padded(batch).at].prod(-1), batch.mask), (hidden,)
     )
 
 

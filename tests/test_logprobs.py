@@ -299,6 +299,16 @@ def test_lm_head_logprobs_property_memory():
     assert hidden.grad is not None
 
 
+def test_the_entropy_of_a_logit_of_minus_infinity():
+    # p = 1/2, 1/2, 0: log 2
+    hidden, weight = torch.ones(1, 1), torch.zeros(3, 1)
+    arguments = head() | {"bias": torch.tensor([0.0, 0.0, -torch.inf])}
+    tokens = torch.tensor([0])
+    logprobs, entropies = lm_head_logprobs(hidden, weight, tokens, **arguments, chunk_tokens=1)
+    assert_close(entropies, [math.log(2)], FP32)
+    assert_close(logprobs, [-math.log(2)], FP32)
+
+
 def test_lm_head_logprobs_gradient():
     hidden, weight, bias, tokens = random_head(3, 4, 2)
     leaves = tuple(x.requires_grad_() for x in (hidden, weight, bias))

@@ -52,7 +52,6 @@ from rlhf_min.models import (
     RewardModel,
     disable_dropout,
     evaluating,
-    response_hidden,
     scatter_tokens,
 )
 from rlhf_min.world import train_bpe
@@ -183,17 +182,6 @@ def test_token_logits(make):
     with torch.no_grad():
         expected = torch.cat([row_logits(model.lm, b, temperature=0.7) for b in range(4)])
         assert_close(model.token_logits(BATCH, temperature=0.7), expected, FP64)
-
-
-def test_response_hidden_by_hand():
-    # hidden state 100 b + i at index i; P = 3, 1: predicted at 2, 3 and at 0, 1, 2
-    batch = collate(
-        [torch.tensor([5, 5, 5]), torch.tensor([5])],
-        [torch.tensor([5, 5]), torch.tensor([5, 5, 5])],
-        pad_id=0,
-    )
-    hidden = (100 * torch.arange(2)[:, None] + torch.arange(5)).double()[..., None]
-    assert response_hidden(hidden, batch)[:, 0].tolist() == [2, 3, 100, 101, 102]
 
 
 def test_scatter_tokens_by_hand():

@@ -33,6 +33,7 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.preflight import Check, available_bytes, cache_bytes, kept_bytes
+from rlhf_min.packing import padded
 
 ENDED_PAIRS = [x for x in PREFERENCES if x.rejected_ids[-1] == END]
 TEXT_PAIRS = [
@@ -239,18 +240,15 @@ def test_values_that_are_not_numbers():
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
 def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
-    def trunk_with_padded_positions(_policy, trunk, batch):
+    def padded_positions(_policy, batch):
+        layout = padded(batch)
         padding = (1 - batch.attention_mask).sum(1, keepdim=True)
         positions = torch.arange(batch.ids.shape[1]) + padding
-        return trunk(
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions.clamp(max=15),
-            use_cache=False,
-        ).last_hidden_state
+        layout.inputs["position_ids"] = positions.clamp(max=15)
+        return layout
 
     stage = Stage(name)
-    monkeypatch.setattr(models.Policy, "_trunk", trunk_with_padded_positions)
+    monkeypatch.setattr(models.Policy, "_layout", padded_positions)
     assert "a row alone against it in a batch" in refused(stage)
 
 
