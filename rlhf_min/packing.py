@@ -56,16 +56,11 @@ def packed(batch: Sequences, *, width: int) -> Layout:
     """
     device, ids = batch.ids.device, batch.ids.cpu()
     prompt_lengths = batch.prompt_lengths.tolist()
-    response_lengths = batch.mask.sum(1).tolist()
-    families: dict[tuple[int, ...], list[int]] = {}  # the rows of each prompt
-    for row, length in enumerate(prompt_lengths):
-        families.setdefault(tuple(ids[row, :length].tolist()), []).append(row)
-    siblings = list(families.values())
+    prompts = [tuple(ids[row, :P].tolist()) for row, P in enumerate(prompt_lengths)]
     # A response's last token is predicted, and predicts nothing: it need not be there.
-    sizes = [
-        prompt_lengths[rows[0]] + sum(response_lengths[row] - 1 for row in rows)
-        for rows in siblings
-    ]
+    lengths = (batch.mask.sum(1) - 1).tolist()
+    siblings = _siblings(prompts, lengths, width=width)
+    sizes = [prompt_lengths[rows[0]] + sum(lengths[row] for row in rows) for rows in siblings]
     bins = first_fit(sizes, width=max(width, *sizes))
     shape = len(bins), max(sum(sizes[i] for i in members) for members in bins)
 
@@ -82,7 +77,7 @@ def packed(batch: Sequences, *, width: int) -> Layout:
             positions[r, start:stop] = torch.arange(P)
             family[r, start : start + sizes[i]] = i
             for k, row in enumerate(siblings[i], 1):
-                T = response_lengths[row] - 1
+                T = lengths[row]
                 tokens[r, stop : stop + T] = ids[row, P : P + T]
                 positions[r, stop : stop + T] = torch.arange(P, P + T)
                 branch[r, stop : stop + T] = k
@@ -99,6 +94,23 @@ def packed(batch: Sequences, *, width: int) -> Layout:
         "attention_mask": sees.tril()[:, None],  # (R, 1, W, W)
     }
     return Layout({k: v.to(device) for k, v in inputs.items()}, torch.cat(at).to(device))
+
+
+def _siblings(
+    prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], *, width: int
+) -> list[list[int]]:
+    """The rows of each prompt. No more than fill twice the longest row, which holds any pair."""
+    longest = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
+    found: list[list[int]] = []
+    latest: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows = latest.get(prompt, [])
+        size = len(prompt) + sum(lengths[i] for i in rows) + lengths[row]
+        if not rows or size > max(width, 2 * longest):
+            found.append([])
+            latest[prompt] = found[-1]
+        latest[prompt].append(row)
+    return found
 
 
 def first_fit(sizes: Sequence[int], *, width: int) -> list[list[int]]:

@@ -96,6 +96,32 @@ def test_packed_by_hand():
     assert [row.nonzero()[:, 0].tolist() for row in mask] == sees
 
 
+def test_many_responses_to_one_prompt_are_no_row_without_end():
+    # Rows of 2 + 3 tokens before the last: two of 5 and 3 fill 8 of 10, a third would make 11.
+    batch = collate([ids(5, 6)] * 5, [ids(1, 2, 3, 4)] * 5, pad_id=0)
+    layout = packed(batch, width=1)
+    assert layout.inputs["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 2, 3, 4],
+        [0, 1, 2, 3, 4, 2, 3, 4],
+        [0, 1, 2, 3, 4, 0, 0, 0],
+    ]
+    assert layout.at.tolist() == [
+        1,
+        2,
+        3,
+        4,
+        1,
+        5,
+        6,
+        7,
+        *(8 + i for i in (1, 2, 3, 4, 1, 5, 6, 7)),
+        17,
+        18,
+        19,
+        20,
+    ]
+
+
 def test_packed_rows_have_their_own_padding():
     # 5 tokens and 2 into rows of 5: the second row has 3 cells that nobody reads
     layout = packed(two_families(), width=1)

@@ -82,6 +82,26 @@ def test_the_commands_name_files_that_exist(line):
         assert (ROOT / name).is_file()
 
 
+def test_the_bench_is_what_was_written():
+    results = json.loads((ROOT / "examples/results/benchmark.json").read_text("utf-8"))
+    (table,) = [text for _, text in BLOCKS if "times as fast" in text]
+    run = results.pop("run")
+    lines = [f"threads: {run['threads']}", f"versions: {run['versions']}"]
+    for workload in results.values():
+        for opponent, precisions in workload.items():
+            assert f"against {opponent}\n" in table
+            for precision, found in precisions.items():
+                low, high = found["ratio_min"], found["ratio_max"]
+                lines.append(
+                    f"  {precision}: {found['ratio']:.2f} times as fast ({low:.2f}-{high:.2f}), "
+                    f"{found['memory_share']:.2f} of the memory, "
+                    f"{found['above_fixed_share']:.2f} of that above the fixed part"
+                )
+    assert len(lines) > 8
+    for line in lines:
+        assert line in table.splitlines()
+
+
 def test_every_example_is_told_and_every_told_example_exists():
     told = set(re.findall(r"examples/(\w+\.py)", README))
     assert told == {path.name for path in (ROOT / "examples").glob("*.py")}
