@@ -1,5 +1,7 @@
 """What makes a model of transformers faster and leaner, and its results no different."""
 
+import copy
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -39,12 +41,24 @@ def make_tied_gradient_sparse(model: PreTrainedModel) -> None:
         embedding.sparse = True
 
 
+def separate_trunk(model: PreTrainedModel) -> nn.Module:
+    """A copy of the trunk whose embedding is tied to no projection, so its gradient is dense."""
+    trunk = copy.deepcopy(model.base_model)
+    for module in trunk.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = False
+    return trunk
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether the model gives a row the same hidden states among others as on its own."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in PACKABLE
         and kinds == {"full_attention"}  # a sliding window counts cells, not positions
+        # Their frequencies follow the longest row of the batch, whose last token is left out.
+        and rope.get("rope_type") not in ("dynamic", "longrope")
         and config._attn_implementation == "sdpa"  # which takes a mask of truth values
     )

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import CutReport, Sequences, micro_batches
 from .errors import require
-from .fast import can_pack, speed_up
+from .fast import can_pack, separate_trunk, speed_up
 from .loading import VALUE_FILE, load_causal_lm, load_classifier
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 from .packing import Layout, packed, padded
@@ -49,8 +49,9 @@ class Policy(nn.Module):
         self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, critic: Critic = "none"
     ) -> None:
         super().__init__()
+        speed_up(lm)
         self.lm, self.tokenizer, self.critic = lm, tokenizer, critic
-        self.critic_trunk = copy.deepcopy(lm.base_model) if critic == "separate" else None
+        self.critic_trunk = separate_trunk(lm) if critic == "separate" else None
         self.value_head: nn.Linear | None = None
         if critic != "none":
             weight = lm.get_output_embeddings().weight
@@ -58,7 +59,6 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(weight.shape[1], 1, dtype=dtype, device=weight.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        speed_up(lm)
         self.eval()
         self._check_head()
 
@@ -211,7 +211,7 @@ def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0
     return {
-        "weight": head.weight.expand_as(head.weight),
+        "weight": head.weight.expand_as(head.weight) if torch.is_grad_enabled() else head.weight,
         "bias": getattr(head, "bias", None),
         "softcap": getattr(config, "final_logit_softcapping", None),
         "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
@@ -324,7 +324,7 @@ class RewardModel(nn.Module):
         Args:
             prompts: texts, before any template or cut.
             responses: texts, without special tokens.
-            max_tokens: padded tokens in one forward pass; a matter of memory only.
+            max_tokens: padded tokens encoded at once; a matter of memory only.
 
         What does not fit is counted in `cuts`.
         """

@@ -78,6 +78,9 @@ class Optimizer:
         Raises:
             NonFinite: if the gradient is not finite; the weights are untouched then.
         """
+        for p in self.parameters:
+            if p.grad is not None and p.grad.is_sparse:  # of an embedding used without its head
+                p.grad = p.grad.to_dense()
         self.scaler.unscale_(self.optimizer)
         total_norm = nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
         norm = float(total_norm)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .data import PromptExample, Sequences, collate, micro_batches
 from .errors import BadInput, require
 from .kl import exact_kl, kl_estimate
+from .masking import require_right_padded
 from .models import Policy, evaluating, scatter_tokens
 from .sampling import sample
 
@@ -170,7 +171,8 @@ class RolloutBuffer:
     """A judged rollout, ready to be learned from in minibatches.
 
     `rewards`, `advantages` and `returns` are (B, T), zero at padding. `value_mask` says which
-    cells the value loss counts, at least all real tokens; None means the rollout's own mask.
+    cells the value loss counts: all real tokens and at most one cell behind them; None means the
+    rollout's own mask.
     """
 
     rollout: Rollout
@@ -180,8 +182,14 @@ class RolloutBuffer:
     value_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.value_mask is not None and bool((self.rollout.mask & ~self.value_mask).any()):
+        if self.value_mask is None:
+            return
+        if bool((self.rollout.mask & ~self.value_mask).any()):
             raise ValueError("value_mask leaves out a real response token")
+        # A value is read off the token before its cell, so one cell behind EOS has one.
+        require_right_padded(self.value_mask)
+        if bool((self.value_mask.sum(1) > self.rollout.lengths + 1).any()):
+            raise ValueError("value_mask goes more than one cell beyond the response")
 
     def minibatches(self, order: Tensor, size: int) -> Iterator[list[int]]:
         """The rows of each minibatch: consecutive slices of `order`; the last may be smaller."""

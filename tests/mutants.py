@@ -187,10 +187,10 @@ MUTANTS = [
            "test_logprobs.py::test_the_entropy_of_a_logit_of_minus_infinity"),
     Mutant("the gradient's sign", "logprobs._LogprobsAndEntropy",
            "probabilities * -grad", "probabilities * grad",
-           "test_logprobs.py::test_lm_head_logprobs_gradient"),
+           "test_models.py::test_gradients_are_those_of_the_plain_computation[gpt2-1024]"),
     Mutant("the gradient of the token itself", "logprobs._LogprobsAndEntropy",
            "gradient.scatter_add_(-1, tokens[:, None], grad[:, None])", "gradient",
-           "test_logprobs.py::test_lm_head_logprobs_gradient"),
+           "test_models.py::test_gradients_are_those_of_the_plain_computation[gpt2-1024]"),
     Mutant("the logits of all chunks are kept", "logprobs.lm_head_logprobs",
            "if len(chunks) == 1 or not torch.is_grad_enabled():", "if True:",
            "test_logprobs.py::test_lm_head_logprobs_property_memory"),
@@ -498,8 +498,8 @@ MUTANTS = [
            "test_data.py::test_take_goes_through_each_epoch_once"),
 
     # models
-    Mutant("a critic with the policy's weights", "models.Policy.__init__",
-           "copy.deepcopy(lm.base_model)", "lm.base_model",
+    Mutant("a critic with the policy's weights", "fast.separate_trunk",
+           "copy.deepcopy(model.base_model)", "model.base_model",
            "test_models.py::test_a_separate_critic_starts_as_a_copy_with_weights_of_its_own"),
     Mutant("a new value head is not zero", "models.Policy.__init__",
            "nn.init.zeros_(self.value_head.weight)", "pass",
@@ -587,9 +587,12 @@ MUTANTS = [
     Mutant("untied weights get a sparse gradient", "fast.make_tied_gradient_sparse",
            'getattr(head, "weight", None) is embedding.weight', "True",
            "test_fast.py::test_only_a_tied_weight_has_a_sparse_part"),
+    Mutant("the critic's gradient stays sparse", "fast.separate_trunk",
+           "module.sparse = False", "pass",
+           "test_fast.py::test_a_separate_critic_has_a_dense_gradient_of_its_own"),
     Mutant("scores in another order than texts", "models.RewardModel.forward",
            "[order.argsort().to(self.device)]", "",
-           "test_models.py::test_scores_depend_neither_on_batching_nor_on_order[bert]"),
+           "test_models.py::test_forward_keeps_the_order_of_the_texts"),
     Mutant("tokens go into the padding", "models.scatter_tokens",
            "masked_scatter(mask, x)", "masked_scatter(~mask, x)",
            "test_models.py::test_scatter_tokens_by_hand"),
@@ -722,6 +725,18 @@ MUTANTS = [
     Mutant("a value mask may leave out tokens", "rollout.RolloutBuffer.__post_init__",
            "self.value_mask).any()", "self.value_mask).all()",
            "test_ppo.py::test_a_value_mask_without_a_real_token_is_refused"),
+    Mutant("any value mask will do", "rollout.RolloutBuffer.__post_init__",
+           "if self.value_mask is None:", "if True:",
+           "test_ppo.py::test_a_value_mask_of_cells_that_no_token_comes_before_is_refused"
+           "[False-a real token after padding]"),
+    Mutant("values behind a hole", "rollout.RolloutBuffer.__post_init__",
+           "require_right_padded(self.value_mask)", "pass",
+           "test_ppo.py::test_a_value_mask_of_cells_that_no_token_comes_before_is_refused"
+           "[False-a real token after padding]"),
+    Mutant("values of padding", "rollout.RolloutBuffer.__post_init__",
+           "self.value_mask.sum(1) > self.rollout.lengths + 1", "self.value_mask.sum(1) < 0",
+           "test_ppo.py::test_a_value_mask_of_cells_that_no_token_comes_before_is_refused"
+           "[True-more than one cell beyond the response]"),
     Mutant("a score of NaN is let through", "rollout.call_reward",
            "math.isfinite(score)", "True",
            "test_rollout.py::test_a_refused_score_stops_collect"),
@@ -982,6 +997,9 @@ MUTANTS = [
            "test_ppo.py::test_tokens_per_second_counts_prompts_and_responses"),
 
     # optim
+    Mutant("a sparse gradient stays sparse", "optim.Optimizer.step",
+           "p.grad = p.grad.to_dense()", "p.grad = None",
+           "test_optim.py::test_a_sparse_gradient_is_stepped_like_a_dense_one"),
     Mutant("fp16 loses small gradients", "optim.Optimizer.backward",
            "self.scaler.scale(loss).backward()", "loss.backward()",
            "test_optim.py::test_fp16_scales_the_loss_and_skips_an_overflow"),
@@ -1190,7 +1208,7 @@ def outcomes(jobs: Sequence[Job]) -> Iterator[Outcome]:
 
 def preload(paths: Sequence[Path]) -> None:
     """Import once, before the processes part, what these files import of other libraries."""
-    ours = {"rlhf_min", *(path.stem for path in TESTS.glob("*.py"))}
+    ours = {"rlhf_min", "benchmark", *(path.stem for path in TESTS.glob("*.py"))}
     for path in paths:
         for node in tree(path).body:
             match node:

@@ -1,7 +1,7 @@
 """What is faster is the same."""
 
 import torch
-from small import small_policy
+from small import small_policy, word_tokenizer
 from strategies import assert_close
 from tiny import llama, policy
 from tolerances import FP64
@@ -12,6 +12,7 @@ from transformers.activations import NewGELUActivation
 
 from rlhf_min.data import collate
 from rlhf_min.fast import fuse_gelu, make_tied_gradient_sparse
+from rlhf_min.models import Policy
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -53,6 +54,18 @@ def test_only_a_tied_weight_has_a_sparse_part():
     lm = policy(llama()).lm
     assert lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
     assert not lm.get_input_embeddings().sparse
+
+
+def test_a_separate_critic_has_a_dense_gradient_of_its_own():
+    # made of a language model that a policy has had before
+    model = Policy(small_policy().lm, word_tokenizer(), critic="separate")
+    model.value_head.weight.data[0] = torch.linspace(-1, 2, 16)  # unequal: a norm comes before
+    batch = collate([torch.tensor([2, 3])], [torch.tensor([4, 5, 0])], pad_id=1)
+    output = model(batch)
+    (output.logprobs.sum() + output.values.sum()).backward()
+    gradient = model.critic_trunk.get_input_embeddings().weight.grad
+    assert not gradient.is_sparse
+    assert gradient.any(1).nonzero()[:, 0].tolist() == [2, 3, 4, 5]  # EOS predicts nothing
 
 
 def test_the_parts_of_a_tied_gradient_are_added_in_place():

@@ -615,6 +615,15 @@ def test_score_is_forward_in_eval_mode_whatever_the_mode():
     assert scores.sort().values.diff().min() > 1e-3  # no two rows can be exchanged unnoticed
 
 
+def test_forward_keeps_the_order_of_the_texts():
+    model = reward_model().eval()
+    prompts, responses = TEXTS
+    lengths = model.lengths(prompts, responses)
+    assert lengths != sorted(lengths, reverse=True)  # which is the order that they pass in
+    alone = torch.cat([model([p], [r]) for p, r in zip(prompts, responses, strict=True)])
+    assert_close(model(prompts, responses), alone, FP64)
+
+
 @pytest.mark.parametrize("make", ["bert", "gpt2"])
 def test_scores_depend_neither_on_batching_nor_on_order(make):
     model = reward_model() if make == "bert" else RewardModel(gpt2_classifier(), words())

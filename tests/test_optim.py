@@ -167,6 +167,18 @@ def test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step():
     assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == 3.0
 
 
+def test_a_sparse_gradient_is_stepped_like_a_dense_one():
+    # Adam's first step is the rate times the gradient's sign, and leaves the other rows.
+    embedding = nn.Embedding(3, 2, sparse=True, dtype=torch.float64)
+    start = embedding.weight.detach().clone()
+    optimizer = optimizer_of(embedding, schedule="constant", weight_decay=0.0)
+    optimizer.backward(embedding(torch.tensor([1])).sum())
+    rate = optimizer.learning_rate
+    optimizer.step()
+    moved = (start - embedding.weight.detach())[:, 0] / rate
+    assert moved.tolist() == pytest.approx([0.0, 1.0, 0.0], abs=FP32)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
     toy = Toy()

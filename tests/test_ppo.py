@@ -823,6 +823,20 @@ def test_monitors_get_the_columns_that_they_name():
     assert metrics["again"] == pytest.approx(metrics["score"], abs=FP64)
 
 
+@pytest.mark.parametrize(
+    ("next_cell", "message"),
+    [(False, "a real token after padding"), (True, "more than one cell beyond the response")],
+)
+def test_a_value_mask_of_cells_that_no_token_comes_before_is_refused(next_cell, message):
+    buffer = widened(judged_rollout(small_policy(critic="shared")))
+    row = int(buffer.rollout.lengths.argmin())
+    n = int(buffer.rollout.lengths[row])
+    mask = buffer.value_mask.clone()
+    mask[row, n], mask[row, n + 1] = next_cell, True
+    with pytest.raises(ValueError, match=message):
+        replace(buffer, value_mask=mask)
+
+
 def test_a_value_mask_without_a_real_token_is_refused():
     buffer = ppo.judge(judged_by_hand(), CONFIG, kl_coef=0.5)
     mask = buffer.rollout.mask.clone()
