@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmark import scaling
 from benchmark.generate import WEIGHTS_IN_BF16
 from benchmark.models import SIZES, save_models
 from benchmark.report import chart, entries, table
@@ -33,6 +34,7 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import command
 
 WORKLOADS = ("ppo", "dpo", "reward", "sampling")
+SCALING = "scaling"  # of ours alone, against nobody
 PRECISIONS = ("fp32", "bf16")
 LIBRARIES = ("torch", "transformers", "trl")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -60,6 +62,11 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         save_models(SIZES[options.size], Path(folder))
+        if options.only in (None, SCALING):
+            print()
+            results[SCALING] = scaling.measure(
+                options.size, folder, rounds=options.rounds, threads=options.threads
+            )
         for comparison in comparisons:
             task = Task(comparison.workload, options.size, "fp32", folder)
             outcome = play(comparison, task, rounds=options.rounds, threads=options.threads)
@@ -69,11 +76,24 @@ def main() -> None:
             opponents.setdefault(comparison.name, {}).update(entries(outcome))
     if options.out is not None:
         out = Path(options.out)
-        (out / "benchmark.json").write_text(
-            json.dumps({"run": run, **results}, indent=2) + "\n", encoding="utf-8"
-        )
-        chart(results, out / "benchmark.png")
+        written = add_to(out / "benchmark.json", run, results)
+        chart({w: written[w] for w in WORKLOADS if w in written}, out / "benchmark.png")
         print(f"\nbenchmark.json and benchmark.png are in {out}")
+
+
+def add_to(
+    file: Path, run: dict[str, str], results: dict[str, dict[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Write the results of these workloads; others that the file holds stay as they are.
+
+    Returns:
+        All that the file holds then; under ``run`` what is known of each workload's run.
+    """
+    written = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"run": {}}
+    written["run"] |= dict.fromkeys(results, run)
+    written |= results
+    file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return dict(written)
 
 
 def read_options() -> argparse.Namespace:
@@ -83,7 +103,7 @@ def read_options() -> argparse.Namespace:
         "this measures memory by what the kernel says in /proc, so it needs Linux",
     )
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=WORKLOADS, help="One workload. Default: all.")
+    parser.add_argument("--only", choices=(*WORKLOADS, SCALING), help="One workload. Default: all.")
     parser.add_argument("--rounds", type=int, default=3, help="Counted ones, after a warm-up.")
     parser.add_argument(
         "--size",

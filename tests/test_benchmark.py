@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import EXACT
+from tolerances import EXACT, FP64
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel, GPT2LMHeadModel
 
@@ -17,6 +17,8 @@ from rlhf_min.errors import BadInput
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as it is for the command
+import benchmark_vs_trl  # noqa: E402
+from benchmark import scaling  # noqa: E402
 from benchmark.commands import fixed_bytes  # noqa: E402
 from benchmark.flops import TRAINED, Shape, forward, useful  # noqa: E402
 from benchmark.models import SIZES, Size, save_models  # noqa: E402
@@ -134,6 +136,57 @@ def test_the_lengths_are_those_promised():
     assert (min(totals), max(totals)) == (32, 256)
 
 
+# Growing work
+
+
+def test_growth_by_hand(monkeypatch):
+    tasks = [Task("ppo", f"tiny {change}", "fp32", "") for change in ("32 tokens", "256 tokens")]
+    work = dict(zip(tasks, (2.0, 3.0), strict=True))
+    monkeypatch.setattr(scaling, "flops_per_token", work.get)
+
+    def answer(seconds, tokens, peak):
+        return {"seconds": {"all": seconds}, "tokens": tokens, "peak": peak}
+
+    rounds = [  # 1 and 2 seconds for each token, then 1 and 1.5, then 2 and 5
+        [answer(8.0, 8, 100), answer(80.0, 40, 100)],
+        [answer(8.0, 8, 100), answer(60.0, 40, 110)],
+        [answer(16.0, 8, 120), answer(200.0, 40, 126)],
+    ]
+    found = scaling.compare(tasks, rounds)
+    assert found["time_per_token"] == 2.0
+    assert (found["time_per_token_min"], found["time_per_token_max"]) == (1.5, 2.5)
+    assert found["work_per_token"] == 1.5
+    assert found["memory"] == 1.05
+
+
+def test_work_for_each_token_grows_with_attention_alone():
+    small, large = (
+        scaling.flops_per_token(Task("ppo", f"small {change}", "fp32", ""))
+        for change in ("32 tokens", "256 tokens")
+    )
+    # 4 H k beside 2 (4 H H + 8 H H) in each of 12 layers, and 2 H V for every other token; k is
+    # 16.5 and 128.5 pairs on average. BERT reads three more tokens than there are, and all pairs.
+    hidden, vocabulary = 768, 50257
+
+    def by_hand(pairs, bert_tokens, bert_pairs):
+        weights = 24 * hidden**2
+        lm = 12 * (weights + 4 * hidden * pairs) + hidden * vocabulary
+        bert = 12 * (weights + 4 * hidden * bert_pairs) * bert_tokens
+        return (2 + 3) * lm + bert
+
+    expected = by_hand(128.5, 259 / 256, 259) / by_hand(16.5, 35 / 32, 35)
+    assert large / small == pytest.approx(expected, rel=FP64)
+
+
+def test_a_workload_measured_again_replaces_itself_alone(tmp_path):
+    file = tmp_path / "benchmark.json"
+    benchmark_vs_trl.add_to(file, {"threads": "1"}, {"ppo": {"a": 1}, "dpo": {"b": 2}})
+    found = benchmark_vs_trl.add_to(file, {"threads": "2"}, {"dpo": {"c": 3}})
+    run = {"ppo": {"threads": "1"}, "dpo": {"threads": "2"}}
+    assert found == {"run": run, "ppo": {"a": 1}, "dpo": {"c": 3}}
+    assert json.loads(file.read_text(encoding="utf-8")) == found
+
+
 # Unlike work
 
 
@@ -217,7 +270,7 @@ def test_a_tiny_run(tmp_path, workload):
     )
     results = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     assert results.keys() == {"run", workload}
-    assert results["run"]["threads"] == "1"
+    assert results["run"][workload]["threads"] == "1"
     ((opponent, precisions),) = results[workload].items()
     entry = precisions["fp32"]
     assert 0 < entry["ratio_min"] <= entry["ratio"] <= entry["ratio_max"]

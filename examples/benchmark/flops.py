@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark import settings
 from benchmark.models import BERT_SPECIAL_TOKENS, Size
 
 TRAINED = 3  # forward and backward, in forward passes
@@ -84,7 +83,7 @@ def useful(workload: str, size: Size, lengths: Lengths, *, own_critic: bool) -> 
     """FLOPs of one round: of ``all``, and in PPO of the ``update`` alone.
 
     PPO: the tokens pass the policy once in sampling, with its log-probabilities, once through the
-    reference, once through the reward model, and `settings.EPOCHS` times through the update.
+    reference, once through the reward model, and `Size.epochs` times through the update.
 
     DPO: policy and reference over both rows of each pair, the prompt in both.
 
@@ -101,10 +100,10 @@ def useful(workload: str, size: Size, lengths: Lengths, *, own_critic: bool) -> 
         return {"all": (TRAINED + 1) * once}
     if workload == "sampling":
         return {"all": once}
-    update = TRAINED * settings.EPOCHS * once
+    update = TRAINED * size.epochs * once
     scores = forward(bert, [(p, r + BERT_SPECIAL_TOKENS) for p, r in lengths])
     if own_critic:
         trunks = Flops(trunk=once.trunk)
-        update += TRAINED * settings.EPOCHS * trunks
+        update += TRAINED * size.epochs * trunks
         scores = trunks + trunks  # of which one is the values
     return {"all": once + once + scores + update, "update": update}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from benchmark import settings
 from benchmark.commands import Commands
 from benchmark.models import PAD_ID
 from benchmark.workloads import Rollouts, Task
@@ -60,7 +59,7 @@ def sampling(task: Task, commands: Commands) -> None:
                 attention_mask=(prompts != PAD_ID).long(),
                 do_sample=True,
                 top_k=0,
-                max_new_tokens=settings.MAX_NEW_TOKENS,
+                max_new_tokens=task.size.max_new_tokens,
                 logits_processor=imposing(given),
             )
         responses = [ids[ids != PAD_ID] for ids in found[:, prompts.shape[1] :]]

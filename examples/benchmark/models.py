@@ -3,7 +3,7 @@
 Imports nothing but torch, tokenizers and transformers, of any version that a side may have.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ class Size:
     bert: dict[str, Any]
     prompts: int
     pairs: int
+    prompt_tokens: tuple[int, int] = (16, 32)  # of PPO and sampling, from the shortest on
+    response_tokens: tuple[int, int] = (16, 48)
+    epochs: int = 4  # of PPO over one rollout
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Of the longest response."""
+        return self.response_tokens[1]
 
     def gpt2_config(self) -> GPT2Config:
         """Of language models and classifiers; its last id is EOS, as in GPT-2's vocabulary."""
@@ -61,6 +69,20 @@ SIZES = {
     "small": Size({}, {}, prompts=16, pairs=8),
     "medium": Size({"n_embd": 1024, "n_layer": 24, "n_head": 16}, {}, prompts=8, pairs=4),
 }
+# What `benchmark.scaling` changes in a size, by the name that it adds to the size's.
+CHANGES: dict[str, dict[str, Any]] = {
+    "": {},
+    "short": {"epochs": 1},
+    "128 prompts": {"epochs": 1, "prompts": 128},
+    "32 tokens": {"epochs": 1, "prompt_tokens": (16, 16), "response_tokens": (16, 16)},
+    "256 tokens": {"epochs": 1, "prompt_tokens": (128, 128), "response_tokens": (128, 128)},
+}
+
+
+def size_of(name: str) -> Size:
+    """One of `SIZES`, or one with a change, like ``"small 128 prompts"``."""
+    base, _, change = name.partition(" ")
+    return replace(SIZES[base], **CHANGES[change])
 
 
 def save_models(size: Size, folder: Path) -> None:

@@ -34,8 +34,8 @@ def ppo(task: Task, commands: Commands) -> None:
     config = our_ppo.PPOConfig(
         batch_size=task.size.prompts,
         minibatch_size=settings.MINIBATCH,
-        epochs=settings.EPOCHS,
-        max_new_tokens=settings.MAX_NEW_TOKENS,
+        epochs=task.size.epochs,
+        max_new_tokens=task.size.max_new_tokens,
         learning_rate=settings.LEARNING_RATE,
         schedule="constant",
         warmup_share=0.0,
@@ -173,7 +173,11 @@ def sampling(task: Task, commands: Commands) -> None:
         commands.wait()
         with half, imposed(given, rng):
             responses = our_sampling.sample(
-                policy, prompt_ids, max_new_tokens=settings.MAX_NEW_TOKENS, temperature=1.0, rng=rng
+                policy,
+                prompt_ids,
+                max_new_tokens=task.size.max_new_tokens,
+                temperature=1.0,
+                rng=rng,
             )
         given.check(responses)
         commands.done(tokens=sum(map(len, given.prompts)) + sum(map(len, responses)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmark import settings
-from benchmark.models import BERT_SPECIAL_TOKENS, FIRST_WORD, SIZES, Size
+from benchmark.models import BERT_SPECIAL_TOKENS, FIRST_WORD, Size, size_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Task:
     @property
     def size(self) -> Size:
         """The models and the batch."""
-        return SIZES[self.size_name]
+        return size_of(self.size_name)
 
     def path(self, model: str) -> str:
         """Where a model of `save_models` lies."""
@@ -47,7 +47,7 @@ class Task:
     def expected(self) -> Expected:
         """Tokens and optimizer steps of a round."""
         if self.workload in ("ppo", "sampling"):
-            updates = settings.EPOCHS * self.size.prompts // settings.MINIBATCH
+            updates = self.size.epochs * self.size.prompts // settings.MINIBATCH
             steps = updates if self.workload == "ppo" else 0
             return Expected(Rollouts.draw(self.size).lengths, steps)
         pairs, added = (
@@ -72,14 +72,14 @@ class Rollouts:
 
     @classmethod
     def draw(cls, size: Size) -> "Rollouts":
-        """Prompts of 16 to 32 tokens and responses of 16 to 48."""
+        """Of the lengths that the size says, with words drawn at random."""
         rng = random.Random(settings.SEED)
         eos_id = size.gpt2_config().vocab_size - 1
         return cls(
-            [_words(rng, size, n) for n in _spread(rng, 16, 32, size.prompts)],
+            [_words(rng, size, n) for n in _spread(rng, *size.prompt_tokens, size.prompts)],
             [
                 [*_words(rng, size, n - 1), eos_id]
-                for n in _spread(rng, 16, settings.MAX_NEW_TOKENS, size.prompts)
+                for n in _spread(rng, *size.response_tokens, size.prompts)
             ],
         )
 
@@ -90,9 +90,9 @@ class Rollouts:
 
     @property
     def cells(self) -> Tensor:
-        """The responses, filled up with EOS. Shape ``(B, settings.MAX_NEW_TOKENS)``."""
-        eos_id = self.responses[0][-1]
-        rows = [r + [eos_id] * (settings.MAX_NEW_TOKENS - len(r)) for r in self.responses]
+        """The responses, filled up with EOS. Shape ``(B, T)``, T that of the longest."""
+        eos_id, longest = self.responses[0][-1], max(map(len, self.responses))
+        rows = [r + [eos_id] * (longest - len(r)) for r in self.responses]
         return torch.tensor(rows)
 
     def check(self, responses: Sequence[Tensor]) -> None:
