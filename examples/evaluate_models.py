@@ -12,8 +12,9 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, run_seed
+from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.harness.run import check_out, open_run, run_seed
 from rlhf_min.models import RewardModel
 
 
@@ -36,6 +37,7 @@ class EvaluateOptions(RunOptions):
 def main() -> None:
     options = parse(__doc__, EvaluateOptions)
     require(options.model is None, "give the models to compare with --models a,b,c, not --model")
+    require(options.resume is None, "an evaluation has nothing to resume; start it again")
     out = check_out(options, "evaluation")
     require(
         not Path(options.run).resolve().is_relative_to(out.resolve()),

@@ -12,9 +12,9 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse, recipe_for
+from rlhf_min.harness.cli import RunOptions, command, parse, recipe_for
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.run import check_out, start_log
 
 Config = TypeVar("Config", bound=Any)
 MINIBATCH = ppo.PPOConfig.minibatch_size
@@ -60,45 +60,24 @@ def main() -> None:
     )
     dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)
     configs = (options, sft_config, reward_config, ppo_config, dpo_config)
-    log = MetricsLog(lambda: open_run(out, *configs), report_to=options.report_to)
+    log = start_log(out, *configs)
 
-    stages.run_sft(
-        sft_policy, codec, inputs, sft_config, log, skip_preflight=options.skip_preflight
-    )
+    stages.run_sft(sft_policy, codec, inputs, sft_config, log)
     save_policy(sft_policy, out / "sft")
 
     reward_report = stages.run_reward(
-        reward_model,
-        inputs,
-        reward_config,
-        log,
-        sft_policy=sft_policy,
-        codec=codec,
-        skip_preflight=options.skip_preflight,
+        reward_model, inputs, reward_config, log, sft_policy=sft_policy, codec=codec
     )
     save_reward_model(reward_model, out / "reward_model")
     print(reward_report)
 
     ppo_policy = stages.run_ppo(
-        sft_policy,
-        codec,
-        reward_model,
-        inputs,
-        ppo_config,
-        log,
-        ref_device=reward_model.device,
-        skip_preflight=options.skip_preflight,
+        sft_policy, codec, reward_model, inputs, ppo_config, log, ref_device=reward_model.device
     )
     save_policy(ppo_policy, out / "ppo")
 
     dpo_policy = stages.run_dpo(
-        sft_policy,
-        codec,
-        inputs,
-        dpo_config,
-        log,
-        ref_device=reward_model.device,
-        skip_preflight=options.skip_preflight,
+        sft_policy, codec, inputs, dpo_config, log, ref_device=reward_model.device
     )
     save_policy(dpo_policy, out / "dpo")
 

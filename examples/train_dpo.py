@@ -8,9 +8,9 @@ from rlhf_min import sft
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
-from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.run import check_out, start_log
 
 
 @command
@@ -21,24 +21,11 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
+    log = start_log(out, options, config)
     if options.model is None:
-        stages.run_sft(
-            policy,
-            codec,
-            inputs,
-            sft.SFTConfig(seed=config.seed),
-            log,
-            skip_preflight=options.skip_preflight,
-        )
+        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
     policy = stages.run_dpo(
-        policy,
-        codec,
-        inputs,
-        config,
-        log,
-        ref_device=options.torch_device("reward_device"),
-        skip_preflight=options.skip_preflight,
+        policy, codec, inputs, config, log, ref_device=options.torch_device("reward_device")
     )
 
     save_policy(policy, out / "dpo")

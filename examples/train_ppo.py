@@ -16,10 +16,10 @@ from rlhf_min import reward, sft
 from rlhf_min.errors import require
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.rewards import WeightedSum, load_reward
+from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.models import Critic, RewardModel
 from rlhf_min.ppo import PPOConfig
 
@@ -60,39 +60,15 @@ def main() -> None:
     if isinstance(given, WeightedSum) and len(given.parts) > 1:
         inputs.monitors |= given.monitors
 
-    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
+    log = start_log(out, options, config)
     if options.model is None:
-        stages.run_sft(
-            policy,
-            codec,
-            inputs,
-            sft.SFTConfig(seed=config.seed),
-            log,
-            skip_preflight=options.skip_preflight,
-        )
+        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
     if given is None:
         given = start_reward_model(options, inputs.texts, seed=config.seed)
         reward_config = reward.RewardConfig(seed=config.seed)
-        print(
-            stages.run_reward(
-                given,
-                inputs,
-                reward_config,
-                log,
-                sft_policy=policy,
-                codec=codec,
-                skip_preflight=options.skip_preflight,
-            )
-        )
+        print(stages.run_reward(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
     policy = stages.run_ppo(
-        policy,
-        codec,
-        given,
-        inputs,
-        config,
-        log,
-        ref_device=options.torch_device("reward_device"),
-        skip_preflight=options.skip_preflight,
+        policy, codec, given, inputs, config, log, ref_device=options.torch_device("reward_device")
     )
 
     save_policy(policy, out / "ppo")

@@ -6,9 +6,9 @@ samples of that policy, otherwise on the training responses. The model lands in 
 
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_reward_model
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.reward import RewardConfig
 
 
@@ -23,16 +23,8 @@ def main() -> None:
         policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
         codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
-    found = stages.run_reward(
-        reward_model,
-        inputs,
-        config,
-        log,
-        sft_policy=policy,
-        codec=codec,
-        skip_preflight=options.skip_preflight,
-    )
+    log = start_log(out, options, config)
+    found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
 
     save_reward_model(reward_model, out / "reward_model")
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}

@@ -5,9 +5,9 @@ Without options: a small new GPT-2 on the embedded world. The model lands in <ou
 
 from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy
-from rlhf_min.harness.cli import RunOptions, check_out, command, open_run, parse
+from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
-from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.sft import SFTConfig
 
 
@@ -19,8 +19,8 @@ def main() -> None:
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 
-    log = MetricsLog(lambda: open_run(out, options, config), report_to=options.report_to)
-    stages.run_sft(policy, codec, inputs, config, log, skip_preflight=options.skip_preflight)
+    log = start_log(out, options, config)
+    stages.run_sft(policy, codec, inputs, config, log)
 
     save_policy(policy, out / "sft")
     report.write_curves(out / "curves.png", log)

@@ -14,8 +14,9 @@ from small import small_policy, small_reward_model
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.cli import RunOptions, check_out, open_run, parse
+from rlhf_min.harness.cli import RunOptions, parse
 from rlhf_min.harness.inputs import make_codec
+from rlhf_min.harness.run import check_out, open_run
 from rlhf_min.models import Policy
 from rlhf_min.ppo import PPOConfig
 from rlhf_min.reward import RewardConfig
@@ -112,6 +113,8 @@ RUN = {
     "max_length": POSITIVE,
     "threads": POSITIVE,
     "limit": POSITIVE,
+    "save_every": ([-1], [0]),
+    "keep_last": POSITIVE,
 }
 # Every number of every config: what it must not be, and what it may just be.
 BOUNDS = {

@@ -155,12 +155,16 @@ LINES = {
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", LINES)
-def test_a_sound_run_passes_every_check(capsys, name, precision):
+def test_a_sound_run_passes_every_check(capsys, monkeypatch, name, precision):
+    monkeypatch.setattr(preflight, "product_seconds", lambda *_: 1.0)
     Stage(name, precision=precision).check()
     first, *lines = capsys.readouterr().out.splitlines()
-    n = len(LINES[name])
+    expected = list(LINES[name])
+    if precision in ("bf16", "fp16"):
+        expected.insert(expected.index("memory of cpu"), f"{precision} beside fp32")
+    n = len(expected)
     assert re.fullmatch(rf"preflight of .*: {n} of {n} checks passed in \d+\.\d s", first)
-    assert [line[11:52].strip() for line in lines] == LINES[name]
+    assert [line[11:52].strip() for line in lines] == expected
     assert all(line.startswith("  ok  ") for line in lines)
     assert all(any(digit in line[52:] for digit in "0123456789") for line in lines)
 
@@ -604,6 +608,22 @@ def test_a_check_passes_up_to_its_limit(value, passed):
     check = Check("length", value, 0.5, "it is long", "cut it")
     assert check.passed == passed
     assert str(check).split()[0] == ("ok" if passed else "FAILED")
+
+
+def test_half_precision_that_is_slower_is_a_warning(capsys, monkeypatch):
+    seconds = {torch.float32: 0.25, torch.bfloat16: 1.5}
+    monkeypatch.setattr(preflight, "product_seconds", lambda dtype, _: seconds[dtype])
+    Stage("sft", precision="bf16").check()
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if "bf16 beside fp32" in line)
+    assert lines[at].startswith("  warning ")
+    assert lines[at].endswith("a matrix product takes 6.0 times as long")
+    assert lines[at + 1].strip() == (
+        "this processor has no instructions for it; --precision fp32 is faster here"
+    )
+    seconds[torch.bfloat16] = 0.1
+    Stage("sft", precision="bf16").check()
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_failed_check_ends_the_run_before_the_next(capsys):

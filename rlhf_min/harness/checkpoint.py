@@ -18,7 +18,7 @@ from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any."""
-    with _complete_folder(folder) as new:
+    with complete_folder(folder) as new:
         _save_model(policy.lm, new)
         policy.tokenizer.save_pretrained(new)
         if policy.value_head is not None:
@@ -28,7 +28,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer and ``model.pt``."""
-    with _complete_folder(folder) as new:
+    with complete_folder(folder) as new:
         _save_model(reward_model.model, new)
         reward_model.tokenizer.save_pretrained(new)
 
@@ -44,7 +44,7 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 @contextmanager
-def _complete_folder(folder: Path) -> Iterator[Path]:
+def complete_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name only when everything in it is on the disk."""
     require(not folder.is_file(), f"{folder}: could not be saved: there is a file of this name")
     new = folder.with_name(f".{folder.name}-{os.getpid()}")

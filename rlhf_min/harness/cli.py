@@ -1,16 +1,13 @@
-"""The command line: options from config dataclasses, one-line errors, and the run's folder."""
+"""The command line: options from config dataclasses, and errors of one line."""
 
 import argparse
 import copy
 import functools
 import json
-import math
 import re
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -18,13 +15,13 @@ import torch
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min.config import option, require_positive
+from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import CHAT
 from rlhf_min.errors import BadInput, NonFinite, require
 from rlhf_min.harness.formats import parse_columns
+from rlhf_min.harness.run import continued
+from rlhf_min.harness.stopping import Stopped
 from rlhf_min.harness.trackers import check_trackers
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,17 @@ class RunOptions:
     limit: int | None = option(None, "At most so many of your usable rows, drawn by the seed.")
     out: str | None = option(None, "Folder of the run; must not exist. Default: the next free one.")
     overwrite: bool = option(False, "Replace the run in --out if there is one.")
+    resume: str | None = option(
+        None, "Folder of a run to go on with, to the bit, after a stop or a kill."
+    )
+    allow_config_change: bool = option(False, "Resume with other options than it started with.")
+    save_every: int | None = option(
+        None, "Steps from checkpoint to checkpoint; 0: none. Default: one every five minutes."
+    )
+    keep_last: int = option(1, "Checkpoints of each stage that are kept.")
+    keep_best: str | None = option(
+        None, "Held-out metric like eval/score; its best model is kept in <run>/best/<stage>."
+    )
     heldout_share: float = option(0.1, "Share of your prompts that is kept out of training.")
     max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
@@ -72,6 +80,16 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_response_tokens", "max_length", "threads", "limit")
+        require_positive(self, "keep_last")
+        require_not_negative(self, "save_every")
+        require(
+            self.keep_best is None or self.keep_best.startswith("eval/"),
+            f"--keep_best {self.keep_best} is no held-out metric; give one like eval/loss",
+        )
+        require(
+            self.resume is None or (self.out is None and not self.overwrite),
+            "--resume goes on in its own folder; leave --out and --overwrite out",
+        )
         if self.columns is not None:
             parse_columns(self.columns)
         check_trackers(self.report_to)
@@ -137,9 +155,12 @@ def parse(description: str | None, *config_classes: Any) -> Any:
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     given = parser.given()
+    run = next((c.resume for c in configs if isinstance(c, RunOptions)), None)
+    if run is not None:
+        configs = continued(configs, given, Path(run))
     for i, config in enumerate(configs):
         for options in configs:
-            if isinstance(options, RunOptions) and hasattr(config, "trains"):
+            if isinstance(options, RunOptions) and hasattr(config, "trains") and run is None:
                 recipe = recipe_for(type(config), options)
                 new = {name: value for name, value in recipe.items() if name not in given}
                 configs[i] = replace(config, **new)
@@ -194,7 +215,7 @@ class _Parser(HfArgumentParser):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run a command's main function; turn its errors into one line and an exit code.
 
-    Exit code 2 for bad input, 1 for numbers that went wrong, 130 for Ctrl-C.
+    Exit code 2 for bad input, 1 for numbers that went wrong, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     @functools.wraps(main)
@@ -207,87 +228,12 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _fail(str(error), 2)
         except NonFinite as error:
             _fail(str(error), 1)
+        except Stopped as stop:
+            _fail(str(stop), stop.exit_code)
         except KeyboardInterrupt:
             _fail("stopped", 130)
 
     return wrapped
-
-
-def check_out(options: RunOptions, default: str) -> Path:
-    """The run's folder: ``--out``, or ``runs/<default>``, or the next free name after it.
-
-    Nothing is created yet, so that an error in the data or a model leaves nothing behind.
-
-    Raises:
-        BadInput: if ``--out`` exists without ``--overwrite``, or holds something else than a run.
-    """
-    if options.out is None:
-        first = Path("runs") / default
-        later = (first.with_name(f"{default}-{i}") for i in range(2, 10_000))
-        return first if not first.exists() else next(path for path in later if not path.exists())
-    out = Path(options.out)
-    try:
-        out.exists()
-    except OSError as error:
-        raise BadInput(
-            f"--out {options.out[:60]}: {error.strerror}; give another folder"
-        ) from error
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        require(
-            options.overwrite,
-            f"--out {out} exists; give another folder or --overwrite",
-        )
-        for used in (options.model, options.reward_model, options.data):
-            require(
-                used is None or not Path(used).resolve().is_relative_to(out.resolve()),
-                f"--out {out} would be emptied, and {used} lies in it; give another folder",
-            )
-        require(
-            (out / RUN_FILE).is_file(),
-            f"--out {out} holds no {RUN_FILE}, so it is not a run and is not overwritten",
-        )
-    return out
-
-
-def open_run(out: Path, *configs: Any) -> Path:
-    """Create the run's folder with `run.json`: the configuration and the versions.
-
-    Raises:
-        BadInput: if the folder cannot be made.
-    """
-    try:
-        if (out / RUN_FILE).is_file():
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        record = {
-            "config": {type(c).__name__: _json_values(asdict(c)) for c in configs},
-            "versions": {name: version(name) for name in ("rlhf_min", "torch", "transformers")},
-            "threads": torch.get_num_threads(),
-        }
-        (out / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
-    return out
-
-
-def run_seed(run: Path) -> int:
-    """The seed of a run, from its `run.json`; 0 if this folder holds no run.
-
-    Raises:
-        BadInput: if `run.json` is not what `open_run` wrote.
-    """
-    if not (run / RUN_FILE).is_file():
-        return 0
-    try:
-        configs = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"].values()
-        return next(config["seed"] for config in configs if "seed" in config)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration) as error:
-        raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
-
-
-def _json_values(options: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: it becomes the word that the command line understands."""
-    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in options.items()}
 
 
 def _fail(message: str, code: int) -> NoReturn:

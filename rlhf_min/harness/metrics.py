@@ -1,15 +1,43 @@
-"""The metrics of a run: one JSON line for each step, and a progress bar to look at meanwhile."""
+"""What a run writes while it goes on: metrics and samples line by line, and its checkpoints."""
 
 import json
 import math
+import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from rlhf_min.errors import BadInput, require
+from rlhf_min.harness import resume
+from rlhf_min.harness.resume import Checkpoint, Snapshot
+from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
+
+METRICS, SAMPLES, CHECKPOINTS, BEST = "metrics.jsonl", "samples.jsonl", "checkpoints", "best"
+SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written, and which are kept.
+
+    Args:
+        every: steps of a stage from one to the next; None: `SAVE_SECONDS`; 0: none at all but when
+            a signal stops the run.
+        keep_last: so many of each stage.
+        keep_best: a metric like ``eval/score``; the model with its best value is kept beside.
+    """
+
+    every: int | None = None
+    keep_last: int = 1
+    keep_best: str | None = None
 
 
 class MetricsLog:
@@ -19,12 +47,28 @@ class MetricsLog:
         open_run: makes the run's folder and returns it. Called when the first stage starts to
             train, so that an input that is refused before leaves nothing behind.
         report_to: names of trackers that get the metrics too.
+        saving: of checkpoints, where `follow` is given what to save.
+        resumed: the folder is there already; `resuming` until the stages that it holds are back.
+        preflight: what a stage relies on is measured before it starts.
     """
 
-    def __init__(self, open_run: Callable[[], Path], *, report_to: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        open_run: Callable[[], Path],
+        *,
+        report_to: Sequence[str] = (),
+        saving: Saving | None = None,
+        resumed: bool = False,
+        preflight: bool = True,
+    ) -> None:
         self._open_run, self._report_to = open_run, report_to
+        self._saving = saving or Saving()
+        self.resuming, self.preflight = resumed, preflight
         self._folder: Path | None = None
         self._trackers: list[Track] = []
+        self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
+        self._restored: set[str] = set()
+        self._saved_at = 0.0
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -35,44 +79,175 @@ class MetricsLog:
             self._trackers = [start_tracker(name, self._folder) for name in self._report_to]
         return self._folder
 
+    def resume(self, snapshot: Snapshot) -> None:
+        """Put a stage back to its newest checkpoint, if the run is resumed and there is one.
+
+        What stages wrote after that is removed: it will be written again.
+
+        Raises:
+            BadInput: if the checkpoint is of other models or other data.
+        """
+        if not self.resuming:
+            return
+        found = resume.latest(self._checkpoints(snapshot.stage))
+        if found is not None:
+            found.restore(snapshot)
+            resume.keep(found.folder.parent, found.folder, self._saving.keep_last)
+            self._sizes = found.sizes
+            self._restored.add(snapshot.stage)
+            print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
+        if not (found and found.record["finished"] and found.record["total"] >= snapshot.total):
+            self.resuming = False
+            self._forget_later(found)
+        self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
+
     def follow(
-        self, stage: str, steps: Iterable[dict[str, float]], *, total: int, show: tuple[str, ...]
+        self,
+        stage: str,
+        steps: Iterable[dict[str, float]],
+        *,
+        total: int,
+        show: tuple[str, ...],
+        snapshot: Snapshot | None = None,
     ) -> None:
-        """Run a stage to its end.
+        """Run a stage to its end, or from where it was resumed.
 
         Args:
             stage: written beside each step.
             steps: what a ``train`` function returns.
             total: number of steps, for the bar.
             show: names of the metrics in the bar.
+            snapshot: what checkpoints are taken of.
+
+        Raises:
+            Stopped: after the step in which SIGINT or SIGTERM came; it is saved.
         """
-        file = self.folder / "metrics.jsonl"
+        _ = self.folder  # made before the bar is drawn, or refused
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         every = 0.1 if watched else 30.0  # seconds
-        bar = tqdm(steps, f"{stage:>12}", total, dynamic_ncols=True, mininterval=every)
+        done = 0 if snapshot is None else snapshot.state.step
+        bar = tqdm(
+            steps, f"{stage:>12}", total, initial=done, dynamic_ncols=True, mininterval=every
+        )
         shown: dict[str, str] = {}
-        with file.open("a", encoding="utf-8") as out:
-            for step, metrics in enumerate(bar, start=1):
-                row = {"stage": stage, "step": step, **metrics}
-                self.rows.append(row)
-                out.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
-                out.flush()
-                for track in self._trackers:
-                    track(stage, step, metrics)
+        self._saved_at, saved, step = time.monotonic(), done, done
+        with catching_signals() as request:
+            for step, metrics in enumerate(bar, start=done + 1):
+                self._write(stage, step, metrics)
                 shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
                 bar.set_postfix(shown, refresh=False)
+                if snapshot is not None:
+                    self._keep_best(snapshot, metrics)
+                    if step < total and (self._due(step) or request.signal is not None):
+                        self._save(snapshot, finished=False)
+                        saved = step
+                if request.signal is not None and step < total:
+                    raise self._stopped(request, stage, step, total, saved)
+            if snapshot is not None and step > done and self._saving.every != 0:
+                self._save(snapshot, finished=True)
+            if request.signal is not None:
+                raise self._stopped(request, stage, step, total, step)
 
     def add_samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append texts to ``samples.jsonl``, one line for each."""
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
-            for row in rows:
-                out.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        self._append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of one stage, where it was measured."""
         rows = [row for row in self.rows if row["stage"] == stage and name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def _write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        row = {"stage": stage, "step": step, **metrics}
+        self.rows.append(row)
+        self._append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
+        for track in self._trackers:
+            track(stage, step, metrics)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        file = self.folder / name
+        try:
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise BadInput(f"{file}: could not be written: {error.strerror}") from error
+
+    def _due(self, step: int) -> bool:
+        if self._saving.every is None:
+            return time.monotonic() - self._saved_at > SAVE_SECONDS
+        return self._saving.every > 0 and step % self._saving.every == 0
+
+    def _save(self, snapshot: Snapshot, *, finished: bool) -> None:
+        stage = self._checkpoints(snapshot.stage)
+        new = stage / f"step-{snapshot.state.step:06d}"
+        # All lines until here must be on the disk before the checkpoint that counts on them.
+        sizes = {file.name: _flushed_size(file) for file in self.folder.glob("*.jsonl")}
+        resume.write(new, snapshot, finished=finished, sizes=sizes)
+        resume.keep(stage, new, self._saving.keep_last)
+        self._saved_at = time.monotonic()
+
+    def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
+        name = self._saving.keep_best
+        if name is None or name not in metrics:
+            return
+        sign = -1 if name.endswith(LOWER_IS_BETTER) else 1
+        *before, now = [sign * value for value in self.series(snapshot.stage, name)[1]]
+        if not any(value >= now for value in before):
+            snapshot.save_model(self.folder / BEST / snapshot.stage)
+
+    def _stopped(
+        self, request: StopRequest, stage: str, step: int, total: int, saved: int
+    ) -> Stopped:
+        kept = (
+            f"saved; go on with: {sys.argv[0]} --resume {self.folder}"
+            if saved == step
+            else "not saved, since this stage has no checkpoints"
+        )
+        return Stopped(
+            f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
+            request.exit_code,
+        )
+
+    def _checkpoints(self, stage: str) -> Path:
+        return self.folder / CHECKPOINTS / stage
+
+    def _forget_later(self, found: Checkpoint | None) -> None:
+        """Remove what was written after the step that the run goes on from."""
+        for file in self.folder.glob("*.jsonl"):
+            size = self._sizes.get(file.name, 0)
+            require(
+                file.stat().st_size >= size,
+                f"{file} is shorter than when {found.folder if found else 'the run'} was saved; "
+                "put the whole file back",
+            )
+            os.truncate(file, size)
+        for later in self.folder.glob(f"{CHECKPOINTS}/*"):
+            if later.name not in self._restored:
+                shutil.rmtree(later)
+
+
+def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:
+    """The rows in the first `size` bytes of a file; null is NaN again.
+
+    Raises:
+        BadInput: if they are not what `MetricsLog` writes.
+    """
+    if size == 0:
+        return []
+    try:
+        with file.open("rb") as opened:
+            lines = opened.read(size).decode("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{file}: damaged; put the file back as the run wrote it") from error
+
+
+def _flushed_size(file: Path) -> int:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return os.fstat(opened.fileno()).st_size
 
 
 def _json_number(value: Any) -> Any:

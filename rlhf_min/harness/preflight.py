@@ -93,6 +93,7 @@ def check_sft(policy: Policy, config: sft.SFTConfig, state: OptimState) -> None:
     def checks() -> Iterator[Check]:
         yield no_empty_row(rows)
         yield eos_supervised(rows, policy)
+        yield from half_precision(config.precision, policy.device)
         longest = max(map(_length, rows))
         tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
         yield from policy_memory(policy, [], state.optimizer, rows[0], tokens=tokens)
@@ -117,6 +118,7 @@ def check_dpo(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: 
         yield no_empty_row(rows, rows_per_example=2)
         yield pairs_differ(pairs)
         yield eos_supervised(rows, policy)
+        yield from half_precision(config.precision, policy.device)
         longest = 2 * max(map(_length, rows))  # a pair passes together
         tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
         yield from policy_memory(policy, [ref_policy], state.optimizer, rows[0], tokens=tokens)
@@ -140,6 +142,7 @@ def check_reward(reward_model: RewardModel, config: reward.RewardConfig, state: 
 
     def checks() -> Iterator[Check]:
         yield inputs_differ(reward_model, examples[:LOOKED_AT])
+        yield from half_precision(config.precision, reward_model.device)
         longest = max(x.length for x in examples)
         tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
         short = heapq.nsmallest(ROWS, examples, key=lambda x: x.length)
@@ -175,6 +178,7 @@ def check_ppo(
     def checks() -> Iterator[Check]:
         yield no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
         yield eos_is_known(policy)
+        yield from half_precision(config.precision, policy.device)
         longest = max(len(x.ids) for x in state.cursor.examples) + config.max_new_tokens
         yield from policy_memory(
             policy,
@@ -309,6 +313,33 @@ def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
 
 
 # The policy
+
+
+def half_precision(precision: str, device: torch.device) -> Iterator[Check]:
+    """On a CPU without instructions for it, half precision is several times slower than fp32."""
+    if precision == "fp32" or device.type != "cpu":
+        return
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    full, half = (product_seconds(d, device) for d in (torch.float32, dtype))
+    yield Check(
+        f"{precision} beside fp32",
+        half / full,
+        1.0,
+        "this processor has no instructions for it",
+        "--precision fp32 is faster here",
+        told=f"a matrix product takes {half / full:.1f} times as long",
+        warning=True,
+    )
+
+
+def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """The best of a few products of 512 x 512 matrices."""
+    x, seconds = torch.ones(512, 512, dtype=dtype, device=device), []
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(x, x)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def passes_agree(policy: Policy, rows: Sequence[Row]) -> Check:

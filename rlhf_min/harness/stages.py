@@ -6,6 +6,7 @@ Each function takes models and rows, and leaves the trained model; nothing here 
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample
 from rlhf_min.errors import BadInput, require
 from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
+from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
+from rlhf_min.harness.resume import Snapshot
 from rlhf_min.harness.rewards import models_in
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
@@ -34,20 +37,28 @@ def run_sft(
     inputs: Inputs,
     config: sft.SFTConfig,
     log: MetricsLog,
-    *,
-    skip_preflight: bool = False,
 ) -> None:
     """Fine-tune the policy on the demonstrations."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, _ = codec.encode_demonstrations(inputs.heldout_demonstrations)
     print(f"SFT on {len(examples)} demonstrations; {encoded(cut, codec)}")
     state = sft.new_state(policy, examples, config)
-    if not skip_preflight:
-        check_sft(policy, config, state)
-    steps = sft.train(policy, config, state, heldout=heldout)
-    log.follow(
-        "sft", steps, total=sft.total(state.cursor, config), show=("loss", "eval/perplexity")
+    total = sft.total(state.cursor, config)
+    snapshot = Snapshot(
+        "sft",
+        policy,
+        state,
+        partial(save_policy, policy),
+        models={"policy": policy},
+        texts=[row["prompt"] for row in inputs.demonstrations],
+        examples=examples,
+        total=total,
     )
+    if log.preflight and not log.resuming:
+        check_sft(policy, config, state)
+    log.resume(snapshot)
+    steps = sft.train(policy, config, state, heldout=heldout)
+    log.follow("sft", steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,6 @@ def run_reward(
     *,
     sft_policy: Policy | None = None,
     codec: Codec | None = None,
-    skip_preflight: bool = False,
 ) -> RewardReport:
     """Train the reward model, measure it on held-out pairs, and normalise its scores.
 
@@ -89,11 +99,24 @@ def run_reward(
         "positions, or pairs that differ earlier",
     )
     state = reward.new_state(reward_model, examples, config)
-    if not skip_preflight:
-        check_reward(reward_model, config, state)
-    steps = reward.train(reward_model, config, state, heldout=heldout)
     total = reward.total(state.cursor, config)
-    log.follow("reward_model", steps, total=total, show=("loss", "eval/accuracy"))
+    snapshot = Snapshot(
+        "reward_model",
+        reward_model,
+        state,
+        partial(save_reward_model, reward_model),
+        models={"reward_model": reward_model},
+        texts=responses,
+        examples=examples,
+        total=total,
+    )
+    if log.preflight and not log.resuming:
+        check_reward(reward_model, config, state)
+    log.resume(snapshot)
+    steps = reward.train(reward_model, config, state, heldout=heldout)
+    log.follow(
+        "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
+    )
     estimates = measure_reward(
         reward_model,
         inputs.heldout_pairs,
@@ -153,7 +176,6 @@ def run_ppo(
     log: MetricsLog,
     *,
     ref_device: torch.device | None = None,
-    skip_preflight: bool = False,
 ) -> Policy:
     """Train a copy of the policy against the reward; the start stays as its reference."""
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
@@ -162,9 +184,22 @@ def run_ppo(
     print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
-    if not skip_preflight:
+    if log.preflight and not log.resuming:
         check_ppo(policy, ref_policy, reward_model, config, state)
     eval_prompts = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0]
+    looks = _Looks(policy, reward_function, eval_prompts, config)
+    before, _ = looks.look() if eval_prompts else (torch.empty(0), [])
+    snapshot = Snapshot(
+        "ppo",
+        policy,
+        state,
+        partial(save_policy, policy),
+        models=_named(policy, ref_policy, models_in(reward_model)),
+        texts=[row["prompt"] for row in inputs.prompts],
+        examples=prompts,
+        total=config.steps,
+    )
+    log.resume(snapshot)
     steps = ppo.train(
         policy,
         ref_policy,
@@ -174,13 +209,12 @@ def run_ppo(
         monitors=inputs.monitors,
         eval_prompts=eval_prompts,
     )
-    looks = _Looks(policy, reward_function, eval_prompts, config)
-    before, _ = looks.look() if eval_prompts else (torch.empty(0), [])
     log.follow(
         "ppo",
-        looks.write_samples(steps, log),
+        looks.write_samples(steps, log, state),
         total=config.steps,
         show=("score", "kl", "gold_reward"),
+        snapshot=snapshot,
     )
     if eval_prompts:
         print(change(before, looks.look()[0]))
@@ -208,15 +242,17 @@ class _Looks:
         return call_reward(self.reward_function, texts, responses, columns), responses
 
     def write_samples(
-        self, steps: Iterator[dict[str, float]], log: MetricsLog
+        self, steps: Iterator[dict[str, float]], log: MetricsLog, state: ppo.State
     ) -> Iterator[dict[str, float]]:
         """The steps as they are; whenever they were evaluated, a few samples are written down."""
-        for step, metrics in enumerate(steps, start=1):
+        for metrics in steps:
             if self.prompts and "eval/score" in metrics:
                 scores, responses = self.look(SAMPLES)
                 rows = zip(self.prompts, responses, scores.tolist(), strict=False)
                 log.add_samples(
-                    "ppo", step, [{"prompt": p.text, "response": r, "score": s} for p, r, s in rows]
+                    "ppo",
+                    state.step,
+                    [{"prompt": p.text, "response": r, "score": s} for p, r, s in rows],
                 )
             yield metrics
 
@@ -250,7 +286,6 @@ def run_dpo(
     log: MetricsLog,
     *,
     ref_device: torch.device | None = None,
-    skip_preflight: bool = False,
 ) -> Policy:
     """Train a copy of the policy on the preference pairs; the start stays as its reference."""
     examples, cut = codec.encode_preferences(inputs.pairs)
@@ -263,10 +298,22 @@ def run_dpo(
     )
     policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
-    if not skip_preflight:
+    total = dpo.total(state.cursor, config)
+    snapshot = Snapshot(
+        "dpo",
+        policy,
+        state,
+        partial(save_policy, policy),
+        models=_named(policy, ref_policy),
+        texts=[pair["prompt"] for pair in inputs.pairs],
+        examples=examples,
+        total=total,
+    )
+    if log.preflight and not log.resuming:
         check_dpo(policy, ref_policy, config, state)
+    log.resume(snapshot)
     steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
-    log.follow("dpo", steps, total=dpo.total(state.cursor, config), show=("loss", "eval/accuracy"))
+    log.follow("dpo", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
     for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
         if pairs:
             shown = pairs[:HELDOUT_ROWS]
@@ -275,6 +322,13 @@ def run_dpo(
             estimate = proportion_estimate(round(share * len(shown)), len(shown))
             print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
     return policy
+
+
+def _named(
+    policy: Policy, ref_policy: Policy, reward_models: Sequence[RewardModel] = ()
+) -> dict[str, Policy | RewardModel]:
+    models: dict[str, Policy | RewardModel] = {"policy": policy, "ref_policy": ref_policy}
+    return models | {f"reward_model_{i}": model for i, model in enumerate(reward_models)}
 
 
 def copy_policy(policy: Policy, *, critic: Critic) -> Policy:

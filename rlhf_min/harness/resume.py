@@ -1,0 +1,343 @@
+"""Checkpoints of a stage that is under way: all that the rest of its run depends on.
+
+A checkpoint is a folder with the weights and the state's tensors in safetensors and the rest in
+JSON. It gets its name only when it is complete, and older ones are deleted only after that.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_min.data import collate
+from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.checkpoint import complete_folder
+from rlhf_min.models import Policy, RewardModel, evaluating
+
+FORMAT = 1
+RECORD, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.safetensors"
+CANARY_TEXTS = 3
+CANARY_TOKENS = 32
+CANARY_TOLERANCE = 1e-3  # relative, beyond 1; another processor rounds otherwise, not so much
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is taken of, and put back into.
+
+    Args:
+        stage: its name.
+        module: the model that is trained.
+        state: of the algorithm, with `state_dict` and `restore`.
+        save_model: writes the model as a finished folder.
+        models: all that the stage depends on by name, for the canaries.
+        texts: that the canaries are measured on; a few are taken.
+        examples: what it is trained on; a run is continued on the same only.
+        total: steps of the stage.
+    """
+
+    stage: str
+    module: nn.Module
+    state: Any
+    save_model: Callable[[Path], None]
+    models: Mapping[str, Policy | RewardModel]
+    texts: Sequence[str]
+    examples: Sequence[Any]
+    total: int
+
+    @cached_property
+    def data(self) -> str:
+        """A digest of all ids and texts of the examples, in their order."""
+        return fingerprint(self.examples)
+
+
+class Checkpoint:
+    """A complete checkpoint on the disk.
+
+    Raises:
+        BadInput: if files are missing, cut, changed, or not what `write` writes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            require(self.record["format"] == FORMAT, f"{folder}: written by another version")
+            for name in (WEIGHTS, STATE):
+                found, wanted = _identity(folder / name), self.record["files"][name]
+                require(found == wanted, f"{folder / name}: cut or changed since it was written")
+            self.step = int(self.record["step"])
+            self.sizes = {str(k): int(v) for k, v in self.record["sizes"].items()}
+        except BadInput:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise BadInput(f"{folder}: not a complete checkpoint ({_reason(e)})") from e
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put weights, state and random states back, and look whether all models are the same.
+
+        Raises:
+            BadInput: if this is a checkpoint of another model, of other data, or damaged.
+        """
+        require(
+            self.record.get("data") == snapshot.data,
+            f"{self.folder}: the {snapshot.stage} run had other data; give the same --data and "
+            "models, or start a new run",
+        )
+        try:
+            _load_weights(snapshot.module, self.folder / WEIGHTS)
+            tensors = load_file(self.folder / STATE)
+            snapshot.state.restore(_joined(self.record["state"], tensors))
+            self._compare(snapshot.models)
+            _set_random_states(_joined(self.record["random"], tensors))
+        except BadInput:
+            raise
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise BadInput(f"{self.folder}: cannot be restored ({_reason(e)})") from e
+        except RuntimeError as error:  # torch: of another shape
+            raise BadInput(f"{self.folder}: cannot be restored ({_reason(error)})") from error
+
+    def _compare(self, models: Mapping[str, Policy | RewardModel]) -> None:
+        texts = self.record["canaries"]["texts"]
+        for name, model in models.items():
+            saved = self.record["canaries"][name]
+            ids = canary_ids(model, texts)
+            require(
+                saved["ids"] == ids,
+                f"{self.folder}: the tokenizer of {name} reads {texts[0][:40]!r} otherwise than "
+                "when this was saved; give the same models",
+            )
+            gaps = [
+                abs(x - y) / max(1.0, abs(x))
+                for was, now in zip(saved["outputs"], canary_outputs(model, texts), strict=True)
+                for x, y in zip(was, now, strict=True)
+            ]
+            require(
+                all(gap <= CANARY_TOLERANCE for gap in gaps),  # False for NaN
+                f"{self.folder}: {name} answers otherwise than when this was saved, by up to "
+                f"{max(gaps, default=0):.1e}; give the same models",
+            )
+
+
+def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]) -> None:
+    """Write a checkpoint; the folder appears under its name when it is complete.
+
+    Args:
+        finished: the stage is over.
+        sizes: bytes of the run's growing files at this step; what follows belongs to later ones.
+
+    Raises:
+        BadInput: if it cannot be written; what was there before is left as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    texts = [_short(text) for text in snapshot.texts[:CANARY_TEXTS]]
+    record = {
+        "format": FORMAT,
+        "stage": snapshot.stage,
+        "step": snapshot.state.step,
+        "total": snapshot.total,
+        "finished": finished,
+        "sizes": dict(sizes),
+        "data": snapshot.data,
+        "canaries": measure_canaries(snapshot.models, texts),
+        "state": _split(snapshot.state.state_dict(), tensors, "state"),
+        "random": _split(_random_states(), tensors, "random"),
+    }
+    with complete_folder(folder) as new:
+        save_file(_weights(snapshot.module), new / WEIGHTS)
+        save_file(tensors, new / STATE)
+        record["files"] = {name: _identity(new / name) for name in (WEIGHTS, STATE)}
+        (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in a folder; those that are not are told and passed over."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return Checkpoint(path)
+        except BadInput as error:
+            print(f"passed over: {error}")
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not, by their steps."""
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def keep(folder: Path, newest: Path, n: int) -> None:
+    """Delete all checkpoints but the newest and the n - 1 before it."""
+    found = checkpoints(folder)
+    place = found.index(newest)
+    for path in [*found[: max(0, place + 1 - n)], *found[place + 1 :]]:
+        shutil.rmtree(path)
+
+
+def fingerprint(examples: Sequence[Any]) -> str:
+    """A digest of all tensors and texts in these dataclasses, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for field in fields(example):
+            value = getattr(example, field.name)
+            if isinstance(value, Tensor):
+                digest.update(b"t" + repr(value.tolist()).encode())
+            elif isinstance(value, str):
+                digest.update(b"s" + repr(value).encode())
+    return digest.hexdigest()
+
+
+# Canaries
+
+
+def measure_canaries(
+    models: Mapping[str, Policy | RewardModel], texts: Sequence[str]
+) -> dict[str, Any]:
+    """How each model reads and answers a few texts."""
+    measured = {
+        name: {"ids": canary_ids(model, texts), "outputs": canary_outputs(model, texts)}
+        for name, model in models.items()
+    }
+    return {"texts": list(texts), **measured}
+
+
+def canary_ids(model: Policy | RewardModel, texts: Sequence[str]) -> list[list[int]]:
+    """The first tokens of each text."""
+    return [model.tokenizer(text).input_ids[:CANARY_TOKENS] for text in texts]
+
+
+def canary_outputs(model: Policy | RewardModel, texts: Sequence[str]) -> list[list[float]]:
+    """Log-probabilities of a policy, and its values if it has any; scores of a reward model."""
+    with evaluating(model):
+        if isinstance(model, Policy):
+            return _policy_outputs(model, canary_ids(model, texts))
+        return [[score] for score in model([""] * len(texts), texts).double().tolist()]
+
+
+def _policy_outputs(policy: Policy, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    rows = [row for row in ids if len(row) > 1]  # the first token is the prompt
+    if not rows:
+        return []
+    batch = collate(
+        [torch.tensor(row[:1]) for row in rows],
+        [torch.tensor(row[1:]) for row in rows],
+        pad_id=policy.pad_id,
+    )
+    logprobs, _, values = policy(batch.to(policy.device))
+    answers = [logprobs] if values is None else [logprobs, values]
+    return [row for answer in answers for row in answer.double().tolist()]
+
+
+def _short(text: str) -> str:
+    return text[:400]
+
+
+# Tensors and JSON
+
+
+def _split(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """The value as JSON, with its tensors moved to `tensors` under their paths."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {"$tensor": name}
+    if isinstance(value, dict):
+        items = {key: _split(item, tensors, f"{name}.{key}") for key, item in value.items()}
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in items)
+        return items if plain else {"$items": [[key, item] for key, item in items.items()]}
+    if isinstance(value, (list, tuple)):
+        parts = [_split(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
+        return {"$tuple": parts} if isinstance(value, tuple) else parts
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_split`."""
+    if isinstance(value, list):
+        return [_joined(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$items": items}:
+            return {key: _joined(item, tensors) for key, item in items}
+        case {"$tuple": parts}:
+            return tuple(_joined(parts, tensors))
+        case {"$float": text}:
+            return float(text)
+    return {key: _joined(item, tensors) for key, item in value.items()}
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, however many names it has."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def _load_weights(module: nn.Module, file: Path) -> None:
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with safe_open(file, framework="pt") as saved:
+        names = set(saved.keys())
+        require(
+            names == set(named),
+            f"{file}: weights of another model; {len(names ^ set(named))} names differ, "
+            f"such as {min(names ^ set(named), default='')}",
+        )
+        for name, tensor in named.items():
+            found = saved.get_tensor(name)
+            require(
+                found.shape == tensor.shape and found.dtype == tensor.dtype,
+                f"{file}: {name} is {tuple(found.shape)} {found.dtype}, the model's is "
+                f"{tuple(tensor.shape)} {tensor.dtype}",
+            )
+            tensor.copy_(found)
+
+
+def _identity(file: Path) -> list[int]:
+    """Bytes and CRC-32 of a file, as it is read back."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size == 0:
+            return [0, 0]
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return [size, zlib.crc32(content)]
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

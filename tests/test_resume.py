@@ -1,0 +1,383 @@
+"""Runs that are stopped and resumed end with the bits of the run that never stopped."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torture
+from small import small_policy, small_reward_model
+from torture import ALGORITHMS, MODULES, command_line, prepare, result
+
+from rlhf_min.errors import BadInput
+from rlhf_min.harness import resume
+from rlhf_min.harness.metrics import MetricsLog, Saving
+from rlhf_min.harness.resume import (
+    RECORD,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    Snapshot,
+    checkpoints,
+    keep,
+    latest,
+    write,
+)
+from rlhf_min.harness.stopping import Stopped, catching_signals
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_command(monkeypatch, algorithm, *arguments):
+    """Exit code of a command."""
+    monkeypatch.setattr(sys, "argv", [f"{algorithm}.py", *map(str, arguments)])
+    try:
+        MODULES[algorithm].main()
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """The uninterrupted run of each algorithm."""
+    with pytest.MonkeyPatch.context() as patch:
+        for algorithm in ALGORITHMS:
+            out = work / f"whole-{algorithm}"
+            assert run_command(patch, algorithm, *command_line(algorithm, work), "--out", out) == 0
+    return {algorithm: work / f"whole-{algorithm}" for algorithm in ALGORITHMS}
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """The signal comes while this step is written."""
+    write_row = MetricsLog._write
+
+    def patched(self, stage, at, metrics):
+        write_row(self, stage, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "_write", patched)
+
+
+# To the bit
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        code = run_command(patch, algorithm, *command_line(algorithm, work), "--out", out)
+    assert code == 143
+    assert f"stopped by a signal after step 5 of {10 if algorithm == 'ppo' else 14} of " in (
+        told := capsys.readouterr().err
+    )
+    assert f"--resume {out}" in told
+    assert not (out / algorithm).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(patch, algorithm, "--resume", out) == 0
+    assert f"{algorithm}: continued after step 5" in capsys.readouterr().out
+    assert result(out, algorithm) == result(whole[algorithm], algorithm)
+
+
+def test_a_few_kills(capsys):
+    assert torture.main(["--kills", "8", "--seed", "1"]) == 0
+    assert "0 of " in capsys.readouterr().out
+
+
+def test_a_finished_run_resumed_does_nothing_new(whole, tmp_path):
+    shutil.copytree(whole["sft"], tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(patch, "sft", "--resume", tmp_path / "run") == 0
+    assert result(tmp_path / "run", "sft") == result(whole["sft"], "sft")
+
+
+def test_more_steps_by_permission(whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole["ppo"], tmp_path / "run")
+    more = ["--resume", tmp_path / "run", "--steps", 12, "--seed", 0]
+    assert run_command(monkeypatch, "ppo", *more) == 2
+    assert "PPOConfig.steps 10 -> 12; leave these out, or give --allow_config_change" in (
+        capsys.readouterr().err
+    )
+    assert run_command(monkeypatch, "ppo", *more, "--allow_config_change") == 0
+    rows = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 13))
+    record = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    assert record["config"]["PPOConfig"]["steps"] == 12
+    assert record["changes"] == [{"PPOConfig.steps": [10, 12]}]
+    assert run_command(monkeypatch, "ppo", "--resume", tmp_path / "run") == 0
+
+
+# Signals
+
+
+def test_the_first_signal_is_noted_and_the_second_stops():
+    with catching_signals() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    log = MetricsLog(lambda: tmp_path)
+    with pytest.raises(Stopped, match="after step 2 of 2 of sft") as raised:
+        log.follow("sft", [{"loss": 1.0}, {"loss": 2.0}], total=2, show=())
+    assert raised.value.exit_code == 130
+    assert len(log.rows) == 2
+
+
+# One checkpoint
+
+
+class State:
+    """Of a stage that only counts."""
+
+    def __init__(self, step=0):
+        self.step, self.extra = step, {1: torch.arange(3), "x": (1, [math.inf], None)}
+
+    def state_dict(self):
+        return {"step": self.step, "extra": self.extra}
+
+    def restore(self, state):
+        self.step, self.extra = state["step"], state["extra"]
+
+
+class Example:
+    pass
+
+
+def snapshot(policy=None, *, step=4, examples=(), **models):
+    policy = policy or small_policy(critic="shared", dtype=torch.float32)
+    return Snapshot(
+        "ppo",
+        policy,
+        State(step),
+        lambda folder: folder.mkdir(parents=True),
+        models={"policy": policy, **models},
+        texts=["red ball", "blue ball one", "one", "two"],
+        examples=examples,
+        total=10,
+    )
+
+
+def saved(folder, step=4, **models):
+    path = folder / f"step-{step:06d}"
+    write(path, snapshot(step=step, **models), finished=False, sizes={"metrics.jsonl": 7})
+    return path
+
+
+def test_all_comes_back(tmp_path):
+    random.seed(3)
+    np.random.seed(4)
+    torch.manual_seed(5)
+    path = saved(tmp_path)
+    drawn = (random.random(), np.random.rand(), float(torch.rand(())))
+    random.random(), np.random.rand(), torch.rand(9)
+    other = snapshot(small_policy(critic="shared", seed=9, dtype=torch.float32), step=0)
+    other.state.extra = None
+    Checkpoint(path).restore(other)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == drawn
+    assert other.state.step == 4
+    assert other.state.extra[1].tolist() == [0, 1, 2]
+    assert other.state.extra["x"] == (1, [math.inf], None)
+    for a, b in zip(snapshot().module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert Checkpoint(path).sizes == {"metrics.jsonl": 7}
+
+
+@pytest.mark.parametrize("name", [RECORD, WEIGHTS, STATE])
+@pytest.mark.parametrize("damage", ["missing", "cut", "a changed bit", "empty"])
+def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
+    older, newer = saved(tmp_path, 4), saved(tmp_path, 6)
+    assert latest(tmp_path).folder == newer
+    content = bytearray((newer / name).read_bytes())
+    if damage == "missing":
+        (newer / name).unlink()
+    elif damage == "cut":
+        (newer / name).write_bytes(content[:-9])
+    elif damage == "empty":
+        (newer / name).write_bytes(b"")
+    else:
+        place = content.index(b'"step"') if name == RECORD else len(content) // 2
+        content[place + 1] ^= 4
+        (newer / name).write_bytes(content)
+    with pytest.raises(BadInput, match=str(newer)):
+        Checkpoint(newer)
+    assert latest(tmp_path).folder == older
+    assert f"passed over: {newer}" in capsys.readouterr().out
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert latest(tmp_path / "no folder") is None
+
+
+def test_old_ones_go_and_later_ones_too(tmp_path):
+    for step in (2, 4, 6, 8):
+        saved(tmp_path, step)
+    keep(tmp_path, tmp_path / "step-000006", 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000004", "step-000006"]
+
+
+def test_of_another_model(tmp_path):
+    path = saved(tmp_path)
+    with pytest.raises(BadInput, match="weights of another model; 2 names differ, such as value_"):
+        Checkpoint(path).restore(snapshot(small_policy(dtype=torch.float32)))
+    with pytest.raises(BadInput, match=r"torch.float32, the model's is .* torch.float64"):
+        Checkpoint(path).restore(snapshot(small_policy(critic="shared")))
+
+
+def test_of_other_data(tmp_path):
+    path = saved(tmp_path)
+    from rlhf_min.data import PromptExample
+
+    other = snapshot(examples=[PromptExample("red", torch.tensor([2]))])
+    with pytest.raises(BadInput, match="had other data; give the same --data"):
+        Checkpoint(path).restore(other)
+
+
+# Canaries
+
+
+def test_canaries_know_another_reference_and_another_reward_model(tmp_path):
+    ref_policy, reward_model = small_policy(seed=1), small_reward_model(seed=1)
+    path = saved(tmp_path, ref_policy=ref_policy, reward_model=reward_model)
+    right = snapshot(ref_policy=ref_policy, reward_model=reward_model)
+    Checkpoint(path).restore(right)
+    for name, other in [
+        ("ref_policy", small_policy(seed=2)),
+        ("reward_model", small_reward_model(seed=2)),
+    ]:
+        models = {"ref_policy": ref_policy, "reward_model": reward_model, name: other}
+        with pytest.raises(BadInput, match=f"{name} answers otherwise than when this was saved"):
+            Checkpoint(path).restore(snapshot(**models))
+
+
+def test_canaries_know_a_lost_value_head(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    load = resume._load_weights
+
+    def lose(module, file):
+        load(module, file)
+        torch.nn.init.zeros_(module.value_head.weight)
+
+    monkeypatch.setattr(resume, "_load_weights", lose)
+    with pytest.raises(BadInput, match="policy answers otherwise"):
+        Checkpoint(path).restore(snapshot())
+
+
+def test_canaries_know_nan(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    load = resume._load_weights
+
+    def lose(module, file):
+        load(module, file)
+        torch.nn.init.constant_(module.value_head.bias, math.nan)
+
+    monkeypatch.setattr(resume, "_load_weights", lose)
+    with pytest.raises(BadInput, match="policy answers otherwise"):
+        Checkpoint(path).restore(snapshot())
+
+
+def test_canaries_know_another_tokenizer(tmp_path):
+    path = saved(tmp_path)
+    other = snapshot()
+    other.module.tokenizer.add_tokens(["ball on"])
+    with pytest.raises(BadInput, match="the tokenizer of policy reads 'red ball' otherwise"):
+        Checkpoint(path).restore(other)
+
+
+# The run's folder
+
+
+def test_metrics_that_were_cut_are_refused(work, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        assert run_command(patch, "sft", *command_line("sft", work), "--out", out) == 143
+    file = out / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(patch, "sft", "--resume", out) == 2
+    assert f"{file} is shorter than when" in capsys.readouterr().err
+
+
+def test_links_out_of_a_run_are_refused(whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole["sft"], tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/best").symlink_to(tmp_path / "elsewhere")
+    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 2
+    assert "run/best is a link, and no run writes any" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_is_removed(whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole["sft"], tmp_path / "run")
+    left = tmp_path / "run/checkpoints/sft/.step-000012-4711"
+    left.mkdir()
+    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 0
+    assert not left.exists()
+    assert f"removed, since it was only half written: {left}" in capsys.readouterr().out
+
+
+def test_of_another_command(whole, monkeypatch, capsys):
+    assert run_command(monkeypatch, "dpo", "--resume", whole["sft"]) == 2
+    assert "was started by another command: it has no DPOConfig but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "run.json cannot be read"),
+        ('{"config": []}', "run.json cannot be read"),
+        ('{"config": {"RunOptions": 1}}', "config holds no options"),
+        (
+            '{"config": {"RunOptions": {"limit": "many"}, "SFTConfig": {}}}',
+            "limit cannot be 'many'",
+        ),
+        ('{"config": {"RunOptions": {}, "SFTConfig": {"epochs": -1}}}', "epochs is -1"),
+    ],
+)
+def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    assert run_command(monkeypatch, "sft", "--resume", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_best_model_is_kept(tmp_path):
+    values, kept = iter([3.0, 1.0, 2.0, 1.0, 0.5]), []
+    shot = snapshot(step=0)
+    object.__setattr__(shot, "save_model", lambda folder: kept.append((folder, shot.state.step)))
+
+    def steps():
+        for value in values:
+            shot.state.step += 1
+            yield {"eval/loss": value}
+
+    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/loss"))
+    log.follow("ppo", steps(), total=5, show=(), snapshot=shot)
+    assert kept == [(tmp_path / "best/ppo", step) for step in (1, 2, 5)]
+    assert not list(Path(tmp_path).glob("checkpoints/*"))
