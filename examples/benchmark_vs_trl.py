@@ -118,7 +118,7 @@ def read_options() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="PATH",
-        help="Pythons of further environments, with other versions of trl.",
+        help="Pythons of the environments whose trl to compare with. Default: this one.",
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -135,12 +135,15 @@ def read_options() -> argparse.Namespace:
     )
     require(options.rounds >= 1, f"--rounds is {options.rounds}; it must be at least 1")
     require(options.threads >= 1, f"--threads is {options.threads}; it must be at least 1")
-    options.environments = {sys.executable: installed(sys.executable)}
     # Workers start in another folder, so a relative path is made absolute; links stay links.
     options.trl_python = [os.path.abspath(shutil.which(p) or p) for p in options.trl_python]
-    for python in options.trl_python:
+    options.environments = {}
+    for python in options.trl_python or [sys.executable]:
         options.environments[python] = installed(python)
-        require("trl" in options.environments[python], f"--trl-python {python}: it has no trl")
+        require(
+            not options.trl_python or "trl" in options.environments[python],
+            f"--trl-python {python}: it has no trl",
+        )
     if options.out is not None:
         try:
             Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ def plan(workload: str, options: argparse.Namespace) -> list[Comparison]:
     """Against whom, in which precisions. The sides of one comparison are alive together."""
     ours = {p: Side("rlhf_min", "ours", p, sys.executable) for p in options.precisions}
     if workload == "sampling":
-        label = f"generate {options.environments[sys.executable]['transformers']}"
+        label = f"generate {installed(sys.executable)['transformers']}"
         theirs = {p: Side(label, "generate", p, sys.executable) for p in options.precisions}
         found = [Comparison(workload, label, {p: (ours[p], theirs[p]) for p in ours})]
         if "bf16" in ours:
@@ -217,9 +220,10 @@ def describe(options: argparse.Namespace, comparisons: list[Comparison]) -> dict
     cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
     flags = next((x.split() for x in lines if x.startswith("flags")), [])
     able = [x for x in INSTRUCTIONS if x in flags]
+    environments = {sys.executable: installed(sys.executable), **options.environments}
     versions = [
         ", ".join(f"{name} {found[name]}" for name in LIBRARIES if name in found)
-        for found in options.environments.values()
+        for found in environments.values()
     ]
     used = {side.python for c in comparisons for group in c.groups for side in group}
     left_out = [python for python in options.trl_python if python not in used]

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.harness import report
+from rlhf_min.harness import html, report
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.harness.run import check_out, open_run, run_seed
@@ -86,8 +86,9 @@ def main() -> None:
     results = report.results_json(evaluations, reward_model={}, seed=seed)
     report.write_json(out / "results.json", results)
     report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])
+    html.write_report(out)
     print(report.results_table(evaluations, baseline=baseline))
-    print(f"results.json and samples.md are in {out}")
+    print(f"report.html, results.json and samples.md are in {out}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ Without options it runs on the embedded question-answer world, offline, in a few
 
 import time
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.harness import report, stages
+from rlhf_min.harness import html, report, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.cli import RunOptions, command, parse, recipe_for
+from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.run import check_out, start_log
 
-Config = TypeVar("Config", bound=Any)
 MINIBATCH = ppo.PPOConfig.minibatch_size
 
 
@@ -59,8 +56,7 @@ def main() -> None:
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)
-    configs = (options, sft_config, reward_config, ppo_config, dpo_config)
-    log = start_log(out, *configs)
+    log = start_log(out, options, sft_config, reward_config, ppo_config, dpo_config)
 
     stages.run_sft(sft_policy, codec, inputs, sft_config, log)
     save_policy(sft_policy, out / "sft")
@@ -71,50 +67,30 @@ def main() -> None:
     save_reward_model(reward_model, out / "reward_model")
     print(reward_report)
 
-    ppo_policy = stages.run_ppo(
-        sft_policy, codec, reward_model, inputs, ppo_config, log, ref_device=reward_model.device
-    )
+    ppo_policy = stages.run_ppo(sft_policy, codec, reward_model, inputs, ppo_config, log)
     save_policy(ppo_policy, out / "ppo")
 
-    dpo_policy = stages.run_dpo(
-        sft_policy, codec, inputs, dpo_config, log, ref_device=reward_model.device
-    )
+    device = reward_model.device
+    dpo_policy = stages.run_dpo(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
     save_policy(dpo_policy, out / "dpo")
 
-    test = inputs.test[: options.test_prompts]
-    prompts, cut = codec.encode_prompts(test)
-    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
-    evaluations = evaluate_policies(
+    evaluations = stages.run_evaluation(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
-        sft_policy.reference(reward_model.device),
-        reward_model.score,
-        prompts,
-        [row["references"] for row in test],
-        baseline="sft",
-        monitors=inputs.monitors,
-        max_new_tokens=options.max_response_tokens,
+        reward_model,
+        codec,
+        inputs,
+        log,
+        n=options.test_prompts,
         max_tokens=ppo_config.max_tokens,
         seed=options.seed,
     )
-    results = report.results_json(
-        evaluations, reward_model=reward_report.estimates, seed=options.seed
-    )
+    pairs = reward_report.estimates
+    results = report.results_json(evaluations, reward_model=pairs, seed=options.seed)
     report.write_json(out / "results.json", results)
-    report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])
     report.write_curves(out / "curves.png", log)
+    html.write_report(out)
     print(report.results_table(evaluations, baseline="sft"))
-    print(
-        f"\n{time.perf_counter() - started:.0f} s; curves.png, samples.md, metrics.jsonl, "
-        f"results.json and the models are in {out}"
-    )
-
-
-def configured(
-    config_class: type[Config], options: QuickstartOptions, **given: int | None
-) -> Config:
-    """The stage's own defaults, or a pretrained model's, with what the command line gives."""
-    values = recipe_for(config_class, options) | {k: v for k, v in given.items() if v is not None}
-    return config_class(seed=options.seed, **values)
+    print(f"\n{time.perf_counter() - started:.0f} s; report.html, models, curves are in {out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ chosen responses). The model lands in <out>/dpo.
 
 from rlhf_min import sft
 from rlhf_min.dpo import DPOConfig
-from rlhf_min.harness import report, stages
+from rlhf_min.harness import html, report, stages
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
@@ -30,7 +30,8 @@ def main() -> None:
 
     save_policy(policy, out / "dpo")
     report.write_curves(out / "curves.png", log)
-    print(f"model, curves.png and metrics.jsonl are in {out}")
+    html.write_report(out)
+    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

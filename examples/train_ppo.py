@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 
 from rlhf_min import reward, sft
+from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
-from rlhf_min.harness import report, stages
+from rlhf_min.harness import html, report, stages
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.rewards import WeightedSum, load_reward
+from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.models import Critic, RewardModel
 from rlhf_min.ppo import PPOConfig
@@ -32,9 +33,13 @@ class PPOOptions(RunOptions):
         default_factory=list,
         metadata={"help": "[WEIGHT*]module:function, file.py:function or model; several add up."},
     )
+    reward_timeout: float = option(
+        SECONDS, "Seconds that a function in --reward may take for one batch; 0: no limit."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_not_negative(self, "reward_timeout")
         require(
             not (self.reward and self.reward_model),
             "give --reward_model or --reward, not both; --reward takes reward models too",
@@ -73,7 +78,8 @@ def main() -> None:
 
     save_policy(policy, out / "ppo")
     report.write_curves(out / "curves.png", log)
-    print(f"model, curves.png and metrics.jsonl are in {out}")
+    html.write_report(out)
+    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
 
 
 def load_given_reward(
@@ -85,7 +91,7 @@ def load_given_reward(
         return RewardModel.from_pretrained(name).to(device)
 
     if options.reward:
-        return load_reward(options.reward, load_model)
+        return load_reward(options.reward, load_model, timeout=options.reward_timeout)
     return load_model(options.reward_model) if options.reward_model is not None else None
 
 

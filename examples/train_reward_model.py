@@ -4,7 +4,7 @@ Without options: a small new BERT on the embedded world. With --model its scores
 samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
 """
 
-from rlhf_min.harness import report, stages
+from rlhf_min.harness import html, report, stages
 from rlhf_min.harness.checkpoint import save_reward_model
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
@@ -30,8 +30,9 @@ def main() -> None:
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}
     report.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
     report.write_curves(out / "curves.png", log)
+    html.write_report(out)
     print(found)
-    print(f"model, curves.png, results.json and metrics.jsonl are in {out}")
+    print(f"model, report.html, curves.png, results.json and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Without options: a small new GPT-2 on the embedded world. The model lands in <out>/sft.
 """
 
-from rlhf_min.harness import report, stages
+from rlhf_min.harness import html, report, stages
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
@@ -24,7 +24,8 @@ def main() -> None:
 
     save_policy(policy, out / "sft")
     report.write_curves(out / "curves.png", log)
-    print(f"model, curves.png and metrics.jsonl are in {out}")
+    html.write_report(out)
+    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

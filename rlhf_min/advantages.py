@@ -43,14 +43,14 @@ def gae(
     Source: Schulman et al. 2016, arXiv:1506.02438, eqs. 16 to 18; trl 0.11.3
     ``PPOTrainer.compute_advantages`` before its whitening.
 
-    Example: three real tokens and one pad, whose 9s must not matter.
-        >>> r = torch.tensor([[0.0, 0.0, 1.0, 9.0]])
-        >>> v = torch.tensor([[0.5, 0.5, 0.5, 9.0]])
-        >>> m = torch.tensor([[True, True, True, False]])
-        >>> gae(r, v, m, gamma=1.0, lam=1.0)[0]
-        tensor([[0.5000, 0.5000, 0.5000, 0.0000]])
-        >>> gae(r, v, m, gamma=1.0, lam=0.0)[0]
-        tensor([[0.0000, 0.0000, 0.5000, 0.0000]])
+    Example: four real tokens and one pad, whose 9s must not matter.
+        >>> r = torch.tensor([[-0.1, 0.1, -0.1, 0.9, 9.0]])
+        >>> v = torch.tensor([[0.5, 0.4, 0.4, 0.5, 9.0]])
+        >>> m = torch.tensor([[True, True, True, True, False]])
+        >>> gae(r, v, m, gamma=1.0, lam=0.5)[0]
+        tensor([[-0.1000,  0.2000,  0.2000,  0.4000,  0.0000]])
+        >>> gae(r, v, m, gamma=1.0, lam=1.0)[0]  # the rewards still to come, minus V
+        tensor([[0.3000, 0.5000, 0.4000, 0.4000, 0.0000]])
     """
     if not rewards.shape == values.shape == mask.shape:
         shapes = [tuple(x.shape) for x in (rewards, values, mask)]

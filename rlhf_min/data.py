@@ -29,6 +29,19 @@ Example = TypeVar("Example")
 
 CHAT = "chat"  # the template of a Codec that leaves the work to the tokenizer's own
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# What a chat template, which is a program of its own, can raise.
+_TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -249,7 +262,7 @@ class Codec:
             "max_response_tokens",
         )
         require(
-            self.template == CHAT or self.template.count("{prompt}") == 1,
+            self.template == CHAT or str(self.template).count("{prompt}") == 1,
             f"template {self.template!r} must hold {{prompt}} exactly once",
         )
         require(
@@ -262,8 +275,17 @@ class Codec:
         )
 
     def encode_prompt(self, text: str, report: CutReport) -> Tensor:
-        """Ids of the templated prompt, ``(P,)``; its beginning is cut off if it is too long."""
+        """Ids of the templated prompt, ``(P,)``; its beginning is cut off if it is too long.
+
+        Raises:
+            BadInput: if there is no id, or the text is none that has ids.
+        """
         ids = self._chat_ids(text) if self.template == CHAT else self._prompt_ids(text)
+        require(
+            len(ids) > 0,
+            f"the tokenizer makes no token of the prompt {text[:60]!r}; drop this prompt, or give "
+            "a template with words of its own",
+        )
         lost = max(0, len(ids) - self.max_prompt_tokens)
         report.prompts += 1
         report.prompts_cut += lost > 0
@@ -341,14 +363,14 @@ class Codec:
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
             )
-        except (TemplateError, ValueError) as error:
+        except _TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())
             raise BadInput(
                 f"the tokenizer's chat template does not take the prompt {text[:60]!r} ({reason}); "
                 "change this prompt, or give a template with {prompt}"
             ) from error
         # The template has written BOS where there is to be one.
-        return self.tokenizer(rendered, add_special_tokens=False).input_ids
+        return self._ids(str(rendered), split_special_tokens=False)
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -371,8 +393,14 @@ class Codec:
         first = self.tokenizer("x").input_ids[:1]
         return first if first == [self.tokenizer.bos_token_id] else []
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    def _ids(self, text: str, *, split_special_tokens: bool = True) -> list[int]:
+        require(
+            not _SURROGATE.search(text),
+            f"{text[:60]!r} holds half of a surrogate pair, which is no text; drop it",
+        )
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
 
 
 def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from .data import Cursor, PreferenceExample, collate, in_groups
 from .errors import require
 from .losses import DPOLoss, dpo_loss
 from .models import Policy, disable_dropout, evaluating
-from .optim import Precision, Schedule, State, adamw
+from .optim import OnNonFinite, Precision, Schedule, State, adamw
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class DPOConfig:
     cache_reference: bool = option(True, "Score the reference once, before training.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    on_nonfinite: OnNonFinite = option(
+        "stop", "At a number that is not finite: stop, or skip the step, 20 in a row at most."
+    )
     eval_every: int = option(25, "Steps between looks at the held-out pairs.")
     seed: int = option(0, "Order of the data.")
 
@@ -78,6 +81,7 @@ def new_state(
         total_steps=total_steps,
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,
+        on_nonfinite=config.on_nonfinite,
     )
     if config.cache_reference:
         with optimizer.autocast():  # in the policy's precision, or the two would differ at step 0
@@ -118,15 +122,15 @@ def batch_loss(
         label_smoothing=config.label_smoothing,
     )
     return found, {
-        "chosen_rewards": found.chosen_rewards,
-        "rejected_rewards": found.rejected_rewards,
-        "margin": found.chosen_rewards - found.rejected_rewards,
-        "accuracy": (found.chosen_rewards > found.rejected_rewards).to(chosen.dtype),
         "chosen_logprobs": chosen.detach(),
         "rejected_logprobs": rejected.detach(),
         # The reference is the policy of step 0, so these are the changes since then.
         "chosen_logprobs_change": (chosen - ref_chosen).detach(),
         "rejected_logprobs_change": (rejected - ref_rejected).detach(),
+        "chosen_rewards": found.chosen_rewards,
+        "rejected_rewards": found.rejected_rewards,
+        "margin": found.chosen_rewards - found.rejected_rewards,
+        "accuracy": (found.chosen_rewards > found.rejected_rewards).to(chosen.dtype),
     }
 
 
@@ -142,9 +146,9 @@ def train(
 
     Yields:
         ``loss``, ``accuracy`` and ``margin`` of the implicit rewards, both rewards, both summed
-        log-probabilities and their change since step 0, ``grad_norm``, ``learning_rate``; now and
-        then the same of `heldout` under ``eval/``. Means over all pairs of the batch, before the
-        step.
+        log-probabilities and their change since step 0, ``grad_norm``, ``learning_rate``,
+        ``skipped`` steps so far; now and then the same of `heldout` under ``eval/``. Means over
+        all pairs of the batch, before the step.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
@@ -164,11 +168,14 @@ def train(
                 found, per_pair = batch_loss(policy, ref_policy, part, config)
             state.optimizer.backward(found.loss * found.count / len(batch))
             _add_means(metrics, found.loss.detach(), per_pair, len(batch))
+        alone = (batch_loss(policy, ref_policy, [x], config)[1] for x in batch)
+        state.optimizer.check(metrics, enumerate(alone))
         metrics["grad_norm"] = state.optimizer.step(batch)
         state.step += 1
         seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": learning_rate,
+            "skipped": state.optimizer.skipped,
             "epoch": state.cursor.epoch + state.cursor.position / len(state.cursor.examples),
             "time/seconds": seconds,
             "time/tokens_per_second": sum(map(_length, batch)) / seconds,

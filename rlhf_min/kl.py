@@ -36,8 +36,12 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind) -> Tens
     and "mse" are (1) to (3), trl 1.12.0 ``kl_estimator`` "k1" and "k3" are (1) and (4).
 
     Example:
-        >>> kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), kind="k2")
-        tensor([[0.5000]])
+        >>> logprobs = torch.tensor([[-1.0, -1.5, -2.0, -1.0]])
+        >>> ref_logprobs = torch.tensor([[-2.0, -0.5, -3.0, -2.0]])
+        >>> kl_estimate(logprobs, ref_logprobs, kind="k1")
+        tensor([[ 1., -1.,  1.,  1.]])
+        >>> kl_estimate(logprobs, ref_logprobs, kind="k2")
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     d = at_least_float32(logprobs) - ref_logprobs
     if kind == "k1":
@@ -64,7 +68,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
         Shape ``(...)``, in at least float32; infinite where the reference rules out what the
         policy may say.
 
-    Source: trl 0.11.3 ``kl_penalty="full"``.
+    Source: Kullback and Leibler 1951; trl 0.11.3 ``kl_penalty="full"``.
 
     Example:
         >>> exact_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
@@ -147,10 +151,11 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     Source: Ziegler et al. 2019, eq. 2; trl 0.11.3 ``PPOTrainer.compute_rewards``. (trl 1.12.0
     puts the score one cell after EOS.)
 
-    Example:
-        >>> mask = torch.tensor([[True, True, False]])
-        >>> shape_rewards(torch.tensor([1.0]), torch.tensor([[2.0, 3.0, 9.0]]), mask, kl_coef=0.5)
-        tensor([[-1.0000, -0.5000,  0.0000]])
+    Example: four real tokens and one pad, whose 9 must not matter.
+        >>> scores, kl = torch.tensor([1.0]), torch.tensor([[1.0, -1.0, 1.0, 1.0, 9.0]])
+        >>> mask = torch.tensor([[True, True, True, True, False]])
+        >>> shape_rewards(scores, kl, mask, kl_coef=0.1)
+        tensor([[-0.1000,  0.1000, -0.1000,  0.9000,  0.0000]])
     """
     if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
         shapes = [tuple(x.shape) for x in (scores, kl, mask)]

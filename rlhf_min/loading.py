@@ -5,9 +5,12 @@ import json
 import re
 import struct
 import textwrap
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +40,18 @@ TOKENIZER_FILES = (
 TRL_HEAD = {"v_head.summary.weight": "value_head.weight", "v_head.summary.bias": "value_head.bias"}
 TRL_PREFIX = "pretrained_model."  # some checkpoints of trl have it before the model's own names
 
+NOT_LOADED = "no model could be loaded from there"
+MAX_LAYERS = 1000  # more than any model has, and few enough to be made before weights are missed
+CHAT_TEMPLATE_NAME = re.compile(r"[\w. -]{1,100}")  # each is saved as a file of its name
+
 # What transformers raises for a folder whose files are not what they should be.
 _LOADING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
     AttributeError,
+    EOFError,
     ImportError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     SafetensorError,
@@ -71,8 +81,8 @@ def load_causal_lm(name_or_path: str | Path) -> CausalLM:
         name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file.
 
     Raises:
-        BadInput: if it cannot be loaded, is no causal language model, or its tokenizer does not
-            fit.
+        BadInput: if it is no causal language model, or lacks something, or its tokenizer does not
+            fit. What other libraries raise is left to `Reading`.
     """
     config = _config(name_or_path)
     kind = _architecture(config)
@@ -93,10 +103,9 @@ def load_causal_lm(name_or_path: str | Path) -> CausalLM:
         f"{name_or_path}: the tokenizer has no EOS token, so no response could end; set its "
         "eos_token to one of its tokens and save it there",
     )
-    try:
+    with Reading(name_or_path, "the value head cannot be read"):
         head = _value_head(name_or_path, info["unexpected_keys"])
-    except _LOADING_ERRORS as error:
-        raise BadInput(f"{name_or_path}: the value head cannot be read: {_line(error)}") from error
+    _require_finite(name_or_path, (head or {}).items())
     return CausalLM(model, tokenizer, head)
 
 
@@ -116,8 +125,8 @@ def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
         new_head: whether a missing classifier may be drawn anew; only to begin training.
 
     Raises:
-        BadInput: if it cannot be loaded, has several labels or lacks its head, or its tokenizer
-            does not fit.
+        BadInput: if it has several labels or lacks its head, or its tokenizer does not fit. What
+            other libraries raise is left to `Reading`.
     """
     config = _config(name_or_path)
     kind = _architecture(config)
@@ -134,7 +143,7 @@ def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
 
 def _config(name_or_path: str | Path) -> PreTrainedConfig:
     path = Path(name_or_path)
-    prefix = f"{name_or_path}: no model could be loaded from there: "
+    prefix = f"{name_or_path}: {NOT_LOADED}: "
     is_gguf = path.suffix == ".gguf"
     require(not is_gguf or path.is_file(), prefix + "no such file")
     require(
@@ -149,41 +158,35 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
         not path.is_dir() or (path / "config.json").is_file(),
         prefix + "the folder has no config.json",
     )
-    try:
-        return AutoConfig.from_pretrained(**_source(name_or_path))
-    except _LOADING_ERRORS as error:
-        nowhere = "" if path.exists() else "no such folder here, and from the Hub: "
-        raise BadInput(prefix + nowhere + _line(error)) from error
+    nowhere = "" if path.exists() else ": no such folder here, and from the Hub"
+    with Reading(name_or_path, NOT_LOADED + nowhere):
+        config = AutoConfig.from_pretrained(**_source(name_or_path))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    require(
+        layers <= MAX_LAYERS,
+        f"{prefix}config.json says {layers} layers; at most {MAX_LAYERS} are made",
+    )
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        kernel = str(part._attn_implementation)
+        require("/" not in kernel, f"{prefix}it needs {kernel}, which is code and is not run")
+    return config
 
 
 def _load(
     auto_class: Any, name_or_path: str | Path, config: PreTrainedConfig, *, may_lack_head: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """The model, its tokenizer, and what ``transformers`` says of missing and unexpected keys."""
-    source = _source(name_or_path)
-    options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        if "gguf_file" in source:
-            from transformers import GgufConfig  # newer than the rest
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        model, info = auto_class.from_pretrained(**options)
-        prefixed = any(name.startswith(TRL_PREFIX) for name in info["unexpected_keys"])
-        if prefixed:
-            without = {"^" + re.escape(TRL_PREFIX): ""}
-            model, info = auto_class.from_pretrained(**options, key_mapping=without)
-        if prefixed or "gguf_file" in source:
-            model = _plain(model)
-    except _LOADING_ERRORS as error:
-        raise BadInput(
-            f"{name_or_path}: no model could be loaded from there: {_line(error)}"
-        ) from error
+    model, tokenizer, info = _read(auto_class, _source(name_or_path), config)
     folder = Path(name_or_path)
     require(
         not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
         f"{name_or_path}: there is no tokenizer beside the model; save it there too",
     )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise BadInput(
+            f"{name_or_path}: {name} is {tuple(found)}, but config.json says {tuple(expected)}; "
+            "give the config that these weights were saved with"
+        )
     trunk = f"{model.base_model_prefix}."
     missing = sorted(
         name
@@ -201,9 +204,61 @@ def _load(
         f"{name_or_path}: the tokenizer has ids up to {largest}, but the model only {rows} "
         "embeddings; save the model's own tokenizer there, or resize the embeddings and train them",
     )
+    _require_finite(name_or_path, model.named_parameters())
+    _require_chat_templates(name_or_path, tokenizer)
+    _try_to_save(model, tokenizer)
     # Half-precision weights lose small updates: training keeps float32 and may use autocast.
     model = model.to(torch.promote_types(model.dtype, torch.float32)).eval()
     return model, tokenizer, info
+
+
+def _read(
+    auto_class: Any, source: dict[str, Any], config: PreTrainedConfig
+) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are told by name afterwards
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if "gguf_file" in source:
+        from transformers import GgufConfig  # newer than the rest
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model, info = auto_class.from_pretrained(**options)
+    prefixed = any(name.startswith(TRL_PREFIX) for name in info["unexpected_keys"])
+    if prefixed:
+        without = {"^" + re.escape(TRL_PREFIX): ""}
+        model, info = auto_class.from_pretrained(**options, key_mapping=without)
+    if prefixed or "gguf_file" in source:
+        model = _plain(model)
+    return model, tokenizer, info
+
+
+def _require_finite(name_or_path: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        require(
+            bool(tensor.isfinite().all()),
+            f"{name_or_path}: {name} holds NaN or infinite numbers; give weights from before they "
+            "went wrong",
+        )
+
+
+def _require_chat_templates(name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = getattr(tokenizer, "chat_template", None) or {}
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    for name, template in named.items():
+        require(
+            isinstance(template, str) and CHAT_TEMPLATE_NAME.fullmatch(str(name)) is not None,
+            f"{name_or_path}: the chat template {name!r} is no text, or no file can be called so; "
+            "correct the tokenizer_config.json there",
+        )
+
+
+def _try_to_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What cannot be saved is noticed now, and not when it has been trained."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -246,18 +301,43 @@ def _stored(folder: Path, name: str) -> Tensor:
     return torch.load(folder / file, weights_only=True, map_location="cpu")[name]
 
 
-def _source(name_or_path: str | Path) -> dict[str, str]:
-    path = Path(name_or_path)
+def _source(name_or_path: str | Path) -> dict[str, Any]:
+    """Where ``transformers`` finds it. Unless told not to, it would ask whether to run its code."""
+    path, source = Path(name_or_path), {"trust_remote_code": False}
     if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": str(name_or_path)}
+        return source | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return source | {"pretrained_model_name_or_path": str(name_or_path)}
 
 
 def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [type(config).__name__])[0]
 
 
+class Reading(AbstractContextManager[None]):
+    """Inside, what other libraries raise becomes `BadInput`: one line, with the name before it."""
+
+    def __init__(self, name_or_path: str | Path, what: str = NOT_LOADED) -> None:
+        self.prefix = f"{name_or_path}: {what}: "
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        # The tokenizers library has no error of its own: it raises bare Exceptions.
+        known = kind is Exception or isinstance(error, _LOADING_ERRORS)
+        if error is not None and known and not isinstance(error, BadInput):
+            raise BadInput(self.prefix + _line(error)) from error
+
+
 def _line(error: BaseException) -> str:
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
     if isinstance(error, UnpicklingError):
         return "its pickled weights hold more than tensors and are not read; give safetensors"
-    return textwrap.shorten(str(error), 200, placeholder=" ...")
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run; give a model that transformers knows"
+    if isinstance(error, SafetensorError | EOFError):
+        return f"its weights are damaged ({text or 'they are empty'}); copy or save them again"
+    if type(error) is Exception:
+        return f"its tokenizer is damaged ({text}); copy or save it again"
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its JSON files is damaged ({text}); copy or save it again"
+    if isinstance(error, OSError | RuntimeError | StrictDataclassError | ValueError):
+        return text
+    return f"{type(error).__name__}: {text}"

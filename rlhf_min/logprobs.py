@@ -20,7 +20,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         Shape ``(...)``, in at least float32 (float64 stays float64).
 
-    Source: trl ``selective_log_softmax``.
+    Source: the definition; trl 0.11.3 ``logprobs_from_logits``, 1.12.0 ``selective_log_softmax``.
 
     Example:
         >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]))  # log(1/4)
@@ -42,7 +42,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         Shape ``(...)``, in at least float32.
 
-    Source: trl ``entropy_from_logits``.
+    Source: Shannon 1948, theorem 2; trl ``entropy_from_logits``.
 
     Example:
         >>> entropy(torch.zeros(1, 4))  # log 4
@@ -80,8 +80,8 @@ def lm_head_logits(
     Returns:
         Shape ``(N, V)``, in at least float32.
 
-    Source: the ``forward`` of the ``*ForCausalLM`` classes of transformers; (3) as in trl 1.12.0
-    ``PPOTrainer`` (0.11.3 leaves it out).
+    Source: the ``forward`` of the ``*ForCausalLM`` classes of transformers; trl 1.12.0
+    ``PPOTrainer`` for (3), which 0.11.3 leaves out.
 
     Example:
         >>> h, w = torch.ones(1, 2), torch.tensor([[1.0, 1.0], [2.0, 2.0]])

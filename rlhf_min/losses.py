@@ -167,10 +167,10 @@ def ppo_policy_loss(
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; trl 0.11.3 ``PPOTrainer.loss``.
 
-    Example: a ratio of 2 with a positive advantage is clipped at 1.2.
-        >>> new = torch.tensor([[2.0]]).log(); one = torch.ones(1, 1)
-        >>> ppo_policy_loss(new, 0 * one, one, one.bool(), clip=0.2).loss
-        tensor(-1.2000)
+    Example: a ratio of e^0.5 = 1.65 is clipped at 1.2 where the advantage is 1.5.
+        >>> new, old, one = torch.tensor([[-0.5]]), torch.tensor([[-1.0]]), torch.ones(1, 1)
+        >>> ppo_policy_loss(new, old, 1.5 * one, one.bool(), clip=0.2).loss
+        tensor(-1.8000)
     """
     _same_shape(new_logprobs, logprobs, advantages, mask)
     log_ratio = torch.where(mask, at_least_float32(new_logprobs) - logprobs.detach(), 0)
@@ -218,10 +218,10 @@ def ppo_value_loss(
     Source: Ziegler et al. 2019's code, after OpenAI baselines ``ppo2``; trl 0.11.3
     ``PPOTrainer.loss``.
 
-    Example: V moved from 0 to 1, further than 0.2, towards a return of 2: (0.2 - 2)^2 / 2.
-        >>> one = torch.ones(1, 1)
-        >>> ppo_value_loss(one, 0 * one, 2 * one, one.bool(), clip=0.2).loss
-        tensor(1.6200)
+    Example: V moved from 0.5 to 0.8, further than 0.2, towards 0.9: (0.7 - 0.9)^2 / 2.
+        >>> new, old, returns = torch.tensor([[0.8]]), torch.tensor([[0.5]]), torch.tensor([[0.9]])
+        >>> ppo_value_loss(new, old, returns, torch.tensor([[True]]), clip=0.2).loss
+        tensor(0.0200)
     """
     _same_shape(new_values, values, returns, mask)
     new_values = torch.where(mask, at_least_float32(new_values), 0)
@@ -274,10 +274,11 @@ def dpo_loss(
     its ``label_smoothing`` there).
 
     Example: a policy that equals the reference has h = 0 and the loss log 2, whatever beta is.
-        >>> x, y = torch.tensor([-3.0]), torch.tensor([-5.0])
+        >>> x, y = torch.tensor([-2.0]), torch.tensor([-3.0])
         >>> dpo_loss(x, y, x, y, beta=0.1, label_smoothing=0.0).loss
         tensor(0.6931)
-        >>> dpo_loss(x + 10, y, x, y, beta=0.1, label_smoothing=0.0).loss  # h = 1: log(1 + 1/e)
+        >>> ref_x, ref_y = x - 1, y + 1  # h = 0.5 * (1 + 1) = 1
+        >>> dpo_loss(x, y, ref_x, ref_y, beta=0.5, label_smoothing=0.0).loss  # log(1 + 1/e)
         tensor(0.3133)
     """
     _same_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)

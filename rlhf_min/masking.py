@@ -57,7 +57,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: if no token is real or the shapes differ.
 
-    Source: trl ``masked_mean``.
+    Source: the definition; trl ``masked_mean``.
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False]])
@@ -73,10 +73,12 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
         var = sum_{b,t} m_bt (x_bt - mean)^2 / (n - 1)                             (1)
 
-    Shapes and source as in `masked_mean` (trl ``masked_var``).
+    Shapes as in `masked_mean`.
 
     Raises:
         ValueError: if fewer than two tokens are real: one value has no variance.
+
+    Source: the definition; trl ``masked_var``.
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False]])
@@ -100,11 +102,13 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: if fewer than two tokens are real.
 
-    Source: Huang et al. 2024, arXiv:2403.17031; trl ``masked_whiten``.
+    Source: Huang et al. 2024, arXiv:2403.17031, section 7; trl ``masked_whiten``.
 
-    Example:
-        >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
-        tensor([[-0.7071,  0.7071,  0.0000]])
+    Example: mean 0.1, variance 0.04.
+        >>> advantages = torch.tensor([[-0.1, 0.2, 0.2, 0.4], [-0.1, 0.0, 9.0, 9.0]])
+        >>> masked_whiten(advantages, response_mask(torch.tensor([4, 2]), 4))
+        tensor([[-1.0000,  0.5000,  0.5000,  1.5000],
+                [-1.0000, -0.5000,  0.0000,  0.0000]])
     """
     x = at_least_float32(x)
     deviation = torch.where(mask, x - masked_mean(x, mask), 0)  # (B, T)
@@ -121,7 +125,7 @@ def masked_scale(x: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape ``(B, T)``, zero at padding.
 
-    Source: trl ``masked_whiten(..., shift_mean=False)``.
+    Source: Ziegler et al. 2019's code; trl ``masked_whiten(..., shift_mean=False)``.
 
     Example:
         >>> masked_scale(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))

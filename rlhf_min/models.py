@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from .data import CutReport, Sequences, micro_batches
 from .errors import require
 from .fast import can_pack, separate_trunk, speed_up
-from .loading import VALUE_FILE, load_causal_lm, load_classifier
+from .loading import VALUE_FILE, Reading, load_causal_lm, load_classifier
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 from .packing import Layout, packed, padded
 
@@ -143,8 +143,10 @@ class Policy(nn.Module):
         Raises:
             BadInput: if the model cannot be loaded, or its value head is missing.
         """
-        lm, tokenizer, value_head = load_causal_lm(name_or_path)
-        policy = cls(lm, tokenizer, critic=critic)
+        with Reading(name_or_path):
+            lm, tokenizer, value_head = load_causal_lm(name_or_path)
+            policy = cls(lm, tokenizer, critic=critic)
+            policy.decode(torch.tensor(tokenizer("What?").input_ids))
         if critic != "none" and value_head is not None:
             policy.load_critic(value_head)
         else:
@@ -163,7 +165,7 @@ class Policy(nn.Module):
         """The inverse of `critic_tensors`; every name must be there, and no other."""
         expected = {name: tensor.shape for name, tensor in self.critic_tensors().items()}
         given = {name: tensor.shape for name, tensor in tensors.items()}
-        differing = sorted(name for name, _ in expected.items() ^ given.items())
+        differing = sorted({name for name, _ in expected.items() ^ given.items()})
         require(
             not differing,
             f"the value head does not fit critic={self.critic!r} of this model: {differing[:3]} "
@@ -395,8 +397,10 @@ class RewardModel(nn.Module):
         Raises:
             BadInput: if the model cannot be loaded, or its classifier is missing.
         """
-        model, tokenizer, new_weights = load_classifier(name_or_path, new_head=new_head)
-        reward_model = cls(model, tokenizer, max_length=max_length).eval()
+        with Reading(name_or_path), torch.no_grad():
+            model, tokenizer, new_weights = load_classifier(name_or_path, new_head=new_head)
+            reward_model = cls(model, tokenizer, max_length=max_length).eval()
+            reward_model(["What?"], ["This."])
         reward_model.new_weights = new_weights
         return reward_model
 

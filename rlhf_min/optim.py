@@ -1,7 +1,8 @@
 """Everything between a loss and the next weights: AdamW, schedule, clipping, precision."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,23 +11,26 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from .data import Cursor
-from .errors import NonFinite
+from .errors import Fault, NonFinite, first_nonfinite
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
+OnNonFinite = Literal["stop", "skip"]
 
-
-FP16_SKIPS = 20  # steps in a row that may overflow before it is no longer the scale's fault
+SKIPS = 20  # in a row, before it is no longer the scale's fault under fp16, or one batch's
 
 
 class Optimizer:
     """An optimizer with its learning-rate schedule, gradient clipping and precision.
+
+    It takes no step with a number that is not finite. `skipped` counts what was skipped instead.
 
     Args:
         optimizer: steps the parameters.
         scheduler: steps after each optimizer step, or None.
         max_grad_norm: the gradient's largest total L2 norm, or None for no clipping.
         precision: of the forward passes, by autocast; weights and losses keep their own.
+        on_nonfinite: "stop" raises `NonFinite`; "skip" does so only after `SKIPS` in a row.
     """
 
     def __init__(
@@ -36,10 +40,13 @@ class Optimizer:
         *,
         max_grad_norm: float | None = None,
         precision: Precision = "fp32",
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.max_grad_norm, self.precision = max_grad_norm, precision
-        self.steps = self.skips = 0
+        self.on_nonfinite = on_nonfinite
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.fault: Fault | None = None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device_type = self.parameters[0].device.type
         # Half precision loses small gradients: fp16 scales the loss up and the gradient down.
@@ -66,8 +73,42 @@ class Optimizer:
         """Add the gradient of this micro-batch's share of the loss."""
         self.scaler.scale(loss).backward()
 
+    def check(
+        self, metrics: Mapping[str, float], rows: Iterable[tuple[int, Mapping[str, Tensor]]]
+    ) -> None:
+        """Have the next step refused if one of these numbers is not finite.
+
+        Args:
+            metrics: what is reported of the step.
+            rows: the number of each row, and what the metrics are made of for this row alone;
+                computed only in need, to say which rows are at fault.
+        """
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            device = self.parameters[0].device
+            with torch.no_grad(), self.autocast(), dropout_rng(0, self.steps, device):
+                self.fault = first_nonfinite(rows) or (bad[0], [])
+
+    def refused(self, batch: Any, *, expected: bool = False) -> bool:
+        """Whether something is not finite. If so, it is counted as skipped, or the run stops.
+
+        Args:
+            batch: where it happened, handed to whoever catches `NonFinite`.
+            expected: it may happen now and then, even if the run is to stop.
+        """
+        fault, self.fault = self.fault, None
+        if fault is None:
+            return False
+        self.skipped_in_a_row += 1
+        may_skip = expected or self.on_nonfinite == "skip"
+        if self.skipped_in_a_row > (SKIPS if may_skip else 0):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFinite(self.steps, *fault, batch)
+        self.skipped += 1
+        return True
+
     def step(self, batch: Any = None) -> float:
-        """Clip, check, step, and clear the gradient.
+        """Clip, check, step, and clear the gradient. A step that is skipped leaves the weights.
 
         Args:
             batch: what the gradient came from, handed to whoever catches `NonFinite`.
@@ -76,22 +117,24 @@ class Optimizer:
             The gradient's total norm before clipping.
 
         Raises:
-            NonFinite: if the gradient is not finite; the weights are untouched then.
+            NonFinite: if the gradient or what was checked before is not finite, and the run is to
+                stop; the weights are untouched then.
         """
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:  # of an embedding used without its head
                 p.grad = p.grad.to_dense()
         self.scaler.unscale_(self.optimizer)
-        total_norm = nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
+        total_norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total_norm)
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)
-        # Under fp16 an overflow is expected now and then: the scaler skips it and scales less.
-        self.skips = 0 if norm < float("inf") else self.skips + 1
-        if self.skips > (FP16_SKIPS if self.precision == "fp16" else 0):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFinite(self.steps, "gradient", [], batch)
-        self.scaler.step(self.optimizer)
+        overflow = self.fault is None and not math.isfinite(norm)
+        if overflow:
+            self.fault = self._gradient_at_fault(), []
+        # Under fp16 an overflow is expected now and then: the scaler scales less after it.
+        if not self.refused(batch, expected=overflow and self.precision == "fp16"):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
@@ -99,10 +142,19 @@ class Optimizer:
         self.steps += 1
         return norm
 
+    def _gradient_at_fault(self) -> str:
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                    return f"gradient of {name}"
+        return "gradient"
+
     def state_dict(self) -> dict[str, Any]:
         """All that outlives a step."""
         return {
             "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -110,11 +162,19 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.steps = state["steps"]
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    # Row by row first: one float32 sum over the 38 million squares of an embedding is a thousandth
+    # too small on a CPU, and takes twice as long, since it uses one thread.
+    rows = [torch.linalg.vector_norm(g, dim=-1) if g.ndim > 1 else g for g in gradients]
+    return nn.utils.get_total_norm(rows)
 
 
 def adamw(
@@ -127,6 +187,7 @@ def adamw(
     total_steps: int,
     max_grad_norm: float | None,
     precision: Precision,
+    on_nonfinite: OnNonFinite = "stop",
     eps: float = 1e-8,
 ) -> Optimizer:
     """AdamW over the trainable parameters; matrices decay, biases and normalisations do not.
@@ -134,18 +195,25 @@ def adamw(
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; the schedules of ``transformers``: a
     linear rise over `warmup_steps`, then constant, linear to 0, or a half cosine to 0.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [x for x in named if x[1].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [x for x in named if x[1].ndim < 2], "weight_decay": 0.0},
     ]
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    fused = named[0][1].device.type in ("cpu", "cuda")
+    groups = [group for group in groups if group["params"]]  # an empty one would have no names
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=fused)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(
         name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
-    return Optimizer(optimizer, scheduler, max_grad_norm=max_grad_norm, precision=precision)
+    return Optimizer(
+        optimizer,
+        scheduler,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        on_nonfinite=on_nonfinite,
+    )
 
 
 @contextlib.contextmanager

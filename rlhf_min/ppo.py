@@ -18,13 +18,13 @@ from .config import (
     require_share,
 )
 from .data import Cursor, PromptExample, micro_batches
-from .errors import require
+from .errors import BadNumbers, require
 from .evaluation import distinct_n, repeated_ngrams
 from .kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
 from .losses import ppo_policy_loss, ppo_value_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten
 from .models import Policy, disable_dropout
-from .optim import Optimizer, Precision, Schedule, adamw
+from .optim import OnNonFinite, Optimizer, Precision, Schedule, adamw
 from .rollout import RewardFunction, Rollout, RolloutBuffer, RolloutKL, call_reward, collect
 
 
@@ -77,6 +77,9 @@ class PPOConfig:
     max_kl: float | None = option(None, "k1 per response, to the reference; ends the run.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    on_nonfinite: OnNonFinite = option(
+        "stop", "At a number that is not finite: stop, or skip step or rollout, 20 in a row."
+    )
     eval_every: int = option(10, "Rollouts between looks at the fixed prompts.")
     seed: int = option(0, "Order of the data, sampling, and minibatches.")
 
@@ -154,6 +157,7 @@ class State:
     moments: RunningMoments = field(default_factory=RunningMoments)
     step: int = 0
     too_far: bool = False  # the KL has exceeded max_kl: the run is over
+    last: RolloutBuffer | None = None  # what was learned from last, to look at; not saved
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values only."""
@@ -195,6 +199,7 @@ def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfi
         total_steps=total_steps,
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,
+        on_nonfinite=config.on_nonfinite,
         eps=config.adam_eps,
     )
     kl_control: FixedKL | AdaptiveKL = FixedKL(config.kl_coef)
@@ -284,10 +289,13 @@ def minibatch_step(
         stats["entropy"] += float(masked_mean(new.entropy, mask) * share)
         stats["value_loss"] += float(value_loss.loss.detach() * value_share)
         stats["value_clip_fraction"] += float(value_loss.clip_fraction * value_share)
+    alone = (_row(policy, buffer, row, config) for row in rows)
+    optimizer.check(stats, zip(rows, alone, strict=True))
     stats["grad_norm"] = optimizer.step(buffer)
     return stats
 
 
+ROLLOUT_PARTS = ("scores", "logprobs", "ref_logprobs", "kl", "values")
 UPDATE_STATS = (
     "policy_loss",
     "value_loss",
@@ -368,7 +376,8 @@ def train(
             random numbers each time.
 
     Yields:
-        The metrics of `report` and `ppo_update`, all of the rollout as it was sampled.
+        The metrics of `report` and `ppo_update`, all of the rollout as it was sampled, and how
+        many optimizer steps and rollouts were ``skipped`` so far; only this of a skipped rollout.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
@@ -377,8 +386,11 @@ def train(
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and remember what everyone believed at the time.
         prompts = state.cursor.take_across(config.batch_size)
-        with state.optimizer.autocast():
-            rollout = _collect(policy, ref_policy, reward, prompts, config, state.sampling_rng)
+        rollout = _finite_rollout(policy, ref_policy, reward, prompts, config, state)
+        if rollout is None:
+            state.step += 1
+            yield {"skipped": state.optimizer.skipped}
+            continue
 
         # Judge: rewards for each token, then how much better than expected it was.
         moments = state.moments if config.normalise_scores else None
@@ -395,11 +407,12 @@ def train(
         # Report, and steer the penalty.
         metrics = report(buffer) | stats
         metrics |= {"kl_coef": state.kl_control.coef, "learning_rate": learning_rate}
+        metrics["skipped"] = state.optimizer.skipped
         for name, monitor in monitors.items():
             metrics[name] = _mean_reward(monitor, rollout)
         metrics |= _timing(rollout, seconds)
         state.kl_control.update(metrics["kl"], config.batch_size)
-        state.step += 1
+        state.step, state.last = state.step + 1, buffer
         if eval_prompts and (state.step % config.eval_every == 0 or state.step == config.steps):
             with state.optimizer.autocast():
                 metrics |= evaluate(
@@ -478,6 +491,47 @@ def _collect(
         max_tokens=config.max_tokens,
         rng=rng,
     )
+
+
+def _finite_rollout(
+    policy: Policy,
+    ref_policy: Policy,
+    reward: RewardFunction,
+    prompts: Sequence[PromptExample],
+    config: PPOConfig,
+    state: State,
+) -> Rollout | None:
+    """None if something in it is not finite and the rollout is to be skipped."""
+    optimizer = state.optimizer
+    try:
+        with optimizer.autocast():
+            rollout = _collect(policy, ref_policy, reward, prompts, config, state.sampling_rng)
+    except BadNumbers as error:
+        if error.fault[0] == "scores" and optimizer.on_nonfinite == "stop":
+            raise  # the reward is at fault, not the training
+        optimizer.fault = error.fault
+        optimizer.refused(prompts)
+        return None
+    parts = {name: getattr(rollout, name) for name in ROLLOUT_PARTS}  # 0 at padding
+    alone = ({name: x[row] for name, x in parts.items()} for row in range(len(prompts)))
+    total = float(torch.stack([x.sum() for x in parts.values()]).sum())
+    optimizer.check({"rollout": total}, enumerate(alone))
+    return None if optimizer.refused(rollout) else rollout
+
+
+def _row(policy: Policy, buffer: RolloutBuffer, row: int, config: PPOConfig) -> dict[str, Tensor]:
+    """What the losses of this row are made of; each ``(1, T)``."""
+    rollout = buffer.rollout
+    sequences = rollout.sequences.select([row])
+    width = sequences.mask.shape[1]
+    new = policy(sequences, temperature=config.temperature)
+    return {
+        "logprobs": new.logprobs,
+        "values": new.values,
+        "ratio": (new.logprobs - rollout.logprobs[[row], :width]).exp(),
+        "advantages": buffer.advantages[[row], :width],
+        "returns": buffer.returns[[row], :width],
+    }
 
 
 def _mean_reward(reward: RewardFunction, rollout: Rollout) -> float:

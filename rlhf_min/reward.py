@@ -20,7 +20,7 @@ from .data import Cursor, CutReport, in_groups
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
 from .models import RewardModel, evaluating
-from .optim import Precision, Schedule, State, adamw, dropout_rng
+from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
 
 Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
 
@@ -45,6 +45,9 @@ class RewardConfig:
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    on_nonfinite: OnNonFinite = option(
+        "stop", "At a number that is not finite: stop, or skip the step, 20 in a row at most."
+    )
     eval_every: int = option(200, "Steps between looks at the held-out pairs.")
     seed: int = option(0, "Order of the data.")
 
@@ -111,6 +114,7 @@ def new_state(
         total_steps=total_steps,
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,
+        on_nonfinite=config.on_nonfinite,
     )
     return State(optimizer, cursor)
 
@@ -144,7 +148,8 @@ def train(
 
     Yields:
         ``loss``, ``accuracy``, ``ties``, ``margin`` over all pairs of the batch, before the step;
-        ``grad_norm``, ``learning_rate``; now and then the same of `heldout` under ``eval/``.
+        ``grad_norm``, ``learning_rate``, ``skipped`` steps so far; now and then the same of
+        `heldout` under ``eval/``.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
@@ -164,10 +169,15 @@ def train(
                 found = batch_loss(reward_model, part, center_coef=config.center_coef)
             state.optimizer.backward(found.loss * found.count / len(batch))
             _add_means(metrics, found, len(batch))
+        alone = (
+            batch_loss(reward_model, [x], center_coef=config.center_coef)._asdict() for x in batch
+        )
+        state.optimizer.check(metrics, enumerate(alone))
         metrics["grad_norm"] = state.optimizer.step(batch)
         state.step += 1
         metrics |= {
             "learning_rate": learning_rate,
+            "skipped": state.optimizer.skipped,
             "epoch": state.cursor.epoch + state.cursor.position / len(state.cursor.examples),
             "time/seconds": time.perf_counter() - started,
         }

@@ -4,14 +4,14 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .data import PromptExample, Sequences, collate, micro_batches
-from .errors import BadInput, require
+from .errors import BadInput, BadNumbers, require
 from .kl import exact_kl, kl_estimate
 from .masking import require_right_padded
 from .models import Policy, evaluating, scatter_tokens
@@ -54,6 +54,9 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Number of real response tokens. Shape ``(B,)``."""
         return self.mask.sum(1)
+
+    def __str__(self) -> str:
+        return "\n".join(_told(self.sequences, self.sequences) + _told(self, self.sequences))
 
 
 def collect(
@@ -191,6 +194,9 @@ class RolloutBuffer:
         if bool((self.value_mask.sum(1) > self.rollout.lengths + 1).any()):
             raise ValueError("value_mask goes more than one cell beyond the response")
 
+    def __str__(self) -> str:
+        return "\n".join([str(self.rollout), *_told(self, self.rollout.sequences)])
+
     def minibatches(self, order: Tensor, size: int) -> Iterator[list[int]]:
         """The rows of each minibatch: consecutive slices of `order`; the last may be smaller."""
         for rows in order.split(size):
@@ -212,7 +218,8 @@ def call_reward(
         Shape ``(B,)``, float64, on the CPU.
 
     Raises:
-        BadInput: if the callable returns another number of scores, or one that is not finite.
+        BadInput: if the callable returns another number of scores.
+        BadNumbers: if one is not finite.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     wanted = _columns_wanted(reward, name, columns[0] if columns else {})
@@ -228,8 +235,13 @@ def call_reward(
         len(scores) == len(responses),
         f"reward {name} returned {len(scores)} scores for {len(responses)} responses",
     )
-    for prompt, score in zip(prompts, scores, strict=True):
-        require(math.isfinite(score), f"reward {name} gave {score} for the prompt {prompt[:60]!r}")
+    bad = [row for row, score in enumerate(scores) if not math.isfinite(score)]
+    if bad:
+        raise BadNumbers(
+            f"reward {name} gave {scores[bad[0]]} for the prompt {prompts[bad[0]][:60]!r} "
+            f"in row {bad[0]} of the batch",
+            ("scores", bad),
+        )
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -253,6 +265,20 @@ def _columns_wanted(reward: RewardFunction, name: str, columns: Mapping[str, Any
     taken = {p.name for p in parameters[:2] if p.kind is not p.POSITIONAL_ONLY}
     named = {p.name for p in parameters[2:]}
     return [key for key in columns if key not in taken and (takes_all or key in named)]
+
+
+def _told(owner: Any, sequences: Sequences) -> list[str]:
+    """A line for each tensor: name, shape, dtype, and the range of what is not padding."""
+    masks = (sequences.mask, sequences.attention_mask.bool())
+    lines = []
+    for f in fields(owner):
+        x = getattr(owner, f.name)
+        if isinstance(x, Tensor):
+            real = next((x[m] for m in masks if m.shape == x.shape), x).cpu().double()
+            dtype = str(x.dtype).removeprefix("torch.")
+            span = f"{real.min():.4g}..{real.max():.4g}"
+            lines.append(f"{f.name:<16}{tuple(x.shape)!s:<13}{dtype:<9}{span}")
+    return lines
 
 
 def _at_least_float32(policy: Policy) -> torch.dtype:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, BadNumbers
 from .models import Policy, evaluating, lm_head, lm_head_logits
 
 ROWS_AT_ONCE = 128  # of the key-value cache; a matter of memory, not of the result
+NO_TOKEN = -1  # where the logits hold NaN, which would draw the last of the vocabulary
 
 
 def sample(
@@ -40,7 +41,7 @@ def sample(
     with evaluating(policy):
         for start in range(0, len(prompt_ids), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature)
+            responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature, start)
     return responses
 
 
@@ -49,6 +50,7 @@ def _sample(
     prompt_ids: Sequence[Tensor],
     uniforms: Tensor,  # (B, T)
     temperature: float,
+    first_row: int,  # its number in the batch
 ) -> list[Tensor]:
     eos_id, device = policy.tokenizer.eos_token_id, policy.device
     uniforms = below_one(uniforms, device)
@@ -77,7 +79,14 @@ def _sample(
             output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
         )  # (b, V)
         tokens = _inverse_cdf(logits, uniforms[live, t])  # (b,)
-        for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
+        drawn = list(zip(live.tolist(), tokens.tolist(), strict=True))
+        if bad := [first_row + row for row, token in drawn if token == NO_TOKEN]:
+            raise BadNumbers(
+                "the policy gives NaN while sampling; try --precision fp32, a lower "
+                "--learning_rate or another model",
+                ("logits", bad),
+            )
+        for row, token in drawn:
             responses[row].append(token)
         going = (tokens != eos_id).nonzero()[:, 0]
         if len(going) == 0:
@@ -112,11 +121,11 @@ def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token whose cumulated probability exceeds the uniform number. Shape ``(b,)``."""
+    """The first token whose cumulated probability exceeds the uniform number. Shape ``(b,)``.
+
+    `NO_TOKEN` where the logits hold NaN.
+    """
     cdf = logits.to(uniforms.dtype).softmax(-1).cumsum(-1)
-    if bool(cdf[:, -1].isnan().any()):  # which would draw the last token of the vocabulary
-        raise BadInput("the policy gives NaN while sampling; try --precision fp32 or another model")
     # Rounding may end the cdf a little off 1; scaling by its end keeps every draw inside.
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-        max=logits.shape[-1] - 1
-    )
+    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return torch.where(cdf[:, -1].isnan(), NO_TOKEN, tokens.clamp(max=logits.shape[-1] - 1))

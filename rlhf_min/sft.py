@@ -17,7 +17,7 @@ from .config import (
 from .data import Cursor, SFTExample, collate, in_groups
 from .losses import SFTLoss, sft_loss
 from .models import Policy, evaluating
-from .optim import Precision, Schedule, State, adamw, dropout_rng
+from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class SFTConfig:
     max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    on_nonfinite: OnNonFinite = option(
+        "stop", "At a number that is not finite: stop, or skip the step, 20 in a row at most."
+    )
     eval_every: int = option(100, "Steps between looks at the held-out demonstrations.")
     seed: int = option(0, "Order of the data.")
 
@@ -64,6 +67,7 @@ def new_state(policy: Policy, examples: Sequence[SFTExample], config: SFTConfig)
         total_steps=total_steps,
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,
+        on_nonfinite=config.on_nonfinite,
     )
     return State(optimizer, cursor)
 
@@ -92,7 +96,8 @@ def train(
 
     Yields:
         ``loss`` in nats per response token over the whole batch, ``grad_norm``,
-        ``learning_rate``, and now and then ``eval/loss`` and ``eval/perplexity`` of `heldout`.
+        ``learning_rate``, ``skipped`` steps so far, and now and then ``eval/loss`` and
+        ``eval/perplexity`` of `heldout`.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
@@ -110,6 +115,8 @@ def train(
                 loss, count = batch_loss(policy, part)
             state.optimizer.backward(loss * count / tokens)
             loss_sum += float(loss.detach() * count)
+        alone = (batch_loss(policy, [x])._asdict() for x in batch)
+        state.optimizer.check({"loss": loss_sum}, enumerate(alone))
         grad_norm = state.optimizer.step(batch)
         state.step += 1
         seconds = time.perf_counter() - started
@@ -117,6 +124,7 @@ def train(
             "loss": loss_sum / tokens,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
+            "skipped": state.optimizer.skipped,
             "epoch": state.cursor.epoch + state.cursor.position / len(state.cursor.examples),
             "time/seconds": seconds,
             "time/tokens_per_second": sum(map(_length, batch)) / seconds,

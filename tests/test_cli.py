@@ -149,6 +149,8 @@ BOUNDS = {
         "max_tokens": POSITIVE,
     },
     RunOptions: RUN | {"max_response_tokens": ([0, -1, 128, 200], [1, 127])},
+    example("train_ppo").PPOOptions: RUN
+    | {"max_response_tokens": ([0, -1, 128, 200], [1, 127]), "reward_timeout": AT_LEAST_0},
     example("quickstart").QuickstartOptions: RUN
     | {
         "seed": AT_LEAST_0,

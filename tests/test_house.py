@@ -307,13 +307,88 @@ def test_functions_fit_on_a_screen(path):
     assert long == []
 
 
+MEASURING = {"compare_with_trl.py", "benchmark_vs_trl.py"}  # what is beside trl, not what is shown
+
+
+def test_examples_are_short():
+    long = {
+        path.name: lines
+        for path in (ROOT / "examples").glob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) >= 100
+    }
+    assert long.keys() <= MEASURING, long
+
+
+LITTLE_WORDS = set("a an and are as at be by each for from in is it of on or that the to".split())
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a sentence or of code, names taken apart, in the singular."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", text).lower()
+    return {word.rstrip("s") for word in re.findall(r"[a-z]{2,}", apart)} - LITTLE_WORDS
+
+
+def echoes(lines: list[str], comments: dict[int, str]) -> list[str]:
+    """Comments with no word that their code has not. A shape is news, and so is a heading."""
+    found = []
+    for number, comment in comments.items():
+        code = lines[number - 1].removesuffix(comment)
+        following = (line for line in lines[number:] if not line.lstrip().startswith("#"))
+        said = set() if re.search(r"\([A-Z]", comment) else words_of(comment)
+        if code and said and said <= words_of(code if code.strip() else next(following, "")):
+            found.append(f"{number}: {comment}")
+    return found
+
+
+@of_each(SOURCES + EXAMPLES)
+def test_no_comment_repeats_the_code(path):
+    assert echoes(path.read_text(encoding="utf-8").splitlines(), comments(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "fine"),
+    [
+        ("    # update the running moments\n    running_moments.update(x)", False),
+        ("    total = rewards.sum()  # the sum of the rewards", False),
+        ("    # before the step, or the bits would differ\n    running_moments.update(x)", True),
+        ("    values = head(hidden)  # values (N,)", True),
+        ("# Moments\nclass RunningMoments:", True),
+    ],
+)
+def test_no_comment_repeats_the_code_sees(code, fine):
+    lines = code.splitlines()
+    found = {i: line[line.index("#") :] for i, line in enumerate(lines, start=1) if "#" in line}
+    assert (echoes(lines, found) == []) == fine
+
+
 # What is never done
+
+
+RUNS_CODE = {"trust_remote_code", "allow_pickle", "shell"}  # unless they are False
+
+
+def named_values(node: ast.AST) -> Iterator[tuple[str | None, str]]:
+    """What a call or a dict gives by name."""
+    if isinstance(node, ast.Call):
+        yield from ((k.arg, ast.unparse(k.value)) for k in node.keywords)
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            yield getattr(key, "value", None), ast.unparse(value)
 
 
 def forbidden(path: Path, source: ast.Module) -> list[str]:
     found = []
     for node in ast.walk(source):
+        found += [
+            where(path, node, f"{name}={value}")
+            for name, value in named_values(node)
+            if name in RUNS_CODE and value != "False"
+        ]
         match node:
+            case ast.Attribute(value=ast.Name(id="yaml"), attr="load" | "unsafe_load" as name):
+                found.append(where(path, node, f"yaml.{name}"))
+            case ast.Attribute(value=ast.Name(id="os"), attr="system" | "popen" as name):
+                found.append(where(path, node, f"os.{name}"))
             case ast.Import(names=names) if any(a.name.startswith("pickle") for a in names):
                 found.append(where(path, node, "pickle"))
             case ast.ImportFrom(module=str(module), names=names) if module.startswith(
@@ -356,6 +431,17 @@ def test_never(path):
         ("torch.load(path)", False),
         ("torch.load(path, weights_only=False)", False),
         ("torch.load(path, weights_only=True)", True),
+        ("AutoModel.from_pretrained(name, trust_remote_code=True)", False),
+        ("AutoModel.from_pretrained(name, trust_remote_code=options.trust)", False),
+        ("AutoModel.from_pretrained(name, **{'trust_remote_code': True})", False),
+        ("options = {'trust_remote_code': False, **more}", True),
+        ("np.load(path, allow_pickle=True)", False),
+        ("np.load(path, allow_pickle=False)", True),
+        ("subprocess.run(line, shell=True)", False),
+        ("subprocess.run([python, '-c', code])", True),
+        ("yaml.load(file)", False),
+        ("yaml.safe_load(file)", True),
+        ("os.system(line)", False),
     ],
 )
 def test_never_sees(code, fine):

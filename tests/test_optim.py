@@ -189,7 +189,7 @@ def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
     optimizer.backward(toy.loss([[bad, 0.0], [0.0, 0.0]], [1.0, 1.0]))
     with pytest.raises(NonFinite) as caught:
         optimizer.step("the batch")
-    assert (caught.value.step, caught.value.tensor) == (1, "gradient")
+    assert (caught.value.step, caught.value.tensor) == (1, "gradient of matrix")
     assert caught.value.batch == "the batch"
     assert largest_difference(toy, before) == EXACT
     assert optimizer.learning_rate == rate
@@ -267,6 +267,7 @@ def test_fp16_scales_the_loss_and_skips_an_overflow():
     optimizer.step()
     assert largest_difference(toy, start) == EXACT
     assert optimizer.scaler.get_scale() == scale / 2
+    assert optimizer.skipped == 1
     # The scale is a power of two, so that a good step has the bits of an unscaled one.
     norms = []
     for module, stepped in ((toy, optimizer), (plain, other)):

@@ -335,6 +335,7 @@ def test_an_advantage_that_is_not_finite_stops_before_the_step():
     with pytest.raises(NonFinite) as caught:
         ppo.minibatch_step(policy, descent(policy), buffer, [0, 1], CONFIG)
     assert caught.value.batch is buffer
+    assert (caught.value.tensor, caught.value.rows) == ("advantages", [1])
     assert largest_difference(policy, before) == EXACT
 
 

@@ -85,8 +85,9 @@ def test_the_commands_name_files_that_exist(line):
 def test_the_bench_is_what_was_written():
     results = json.loads((ROOT / "examples/results/benchmark.json").read_text("utf-8"))
     (table,) = [text for _, text in BLOCKS if "times as fast" in text]
-    run = results.pop("run")
-    lines = [f"threads: {run['threads']}", f"versions: {run['versions']}"]
+    runs, growths = results.pop("run"), results.pop("scaling")
+    lines = [f"{what}: {run[what]}" for run in runs.values() for what in ("threads", "versions")]
+    lines += [scaling.told(name, growth) for name, growth in growths.items()]
     for workload in results.values():
         for opponent, precisions in workload.items():
             assert f"against {opponent}\n" in table

@@ -1,15 +1,19 @@
 import json
 import math
 import struct
+import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from rlhf_min.evaluation import Estimate, Evaluation
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.report import (
+    pairs_json,
     results_json,
     results_table,
+    sample_rows,
     write_curves,
     write_json,
     write_samples,
@@ -184,6 +188,29 @@ def test_no_line_end_breaks_a_row(tmp_path, end):
     assert len(text.splitlines()) == 6 + 2
 
 
+# What the report is made from
+
+
+def test_sample_rows_have_every_model_and_both_rewards():
+    def gold(prompts, responses):
+        return [len(p) + 10 * len(r) for p, r in zip(prompts, responses, strict=True)]
+
+    evaluations = {"sft": evaluation(0, responses=["a", "bb"]), "ppo": evaluation(0)}
+    rows = sample_rows(evaluations, ["one", "four"], gold=gold, n=1)
+    assert rows == [
+        {"model": "sft", "prompt": "one", "response": "a", "score": 1.5, "gold_reward": 13.0},
+        {"model": "ppo", "prompt": "one", "response": "yes", "score": 1.5, "gold_reward": 33.0},
+    ]
+    plain = sample_rows(evaluations, ["one", "four"])
+    assert [row["score"] for row in plain] == [1.5, 1.5, -0.25, -0.25]
+    assert not any("gold_reward" in row for row in plain)
+
+
+def test_pairs_are_written_as_they_were_scored():
+    found = pairs_json(torch.tensor([1.5, 2.0]), torch.tensor([0.25, -1.0]))
+    assert found == {"chosen": [1.5, 2.0], "rejected": [0.25, -1.0]}
+
+
 # Metrics and curves
 
 
@@ -280,3 +307,31 @@ def test_curves_of_a_single_step(tmp_path):
     follow(log, "sft", 1, **STAGES["sft"])
     write_curves(tmp_path / "curves.png", log)
     assert imread(tmp_path / "curves.png").shape[:2] == (352, 1430)
+
+
+def words_in(file):
+    return [text.text for text in ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_curves_are_an_svg_too_with_its_words_as_words(tmp_path):
+    log = MetricsLog(lambda: tmp_path)
+    follow(log, "sft", 70, **STAGES["sft"])
+    write_curves(tmp_path / "curves.png", log)
+    svg = (tmp_path / "curves.svg").read_bytes()
+    assert "SFT: loss, nats per token" in words_in(tmp_path / "curves.svg")
+    write_curves(tmp_path / "curves.png", log)
+    assert (tmp_path / "curves.svg").read_bytes() == svg  # no date, no chance
+
+
+@pytest.mark.parametrize("gold", [True, False])
+def test_a_panel_names_gold_only_where_it_was_measured(tmp_path, gold):
+    log = MetricsLog(lambda: tmp_path)
+    metrics = dict(STAGES["ppo"])
+    if not gold:
+        del metrics["gold_reward"]
+    follow(log, "ppo", 3, **metrics)
+    write_curves(tmp_path / "curves.png", log)
+    words = words_in(tmp_path / "curves.svg")
+    assert ("PPO: score and gold reward" if gold else "PPO: score") in words
+    assert any("gold" in word for word in words) == gold
+    assert "PPO: entropy per token, explained variance" in words

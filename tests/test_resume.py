@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -68,13 +69,13 @@ def whole(work):
     return {algorithm: work / f"whole-{algorithm}" for algorithm in ALGORITHMS}
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """The signal comes while this step is written."""
+def stop_at(monkeypatch, step, number=signal.SIGTERM, stage=None):
+    """The signal comes while this step of a stage, or of any, is written."""
     write_row = MetricsLog._write
 
-    def patched(self, stage, at, metrics):
-        write_row(self, stage, at, metrics)
-        if at == step:
+    def patched(self, name, at, metrics):
+        write_row(self, name, at, metrics)
+        if at == step and stage in (None, name):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricsLog, "_write", patched)
@@ -95,10 +96,11 @@ def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path,
     )
     assert f"--resume {out}" in told
     assert not (out / algorithm).exists()
+    assert "Unfinished" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         assert run_command(patch, algorithm, "--resume", out) == 0
     assert f"{algorithm}: continued after step 5" in capsys.readouterr().out
-    assert result(out, algorithm) == result(whole[algorithm], algorithm)
+    assert result(out) == result(whole[algorithm])
 
 
 def test_a_few_kills(capsys):
@@ -110,7 +112,7 @@ def test_a_finished_run_resumed_does_nothing_new(whole, tmp_path):
     shutil.copytree(whole["sft"], tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         assert run_command(patch, "sft", "--resume", tmp_path / "run") == 0
-    assert result(tmp_path / "run", "sft") == result(whole["sft"], "sft")
+    assert result(tmp_path / "run") == result(whole["sft"])
 
 
 def test_more_steps_by_permission(whole, tmp_path, monkeypatch, capsys):
@@ -127,6 +129,36 @@ def test_more_steps_by_permission(whole, tmp_path, monkeypatch, capsys):
     assert record["config"]["PPOConfig"]["steps"] == 12
     assert record["changes"] == [{"PPOConfig.steps": [10, 12]}]
     assert run_command(monkeypatch, "ppo", "--resume", tmp_path / "run") == 0
+
+
+def test_a_quickstart_stopped_in_its_third_stage(work, tmp_path, capsys):
+    sizes = "--sft_epochs 1 --reward_epochs 1 --ppo_steps 4 --ppo_batch_size 8 --dpo_epochs 1"
+    options = f"{sizes} --max_length 16 --max_response_tokens 6 --test_prompts 3 --save_every 2"
+    options += f" --threads 1 --skip_preflight --data {work}/rows.jsonl --model {work}/sft"
+    options += f" --reward_model {work}/reward_model"
+    quickstart, one, other = torture.load("quickstart"), tmp_path / "one", tmp_path / "other"
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
+            quickstart.main()
+
+    run(*options.split(), "--out", one)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3, stage="ppo")
+        with pytest.raises(SystemExit, match="143"):
+            run(*options.split(), "--out", other)
+    assert not (other / "ppo").exists()
+    capsys.readouterr()
+    run("--resume", other)
+    printed = capsys.readouterr().out
+    assert re.search(r"^sft: continued after step (\d+) of \1$", printed, flags=re.MULTILINE)
+    assert "ppo: continued after step 3 of 4" in printed
+    run("--resume", other)  # and a finished one stays as it is
+    found, wanted = result(other), result(one)
+    assert found == wanted
+    for name in ("results.json", "reward_model.json"):
+        assert (other / name).read_bytes() == (one / name).read_bytes()
 
 
 # Signals

@@ -1,6 +1,7 @@
 """Rewards by name: functions, models, weighted sums."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny import bert, bert_words
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rewards import WeightedSum, load_reward, models_in
+from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in
 from rlhf_min.models import RewardModel
 from rlhf_min.rollout import call_reward
 
@@ -22,7 +23,35 @@ def hits(prompts, responses, wanted):
 def broken(prompts, responses):
     return [float("nan") if p == "p2" else 0.0 for p in prompts]
 number = 3
+
+def divide(prompts, responses):
+    return [helper(r) for r in responses]
+def helper(response):
+    return 1 / 0
+def quiet(prompts, responses):
+    raise KeyError
+def leaves(prompts, responses):
+    import sys
+    sys.exit(3)
+def long_told(prompts, responses):
+    raise ValueError("line 1" + chr(10) + 300 * "x")
+def generated(prompts, responses):
+    return (helper(r) for r in responses)
+def library(prompts, responses):
+    import json
+    return json.loads("{")
+class Counts:
+    def __call__(self, prompts, responses, wanted):
+        return [float(len(w)) for w in wanted]
+counts = Counts()
+def hangs(prompts, responses):
+    import time
+    time.sleep(60)
+def thread(prompts, responses):
+    import threading
+    return [float(threading.current_thread() is threading.main_thread())] * len(responses)
 """
+LINES = CODE.splitlines()
 PROMPTS, RESPONSES = ["p1", "p2"], ["abc", "a"]
 ROWS = [{"wanted": "b"}, {"wanted": "b"}]
 
@@ -31,6 +60,7 @@ ROWS = [{"wanted": "b"}, {"wanted": "b"}]
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(CODE, encoding="utf-8")
     (tmp_path / "typo.py").write_text("def f(:", encoding="utf-8")
+    (tmp_path / "stops.py").write_text("raise SystemExit(1 / 0)", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
     return tmp_path
@@ -58,7 +88,7 @@ def test_a_weighted_sum_of_functions_and_a_model():
 def test_the_parts_are_watched_without_scoring_again():
     reward = load_reward(["my_rewards.py:length", "runs/rm"], model)
     call_reward(reward, PROMPTS, RESPONSES, ROWS)
-    calls = reward.parts["my_rewards.py:length"][1].__globals__["calls"]
+    calls = reward.parts["my_rewards.py:length"][1].__wrapped__.__globals__["calls"]
     assert calls == [2]
     watched = {
         name: call_reward(monitor, PROMPTS, RESPONSES, ROWS).tolist()
@@ -89,6 +119,7 @@ def test_a_tensor_sums_like_a_list():
         (["2*"], "--reward '2*' names nothing"),
         (["typo.py:f"], "--reward typo.py: cannot be imported"),
         ([":f"], "cannot be imported (Empty module name)"),
+        (["stops:f"], "--reward stops: cannot be imported (division by zero)"),
     ],
 )
 def test_bad_names(specs, message):
@@ -140,5 +171,58 @@ def test_the_models_among_the_parts():
 
 def test_nan_names_the_function_and_the_prompt():
     reward = load_reward(["my_rewards:length", "my_rewards:broken"], model)
-    with pytest.raises(BadInput, match="reward broken gave nan for the prompt 'p2'"):
+    message = "reward broken gave nan for the prompt 'p2' in row 1 of the batch"
+    with pytest.raises(BadInput, match=message):
         call_reward(reward, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+@pytest.mark.parametrize(
+    ("name", "says", "line"),
+    [
+        ("divide", "raised ZeroDivisionError: division by zero", "    return 1 / 0"),
+        ("generated", "raised ZeroDivisionError: division by zero", "    return 1 / 0"),
+        ("quiet", "raised KeyError (", "    raise KeyError"),
+        ("leaves", "raised SystemExit: 3", "    sys.exit(3)"),
+        ("long_told", "raised ValueError: line 1 xxx", "    raise ValueError("),
+        ("library", "raised JSONDecodeError: Expecting", "    return json.loads("),
+    ],
+)
+def test_what_a_reward_raises_is_told_with_its_line(folder, name, says, line, timeout):
+    reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
+    with pytest.raises(BadInput) as caught:
+        call_reward(reward, PROMPTS, RESPONSES)
+    told = str(caught.value)
+    assert told.startswith(f"reward my_rewards.py:{name} {says}")
+    (number,) = [i for i, text in enumerate(LINES, start=1) if text.startswith(line)]
+    assert told.endswith(f" ({folder.resolve() / 'my_rewards.py'}:{number})")
+    assert "\n" not in told
+    assert len(told) < 400
+
+
+def test_a_reward_that_hangs_is_given_up():
+    reward = load_reward(["my_rewards:hangs"], model, timeout=0.05)
+    with pytest.raises(BadInput, match=r"reward my_rewards:hangs has not returned after 0\.05 s"):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_without_a_limit_a_reward_has_no_thread_of_its_own():
+    for timeout, found in ((60, 0.0), (0, 1.0)):
+        reward = load_reward(["my_rewards:thread"], model, timeout=timeout)
+        assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [found] * 2
+
+
+def test_an_object_that_is_called_gets_its_columns():
+    reward = load_reward(["my_rewards:counts"], model)
+    rows = [{"wanted": "bb", "other": 1}, {"wanted": "", "other": 2}]
+    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [2, 0]
+    with pytest.raises(BadInput, match=r"raised TypeError: .*wanted"):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_ctrl_c_is_no_fault_of_the_reward():
+    def stopped(_prompts, _responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guarded("stopped", stopped, Path.cwd(), timeout=0)([], [])

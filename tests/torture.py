@@ -165,7 +165,7 @@ def arguments_for(algorithm: str, work: Path, run: Path) -> list[str]:
     )
 
 
-def result(run: Path, algorithm: str) -> dict[str, Any]:
+def result(run: Path) -> dict[str, Any]:
     """All that must be equal: tensors by the bytes of their files, records and rows as values."""
     found: dict[str, Any] = {
         str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.safetensors")
@@ -179,8 +179,9 @@ def result(run: Path, algorithm: str) -> dict[str, Any]:
         found[file.name] = [
             {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows
         ]
-    steps = [row["step"] for row in found["metrics.jsonl"]]
-    assert steps == list(range(1, len(steps) + 1)), f"rows of {algorithm}: {steps}"
+    for stage in {row["stage"] for row in found["metrics.jsonl"]}:
+        steps = [row["step"] for row in found["metrics.jsonl"] if row["stage"] == stage]
+        assert steps == list(range(1, len(steps) + 1)), f"rows of {stage}: {steps}"
     return found
 
 
@@ -215,7 +216,7 @@ def torture(kills: int, seed: int, work: Path) -> Counter[str]:
         code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
         assert code == 0, log.read_text(encoding="utf-8")
         seconds[algorithm] = time.perf_counter() - started
-        wanted[algorithm] = result(run, algorithm)
+        wanted[algorithm] = result(run)
     names, number = list(POINTS), 0
     while counts["kills"] < kills:
         algorithm = list(ALGORITHMS)[number % len(ALGORITHMS)]
@@ -226,7 +227,7 @@ def torture(kills: int, seed: int, work: Path) -> Counter[str]:
             if kill_once(algorithm, work, run, log, (name, rng.random()), seconds[algorithm]):
                 counts.update(["kills", f"kills of {algorithm}", f"kills {name}"])
         code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
-        found = result(run, algorithm) if code == 0 else {}
+        found = result(run) if code == 0 else {}
         wrong = sorted(
             key
             for key in found.keys() | wanted[algorithm].keys()

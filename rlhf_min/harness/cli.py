@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from transformers import HfArgumentParser
@@ -18,10 +18,14 @@ from transformers.utils import logging as transformers_logging
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import CHAT
 from rlhf_min.errors import BadInput, NonFinite, require
+from rlhf_min.harness import html
+from rlhf_min.harness.faults import out_of_memory
 from rlhf_min.harness.formats import parse_columns
 from rlhf_min.harness.run import continued
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.harness.trackers import check_trackers
+
+Config = TypeVar("Config", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,12 @@ def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
     return {} if made_here else {k: value for k, (value, _) in config_class.pretrained.items()}
 
 
+def configured(config_class: type[Config], options: Any, **given: int | None) -> Config:
+    """A stage's own defaults, or those for a pretrained model, with what the command line gives."""
+    values = recipe_for(config_class, options) | {k: v for k, v in given.items() if v is not None}
+    return config_class(seed=options.seed, **values)
+
+
 class _Parser(HfArgumentParser):
     """Says what is wrong in one line, without the usage of forty options before it."""
 
@@ -215,7 +225,8 @@ class _Parser(HfArgumentParser):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run a command's main function; turn its errors into one line and an exit code.
 
-    Exit code 2 for bad input, 1 for numbers that went wrong, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit code 2 for bad input, 1 for numbers that went wrong and for too little memory, 130 for
+    Ctrl-C, 143 for SIGTERM.
     """
 
     @functools.wraps(main)
@@ -228,7 +239,12 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _fail(str(error), 2)
         except NonFinite as error:
             _fail(str(error), 1)
+        except (MemoryError, RuntimeError) as error:
+            if (told := out_of_memory(error)) is None:
+                raise
+            _fail(told, 1)
         except Stopped as stop:
+            html.write_report(stop.folder)
             _fail(str(stop), stop.exit_code)
         except KeyboardInterrupt:
             _fail("stopped", 130)

@@ -54,6 +54,8 @@ def _read(path: str | Path, source: str) -> list[tuple[int, Row]]:
     endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
     require(not os.path.isdir(path), f"{source}: this is a folder; give a {endings} file in it")
     require(suffix in SUFFIXES, f"{source}: the format is unknown; give a {endings} file")
+    is_pipe = os.path.exists(path) and not os.path.isfile(path)  # reading could wait for ever
+    require(not is_pipe, f"{source}: this is a pipe or a device; give a {endings} file")
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness import resume
+from rlhf_min.harness import faults, resume
 from rlhf_min.harness.resume import Checkpoint, Snapshot
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
@@ -122,17 +122,17 @@ class MetricsLog:
         Raises:
             Stopped: after the step in which SIGINT or SIGTERM came; it is saved.
         """
-        _ = self.folder  # made before the bar is drawn, or refused
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         every = 0.1 if watched else 30.0  # seconds
         done = 0 if snapshot is None else snapshot.state.step
+        folder = self.folder  # made before the bar is drawn, or refused
         bar = tqdm(
             steps, f"{stage:>12}", total, initial=done, dynamic_ncols=True, mininterval=every
         )
         shown: dict[str, str] = {}
         self._saved_at, saved, step = time.monotonic(), done, done
-        with catching_signals() as request:
+        with catching_signals() as request, faults.saved(folder, self.rows, snapshot):
             for step, metrics in enumerate(bar, start=done + 1):
                 self._write(stage, step, metrics)
                 shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
@@ -149,9 +149,19 @@ class MetricsLog:
             if request.signal is not None:
                 raise self._stopped(request, stage, step, total, step)
 
-    def add_samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append texts to ``samples.jsonl``, one line for each."""
-        self._append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
+    def add_samples(
+        self, stage: str, step: int, rows: Iterable[Mapping[str, Any]], *, anew: bool = False
+    ) -> None:
+        """Append texts to ``samples.jsonl``, one line for each; `anew` removes the stage's others.
+
+        A finished run that is resumed is measured again, and would hold them twice.
+        """
+        file = self.folder / SAMPLES
+        if anew and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["stage"] != stage]
+            file.write_text("".join(kept), encoding="utf-8")
+        self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of one stage, where it was measured."""
@@ -161,11 +171,16 @@ class MetricsLog:
     def _write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         row = {"stage": stage, "step": step, **metrics}
         self.rows.append(row)
-        self._append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
+        self.append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
         for track in self._trackers:
             track(stage, step, metrics)
 
-    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a file of lines of JSON, which goes back with the run when it is resumed.
+
+        Raises:
+            BadInput: if they cannot be written.
+        """
         file = self.folder / name
         try:
             with file.open("a", encoding="utf-8") as out:
@@ -206,6 +221,7 @@ class MetricsLog:
         )
         return Stopped(
             f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
+            self.folder,
             request.exit_code,
         )
 

@@ -3,16 +3,29 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
+from torch import Tensor
 
 from rlhf_min.evaluation import Estimate, Evaluation
-from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.rollout import RewardFunction, call_reward
 
 matplotlib.use("Agg")  # no window: this runs in scripts and on servers
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+
+class Recorded(Protocol):
+    """The metrics of a run: being written, or read back."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each step, with its stage."""
+
+    def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric of one stage, where it was measured."""
+
 
 # What the results table and results.json show of each model, in this order, where it was measured.
 ROWS = {
@@ -132,8 +145,39 @@ def write_samples(
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_curves(file: Path, log: MetricsLog) -> None:
-    """All stages' curves in one picture; panels of stages that did not run are left out."""
+def sample_rows(
+    evaluations: Mapping[str, Evaluation],
+    prompts: Sequence[str],
+    *,
+    gold: RewardFunction | None = None,
+    n: int = 20,
+) -> list[dict[str, Any]]:
+    """The first n test prompts with every model's response, as rows of ``samples.jsonl``.
+
+    Args:
+        gold: the true reward, where there is one.
+    """
+    rows: list[dict[str, Any]] = []
+    for i, prompt in enumerate(prompts[:n]):
+        for model, evaluation in evaluations.items():
+            row = {"model": model, "prompt": prompt, "response": evaluation.responses[i]}
+            rows.append({**row, "score": evaluation.scores[i]})
+            if gold is not None:
+                truth = call_reward(gold, [prompt], [evaluation.responses[i]])
+                rows[-1]["gold_reward"] = float(truth)
+    return rows
+
+
+def pairs_json(chosen: Tensor, rejected: Tensor) -> dict[str, list[float]]:
+    """``reward_model.json``: the scores of held-out pairs, ``(N,)`` each, before normalising."""
+    return {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
+
+
+def write_curves(file: Path, log: Recorded) -> None:
+    """All stages' curves in one picture, and beside it the same as SVG.
+
+    Panels of stages that did not run are left out.
+    """
     stages = {row["stage"] for row in log.rows}
     panels = [(title, lines) for title, lines in _PANELS if lines[0][0] in stages]
     rows = -(-len(panels) // 3)
@@ -145,10 +189,13 @@ def write_curves(file: Path, log: MetricsLog) -> None:
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         _draw(axes, log, title, lines)
     figure.savefig(file, dpi=110)
+    # Without the date and with texts as texts, so that the same run gives the same file.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
 
 
-def _draw(axes: Axes, log: MetricsLog, title: str, lines: list[tuple[str, str, str]]) -> None:
+def _draw(axes: Axes, log: Recorded, title: str, lines: list[tuple[str, str, str]]) -> None:
     ink = _INK[lines[0][0]]
     for i, (stage, metric, legend) in enumerate(lines):
         steps, values = log.series(stage, metric)
@@ -161,12 +208,14 @@ def _draw(axes: Axes, log: MetricsLog, title: str, lines: list[tuple[str, str, s
         if metric.startswith("eval/"):
             style |= {"marker": "o", "markersize": 3}
         axes.plot(steps, values, label=legend, linewidth=1.6, **style)
-    axes.set_title(title, fontsize=10)
+    # A title names a second line after its "and": a gold reward that was measured, if it was.
+    drawn = len(axes.get_legend_handles_labels()[0])
+    axes.set_title(title if drawn == len(lines) else title.partition(" and ")[0], fontsize=10)
     axes.set_xlabel("rollout" if lines[0][0] == "ppo" else "optimizer step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if drawn > 1:
         axes.legend(fontsize=8, frameon=False)
 
 

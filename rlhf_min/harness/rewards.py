@@ -4,10 +4,13 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.models import RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 
+SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
 
 
@@ -71,13 +75,19 @@ def models_in(reward: RewardModel | RewardFunction) -> list[RewardModel]:
     return reward.models if isinstance(reward, WeightedSum) else []
 
 
-def load_reward(specs: Sequence[str], load_model: Callable[[str], RewardModel]) -> WeightedSum:
+def load_reward(
+    specs: Sequence[str],
+    load_model: Callable[[str], RewardModel],
+    *,
+    timeout: float = SECONDS,
+) -> WeightedSum:
     """The reward that ``--reward`` names.
 
     Args:
         specs: each ``module:function``, ``file.py:function``, or a reward model's folder or name,
             with ``WEIGHT*`` before it if its weight is not 1.
         load_model: makes a reward model of a folder or name.
+        timeout: seconds that a function may take for one batch, see `guarded`.
 
     Raises:
         BadInput: if one cannot be found or is named twice.
@@ -87,7 +97,7 @@ def load_reward(specs: Sequence[str], load_model: Callable[[str], RewardModel]) 
         weight, name = _split_weight(spec)
         require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
-        reward = _function(name) if ":" in name else load_model(name).score
+        reward = _function(name, timeout) if ":" in name else load_model(name).score
         parts[name] = (weight, reward)
     require(bool(parts), f"--reward names nothing; {FORMS}")
     return WeightedSum(parts)
@@ -105,11 +115,75 @@ def _split_weight(spec: str) -> tuple[float, str]:
     return weight, name
 
 
-def _function(name: str) -> RewardFunction:
+def guarded(name: str, reward: RewardFunction, folder: Path, *, timeout: float) -> RewardFunction:
+    """The same reward, but what it raises is `BadInput` with the line of the user's that raised it.
+
+    Args:
+        name: for messages.
+        reward: the user's function.
+        folder: of the user's file.
+        timeout: seconds until a call is given up. The call has a thread of its own then, since
+            nothing else can be left behind while it hangs. With 0 there is no limit, and none of
+            this: it is called in the main thread, which some libraries insist on.
+    """
+
+    @wraps(reward)
+    def call(*texts: list[str], **columns: list[Any]) -> Any:
+        answer = _Answer()
+        if timeout > 0:
+            thread = threading.Thread(target=answer.ask, args=(reward, texts, columns), daemon=True)
+            thread.start()
+            thread.join(min(timeout, threading.TIMEOUT_MAX))
+            require(
+                not thread.is_alive(),
+                f"reward {name} has not returned after {timeout:g} s; make it faster, or give it "
+                "a longer --reward_timeout (0: no limit)",
+            )
+        else:
+            answer.ask(reward, texts, columns)
+        if answer.error is not None:
+            raise BadInput(f"reward {name} raised {_told(answer.error, folder)}") from answer.error
+        return answer.found
+
+    call.__name__ = getattr(reward, "__name__", type(reward).__name__)
+    return call
+
+
+class _Answer(AbstractContextManager[None]):
+    """What a user's code gave, and what it raised inside, which may be anything."""
+
+    found: Any = None
+    error: BaseException | None = None
+
+    def ask(self, reward: RewardFunction, texts: Sequence[Any], columns: Mapping[str, Any]) -> None:
+        """Call the user's function; what it generates is generated here too."""
+        with self:
+            found = reward(*texts, **columns)
+            self.found = list(found) if isinstance(found, Iterator) else found
+
+    def __exit__(
+        self, _: type | None, error: BaseException | None, __: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return not isinstance(error, KeyboardInterrupt)
+
+
+def _told(error: BaseException, folder: Path) -> str:
+    """Type, message and place of an error, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is our own call
+    places = [frame for frame in frames if Path(frame.filename).parent == folder] or frames
+    message = " ".join(str(error).split())[:200]
+    told = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{told} ({places[-1].filename}:{places[-1].lineno})" if places else told
+
+
+def _function(name: str, timeout: float) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
-    found: Any = getattr(_module(where), attribute, None)
+    module = _module(where)
+    found: Any = getattr(module, attribute, None)
     require(callable(found), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
-    return found
+    folder = Path(getattr(module, "__file__", None) or "").parent
+    return guarded(name, found, folder, timeout=timeout)
 
 
 def _module(where: str) -> ModuleType:
@@ -119,14 +193,17 @@ def _module(where: str) -> ModuleType:
     # As if it were imported by a script that lies there: it may import its neighbours.
     beside = str(file.parent.resolve() if is_file else Path.cwd())
     sys.path.insert(0, beside)
-    try:
-        return _from_file(file) if is_file else importlib.import_module(where)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+    imported = _Answer()
+    with imported:
+        imported.found = _from_file(file) if is_file else importlib.import_module(where)
+    sys.path.remove(beside)
+    if imported.error is not None:
+        told = " ".join(str(imported.error).split())
         raise BadInput(
-            f"--reward {where}: cannot be imported ({' '.join(str(error).split())}); {FORMS}"
-        ) from error
-    finally:
-        sys.path.remove(beside)
+            f"--reward {where}: cannot be imported ({told}); {FORMS}"
+        ) from imported.error
+    found: ModuleType = imported.found
+    return found
 
 
 def _from_file(file: Path) -> ModuleType:

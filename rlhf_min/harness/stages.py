@@ -4,7 +4,7 @@ Each function takes models and rows, and leaves the trained model; nothing here 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +15,22 @@ from torch import Tensor
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample
 from rlhf_min.errors import BadInput, require
-from rlhf_min.evaluation import Estimate, mean_estimate, proportion_estimate
+from rlhf_min.evaluation import (
+    Estimate,
+    Evaluation,
+    evaluate_policies,
+    mean_estimate,
+    proportion_estimate,
+)
+from rlhf_min.harness import faults, report
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
 from rlhf_min.harness.rewards import models_in
+from rlhf_min.harness.runs import REWARD_MODEL, TOKENS
+from rlhf_min.harness.tokens import token_records
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 from rlhf_min.sampling import sample
@@ -117,8 +126,11 @@ def run_reward(
     log.follow(
         "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
     )
+    chosen, rejected = reward.pair_scores(reward_model, inputs.heldout_pairs)
+    report.write_json(log.folder / REWARD_MODEL, report.pairs_json(chosen, rejected))
     estimates = measure_reward(
-        reward_model,
+        chosen,
+        rejected,
         inputs.heldout_pairs,
         gold=inputs.monitors.get("gold_reward"),
         seed=config.seed,
@@ -142,14 +154,18 @@ def run_reward(
 
 
 def measure_reward(
-    reward_model: RewardModel,
+    chosen: Tensor,
+    rejected: Tensor,
     pairs: Sequence[reward.Pair],
     *,
     gold: RewardFunction | None,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Accuracy, ties, margin, the two length rules, and what the gold reward itself reaches."""
-    chosen, rejected = reward.pair_scores(reward_model, pairs)
+    """Accuracy, ties, margin, the two length rules, and what the gold reward itself reaches.
+
+    Args:
+        chosen, rejected: scores of the pairs, ``(N,)`` each.
+    """
     longer, shorter = reward.length_rules(pairs)
     estimates = {
         "accuracy": proportion_estimate(int((chosen > rejected).sum()), len(pairs)),
@@ -177,7 +193,13 @@ def run_ppo(
     *,
     ref_device: torch.device | None = None,
 ) -> Policy:
-    """Train a copy of the policy against the reward; the start stays as its reference."""
+    """Train a copy of the policy against the reward; the start stays as its reference.
+
+    Args:
+        ref_device: where the reference is. Default: beside the reward model, if there is one.
+    """
+    if ref_device is None and isinstance(reward_model, RewardModel):
+        ref_device = reward_model.device
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
     prompts, cut = codec.encode_prompts(inputs.prompts)
@@ -187,8 +209,9 @@ def run_ppo(
     if log.preflight and not log.resuming:
         check_ppo(policy, ref_policy, reward_model, config, state)
     eval_prompts = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0]
-    looks = _Looks(policy, reward_function, eval_prompts, config)
-    before, _ = looks.look() if eval_prompts else (torch.empty(0), [])
+    gold = inputs.monitors.get("gold_reward")
+    looks = _Looks(policy, reward_function, eval_prompts, config, gold)
+    before, responses = looks.look() if eval_prompts else (torch.empty(0), [])
     snapshot = Snapshot(
         "ppo",
         policy,
@@ -200,6 +223,8 @@ def run_ppo(
         total=config.steps,
     )
     log.resume(snapshot)
+    if state.step == 0:
+        log.add_samples("ppo", 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
     steps = ppo.train(
         policy,
         ref_policy,
@@ -211,16 +236,24 @@ def run_ppo(
     )
     log.follow(
         "ppo",
-        looks.write_samples(steps, log, state),
+        looks.write_down(steps, log, state),
         total=config.steps,
         show=("score", "kl", "gold_reward"),
         snapshot=snapshot,
     )
+    _tell_faults(state, config, log)
     if eval_prompts:
         print(change(before, looks.look()[0]))
     for scorer in models_in(reward_model):
         print(f"scored by the reward model; {scorer.cuts}")
     return policy
+
+
+def _tell_faults(state: ppo.State, config: ppo.PPOConfig, log: MetricsLog) -> None:
+    if told := faults.ratio_spikes(log.rows):
+        print(told)
+    if far := faults.too_far(state, config.max_kl):
+        print(far[0])
 
 
 @dataclass
@@ -231,6 +264,7 @@ class _Looks:
     reward_function: RewardFunction
     prompts: Sequence[PromptExample]
     config: ppo.PPOConfig
+    gold: RewardFunction | None
 
     def look(self, n: int | None = None) -> tuple[Tensor, list[str]]:
         """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
@@ -241,19 +275,45 @@ class _Looks:
         texts, columns = [p.text for p in prompts], [p.columns for p in prompts]
         return call_reward(self.reward_function, texts, responses, columns), responses
 
-    def write_samples(
+    def samples(self, scores: Tensor, responses: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows for ``samples.jsonl``, one for each response."""
+        prompts = [prompt.text for prompt in self.prompts[: len(responses)]]
+        rows = [
+            {"prompt": prompt, "response": response, "score": score}
+            for prompt, response, score in zip(prompts, responses, scores.tolist(), strict=True)
+        ]
+        if self.gold is not None and rows:
+            for row, truth in zip(rows, call_reward(self.gold, prompts, responses), strict=True):
+                row["gold_reward"] = float(truth)
+        return rows
+
+    def write_down(
         self, steps: Iterator[dict[str, float]], log: MetricsLog, state: ppo.State
     ) -> Iterator[dict[str, float]]:
-        """The steps as they are; whenever they were evaluated, a few samples are written down."""
+        """The steps as they are; whenever they were evaluated, a few samples are written down, and
+        a few responses of the rollout token by token (of the last rollout: all)."""
         for metrics in steps:
             if self.prompts and "eval/score" in metrics:
-                scores, responses = self.look(SAMPLES)
-                rows = zip(self.prompts, responses, scores.tolist(), strict=False)
-                log.add_samples(
-                    "ppo",
-                    state.step,
-                    [{"prompt": p.text, "response": r, "score": s} for p, r, s in rows],
-                )
+                log.add_samples("ppo", state.step, self.samples(*self.look(SAMPLES)))
+            if far := faults.too_far(state, self.config.max_kl):
+                log.add_samples("ppo", state.step, far[1])
+            over = state.step == self.config.steps or state.too_far
+            if (
+                state.last is not None
+                and "kl_coef" in metrics
+                and (over or "eval/score" in metrics)
+            ):
+                with state.optimizer.autocast():
+                    records = token_records(
+                        self.policy,
+                        state.last,
+                        self.config,
+                        step=state.step,
+                        kl_coef=metrics["kl_coef"],
+                        rows=None if over else SAMPLES,
+                        gold=self.gold,
+                    )
+                log.append(TOKENS, records)
             yield metrics
 
 
@@ -322,6 +382,44 @@ def run_dpo(
             estimate = proportion_estimate(round(share * len(shown)), len(shown))
             print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
     return policy
+
+
+def run_evaluation(
+    policies: Mapping[str, Policy],
+    reward_model: RewardModel,
+    codec: Codec,
+    inputs: Inputs,
+    log: MetricsLog,
+    *,
+    n: int,
+    max_tokens: int,
+    seed: int,
+) -> dict[str, Evaluation]:
+    """Compare models on the first n test prompts; the first model is baseline and reference.
+
+    Some responses of each are written into the run's folder.
+    """
+    test = inputs.test[:n]
+    texts = [row["prompt"] for row in test]
+    prompts, cut = codec.encode_prompts(test)
+    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
+    baseline, first = next(iter(policies.items()))
+    evaluations = evaluate_policies(
+        policies,
+        first.reference(reward_model.device),
+        reward_model.score,
+        prompts,
+        [row["references"] for row in test],
+        baseline=baseline,
+        monitors=inputs.monitors,
+        max_new_tokens=codec.max_response_tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    report.write_samples(log.folder / "samples.md", evaluations, texts)
+    gold = inputs.monitors.get("gold_reward")
+    log.add_samples("test", 0, report.sample_rows(evaluations, texts, gold=gold), anew=True)
+    return evaluations
 
 
 def _named(

@@ -4,17 +4,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A signal has ended the run; all that it had done is saved."""
+    """A signal has ended the run in this folder; all that it had done is saved."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, folder: Path, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.folder, self.exit_code = folder, exit_code
 
 
 @dataclass

@@ -1,0 +1,45 @@
+"""Make the report of a run again, or lay several runs over each other in one.
+
+    python examples/make_report.py runs/quickstart
+    python examples/make_report.py runs/ppo runs/ppo-2 --out comparison.html
+
+All is read from the runs' folders, so a run may still be under way, or have been killed. Without
+--out the report of one run is its own report.html, and one of several is report.html here.
+"""
+
+import argparse
+from pathlib import Path
+
+from rlhf_min.errors import BadInput, require
+from rlhf_min.harness import html, report
+from rlhf_min.harness.cli import command
+from rlhf_min.harness.runs import read_run
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Folder of a run.")
+    parser.add_argument("--out", type=Path, help="The report, a file that ends in .html.")
+    options = parser.parse_args()
+
+    runs = [read_run(folder) for folder in options.runs]
+    alone = len(runs) == 1
+    out = options.out or (runs[0].folder if alone else Path()) / html.REPORT
+    require(out.suffix == ".html", f"--out {out} must end in .html, so that browsers open it")
+    try:
+        out.write_text(html.page(runs), encoding="utf-8")
+        if alone and runs[0].rows:
+            report.write_curves(out.with_name("curves.png"), runs[0])
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
+    print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
+    for run in runs:
+        for line in run.left_out:
+            print(f"  {run.name}: {line}")
+
+
+if __name__ == "__main__":
+    main()
