@@ -144,7 +144,8 @@ class MetricsLog:
                         saved = step
                 if request.signal is not None and step < total:
                     raise self._stopped(request, stage, step, total, saved)
-            if snapshot is not None and step > done and self._saving.every != 0:
+            wanted = self._saving.every != 0 or request.signal is not None
+            if snapshot is not None and step > done and wanted:
                 self._save(snapshot, finished=True)
             if request.signal is not None:
                 raise self._stopped(request, stage, step, total, step)
