@@ -166,9 +166,11 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
         layers <= MAX_LAYERS,
         f"{prefix}config.json says {layers} layers; at most {MAX_LAYERS} are made",
     )
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        kernel = str(part._attn_implementation)
-        require("/" not in kernel, f"{prefix}it needs {kernel}, which is code and is not run")
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = str(getattr(part, "_attn_implementation", None))
+        require(
+            "/" not in attention, f"{prefix}its attention {attention} is code, which is not run"
+        )
     return config
 
 

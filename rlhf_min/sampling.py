@@ -8,7 +8,8 @@ from torch import Tensor
 from .errors import BadInput, BadNumbers
 from .models import Policy, evaluating, lm_head, lm_head_logits
 
-ROWS_AT_ONCE = 128  # of the key-value cache; a matter of memory, not of the result
+ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
+SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed
 NO_TOKEN = -1  # where the logits hold NaN, which would draw the last of the vocabulary
 
 
@@ -38,11 +39,30 @@ def sample(
     """
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     responses: list[Tensor] = []
+    longest = max(map(len, prompt_ids), default=0) + max_new_tokens
+    at_once = rows_at_once(policy, longest)
     with evaluating(policy):
-        for start in range(0, len(prompt_ids), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, len(prompt_ids), at_once):
+            rows = slice(start, start + at_once)
             responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature, start)
     return responses
+
+
+def rows_at_once(policy: Policy, tokens: int) -> int:
+    """How many rows of so many tokens are sampled together: their keys and values take no more room
+    than the weights, which is what the gradient takes later."""
+    weights = sum(p.numel() * p.element_size() for p in policy.lm.parameters())
+    rows = max(weights, SMALL_CACHE) // (tokens * cache_bytes(policy))
+    return max(1, min(ROWS_AT_ONCE, rows))
+
+
+def cache_bytes(policy: Policy) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    config = policy.lm.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * kept_heads * width * policy.lm.dtype.itemsize)
 
 
 def _sample(

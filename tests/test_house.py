@@ -26,7 +26,7 @@ FLOORS = (
     ("kl", "advantages", "losses"),
     ("config", "data", "fast", "packing", "loading", "models", "sampling", "optim"),
     ("rollout",),
-    ("sft", "reward", "ppo", "dpo", "evaluation", "world"),
+    ("sft", "reward", "ppo", "dpo", "evaluation", "best_of_n", "world"),
 )
 ALGORITHMS = {"sft", "reward", "ppo", "dpo"}
 EQUATION_FLOORS = 2  # floors 0 and 1 import nothing but torch and these

@@ -32,8 +32,9 @@ from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.preflight import Check, available_bytes, cache_bytes, kept_bytes
+from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
 from rlhf_min.packing import padded
+from rlhf_min.sampling import cache_bytes
 
 ENDED_PAIRS = [x for x in PREFERENCES if x.rejected_ids[-1] == END]
 TEXT_PAIRS = [

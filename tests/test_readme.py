@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import check_quickstart
@@ -13,6 +14,9 @@ from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.models import Policy, RewardModel
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))  # as it is for the command
+from benchmark import scaling  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 

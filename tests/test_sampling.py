@@ -11,7 +11,7 @@ from tiny import EOS, PAD, gpt2, llama, policy, token_rows
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.sampling import _inverse_cdf, sample
+from rlhf_min.sampling import _inverse_cdf, rows_at_once, sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 FEW = 5  # tokens in the vocabulary, so that EOS comes now and then
@@ -159,6 +159,19 @@ def test_how_many_rows_are_sampled_at_once_changes_nothing(monkeypatch):
     expected = draw(model, PROMPTS)
     monkeypatch.setattr("rlhf_min.sampling.ROWS_AT_ONCE", 2)  # each row keeps its own numbers
     assert draw(model, PROMPTS) == expected
+
+
+def test_the_cache_takes_no_more_room_than_the_weights(monkeypatch):
+    model = policy(gpt2())
+    config, dtype = model.lm.config, model.lm.dtype
+    row = 5 * 2 * config.n_layer * config.n_embd * dtype.itemsize  # of 5 tokens
+    weights = sum(p.nbytes for p in model.lm.parameters())
+    assert rows_at_once(model, 5) == 128
+    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 0)
+    assert 1 < rows_at_once(model, 5) == weights // row < 128
+    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 2 * weights)
+    assert rows_at_once(model, 5) == 2 * weights // row
+    assert rows_at_once(model, 10**9) == 1
 
 
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():

@@ -61,7 +61,9 @@ def parse_columns(text: str) -> dict[str, str]:
             f"--columns {shown(text)}: {shown(part)} does not say which column serves as which; "
             "write it like prompt=question,chosen=good,rejected=bad",
         )
-        require(ours not in named, f"--columns {shown(text)}: {shown(ours)} stands twice; name it once")
+        require(
+            ours not in named, f"--columns {shown(text)}: {shown(ours)} stands twice; name it once"
+        )
         named[ours] = theirs
     return named
 

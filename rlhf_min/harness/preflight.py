@@ -29,7 +29,7 @@ from rlhf_min.models import CHUNK_TOKENS, Policy, RewardModel, evaluating
 from rlhf_min.optim import Optimizer
 from rlhf_min.optim import State as OptimState
 from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
-from rlhf_min.sampling import ROWS_AT_ONCE, sample
+from rlhf_min.sampling import cache_bytes, rows_at_once, sample
 
 # How far two computations of the same number may differ: a log-probability or a score.
 TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
@@ -186,7 +186,7 @@ def check_ppo(
             state.optimizer,
             (prompts[0].ids, prompts[0].ids[:1]),
             tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
-            cached_tokens=min(config.batch_size, ROWS_AT_ONCE) * longest,
+            cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
         )
         response_ids = sample(
             policy,
@@ -714,15 +714,6 @@ def kept_bytes(model: nn.Module, forward: Callable[[int], Any], tokens: int) -> 
 
     one, two = measure(1), measure(2)
     return 2 * one - two, (two - one) / tokens
-
-
-def cache_bytes(policy: Policy) -> float:
-    """Bytes of a token's keys and values in all layers."""
-    config = policy.lm.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kept_heads * width * policy.lm.dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> float:

@@ -12,6 +12,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -158,8 +159,9 @@ def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[st
         "random": _split(_random_states(), tensors, "random"),
     }
     with complete_folder(folder) as new:
-        save_file(_weights(snapshot.module), new / WEIGHTS)
-        save_file(tensors, new / STATE)
+        with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
+            parts = (_weights(snapshot.module), tensors), (new / WEIGHTS, new / STATE)
+            list(pool.map(save_file, *parts))
         record["files"] = {name: _identity(new / name) for name in (WEIGHTS, STATE)}
         (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -135,7 +135,7 @@ def run_reward(
         gold=inputs.monitors.get("gold_reward"),
         seed=config.seed,
     )
-    normalised_on = "scores as trained, not normalised"
+    told = "scores as trained, not normalised"
     if config.normalise:
         source = "training responses"
         if sft_policy is not None and codec is not None:
@@ -143,14 +143,21 @@ def run_reward(
             prompts, responses = sample_texts(
                 sft_policy, codec, inputs.prompts[:NORMALISE_ON], seed=config.seed
             )
-        try:
-            mean, std = reward.normalise(reward_model, prompts, responses)
-            normalised_on = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
-            if not reward_model.has_bias:
-                normalised_on += "; the mean stays, since the last layer has no bias"
-        except BadInput as error:  # the trained model is worth more than its scale
-            normalised_on = f"scores as trained, not normalised: {error}"
-    return RewardReport(estimates, normalised_on)
+        told = _normalised(reward_model, prompts, responses, source)
+    return RewardReport(estimates, told)
+
+
+def _normalised(
+    reward_model: RewardModel, prompts: Sequence[str], responses: Sequence[str], source: str
+) -> str:
+    try:
+        mean, std = reward.normalise(reward_model, prompts, responses)
+    except BadInput as error:  # the trained model is worth more than its scale
+        return f"scores as trained, not normalised: {error}"
+    told = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
+    if not reward_model.has_bias:
+        told += "; the mean stays, since the last layer has no bias"
+    return told
 
 
 def measure_reward(

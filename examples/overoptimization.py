@@ -1,0 +1,94 @@
+"""Does the gold reward turn down while the score climbs? PPO against a reward model of few pairs.
+
+After Gao, Schulman and Hilton 2022, arXiv:2210.10760, on the embedded world, where the true reward
+is known: PPO without and with a KL penalty, and best-of-n, against a reward model that has seen few
+preference pairs. SFT model and reward model are trained first, unless --model and --reward_model
+give them.
+"""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rlhf_min.config import option, require_share
+from rlhf_min.errors import require
+from rlhf_min.harness import experiments
+from rlhf_min.harness.cli import command, parse
+from rlhf_min.harness.experiments import Point
+from rlhf_min.harness.run import check_out
+
+SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
+TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats
+
+
+@dataclass(frozen=True)
+class OveroptimizationOptions(experiments.ExperimentOptions):
+    """Options of the experiment."""
+
+    pairs: int | None = option(300, "Preference pairs that the reward model learns from.")
+    label_noise: float = option(0.0, "Share of their labels that is turned round.")
+    kl_coefs: list[float] = field(
+        default_factory=lambda: [0.0, 0.1], metadata={"help": "Of PPO, a curve for each."}
+    )
+    learning_rate: float = option(1e-4, "PPO's; low, to see what happens on the way.")
+    looks: int = option(12, "How often each run is measured, the last time at its end.")
+    samples: int = option(64, "Responses to each prompt, for the best of up to half as many.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share(self, "label_noise")
+        require(self.samples >= 2, f"samples is {self.samples}; it must be at least 2")
+
+
+@command
+def main() -> None:
+    options = parse(__doc__, OveroptimizationOptions)
+    started = time.perf_counter()
+    runs = experiments.ppo_runs(options, learning_rate=options.learning_rate)
+    out, rng = check_out(options, "overoptimization"), random.Random(options.seed)
+    inputs = experiments.load_world(options)
+    for pair in inputs.pairs:
+        if rng.random() < options.label_noise:
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+    models = experiments.prepare(options, out, inputs)
+    best = experiments.best_of_n(*models, inputs, options, samples=options.samples)
+    seconds = {"prepare": time.perf_counter() - started}
+    found = experiments.run_all(options, out, runs) | {"best of n": [best]}
+    points = experiments.points_of(found, seed=options.seed)
+    verdicts = {name: experiments.verdict(x, seed=options.seed) for name, x in found.items()}
+    told = "\n".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
+    seconds["total"] = time.perf_counter() - started
+
+    figure = draw(points, told)
+    experiments.save(
+        out, "overoptimization", figure, seconds=seconds, verdicts=verdicts, points=points
+    )
+    print(experiments.table(points, SHOWN))
+    by_n = {f"best of {point['step']}": [point] for point in points["best of n"]}
+    print(experiments.table(by_n, {"kl_bound": "KL at most"} | SHOWN))
+    print(told)
+    print(f"{seconds['total']:.0f} s; overoptimization.json, .png and .svg are in {out}")
+
+
+def draw(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
+    """Score and gold reward against the square root of the KL."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, y in zip(figure.subplots(1, 2), ("score", "gold_reward"), strict=True):
+        for name, group in points.items():
+            experiments.draw_curve(axes, group, "kl", y, label=name)
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_xlim(left=0)
+        axes.set_xticks([x for x in TICKS if x <= axes.get_xlim()[1]])
+        axes.set_ylabel(SHOWN[y])
+        axes.set_xlabel("KL to the SFT model, nats per response")
+        axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

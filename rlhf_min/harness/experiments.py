@@ -1,0 +1,381 @@
+"""What the experiments share: runs that are measured on the way, several of them at once."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from transformers.utils import logging as transformers_logging
+
+from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.best_of_n import best_of_n_bound, best_of_n_kl, best_of_n_mean
+from rlhf_min.config import option, require_positive, require_seed
+from rlhf_min.data import Codec
+from rlhf_min.errors import BadInput, NonFinite, require
+from rlhf_min.evaluation import Estimate, mean_estimate
+from rlhf_min.harness import report, stages
+from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.inputs import (
+    Inputs,
+    load_inputs,
+    make_codec,
+    start_policy,
+    start_reward_model,
+)
+from rlhf_min.harness.run import read_record, start_log
+from rlhf_min.models import Policy, RewardModel
+from rlhf_min.rollout import call_reward, collect
+
+LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
+Columns = dict[str, np.ndarray]  # kl, score, gold_reward, ...: (N,) each, for N test prompts
+Looks = dict[str, list[dict[int, Columns]]]  # by setting, seed and steps so far
+Point = dict[str, Any]  # seed, step and what the columns' means are then, as JSON values
+Config = ppo.PPOConfig | dpo.DPOConfig
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ExperimentOptions(RunOptions):
+    """What both experiments are told. As many runs go on at once as there are threads."""
+
+    seed: int = option(0, "Of the world, of what is trained once, and of the intervals.")
+    seeds: int = option(3, "Runs with each setting, with the seeds 0, 1, ...")
+    kl_coefs: list[float] = field(
+        default_factory=lambda: [0.3, 0.1, 0.03], metadata={"help": "Of PPO, a curve for each."}
+    )
+    pairs: int | None = option(None, "Preference pairs that are learned from. Default: all.")
+    ppo_steps: int = option(60, "Rollouts of each PPO run.")
+    looks: int = option(6, "How often each run is measured, the last time at its end.")
+    test_prompts: int = option(600, "Test prompts that it is measured on.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "seeds", "pairs", "ppo_steps", "looks")
+        require_seed(self, "seed")
+        require(
+            self.test_prompts >= 2, f"test_prompts is {self.test_prompts}; it must be at least 2"
+        )
+        require(
+            self.data is None, "--data has no true reward; leave it out for the world, which has"
+        )
+
+
+def load_world(options: ExperimentOptions) -> Inputs:
+    """The rows of the embedded world, with as many pairs as are asked for."""
+    inputs = load_inputs(options, None, seed=options.seed)
+    inputs.pairs = inputs.pairs[: options.pairs]
+    return inputs
+
+
+def ppo_runs(options: ExperimentOptions, **settings: Any) -> dict[str, Sequence[Config]]:
+    """The runs of PPO: a config for each KL coefficient and seed."""
+    return {
+        f"PPO, kl_coef {kl_coef:g}": [
+            ppo.PPOConfig(
+                steps=options.ppo_steps,
+                max_new_tokens=options.max_response_tokens,
+                kl_coef=kl_coef,
+                seed=seed,
+                **settings,
+            )
+            for seed in range(options.seeds)
+        ]
+        for kl_coef in options.kl_coefs
+    }
+
+
+def prepare(
+    options: ExperimentOptions, out: Path, inputs: Inputs
+) -> tuple[Policy, RewardModel, Codec]:
+    """The SFT model and the reward model that all runs share: as given, or trained now.
+
+    They are left in `out`, where `run` finds them.
+    """
+    policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
+    reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
+    codec = make_codec(policy, options)
+    sft_config, config = sft.SFTConfig(seed=options.seed), reward.RewardConfig(seed=options.seed)
+    log = start_log(out, options, sft_config, config)
+    if options.model is None:
+        stages.run_sft(policy, codec, inputs, sft_config, log)
+    if options.reward_model is None:
+        print(stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec))
+    save_policy(policy, log.folder / "sft")
+    save_reward_model(reward_model, log.folder / "reward_model")
+    return policy, reward_model, codec
+
+
+def run_all(options: ExperimentOptions, out: Path, runs: Mapping[str, Sequence[Config]]) -> Looks:
+    """What `run` returns for the configs of each setting, one for each seed."""
+    jobs = [(name, config) for name, configs in runs.items() for config in configs]
+    processes = min(torch.get_num_threads(), len(jobs))
+    print(f"{len(jobs)} runs, {processes} at once", flush=True)
+    results = at_once(
+        partial(run, options, out), [config for _, config in jobs], processes=processes
+    )
+    found: Looks = {name: [] for name in runs}
+    for (name, config), looks in zip(jobs, results, strict=True):
+        found[name].append(looks)
+        kl, gold = (looks[max(looks)][key].mean() for key in ("kl", "gold_reward"))
+        print(f"  {name}, seed {config.seed}: KL {kl:.2f}, gold reward {gold:.2f}", flush=True)
+    return found
+
+
+def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Columns]:
+    """Train a copy of the SFT model by PPO or DPO, and look at it before, now and then, and after.
+
+    Returns:
+        What `look` saw, by the number of steps before it (PPO: rollouts).
+    """
+    inputs = load_world(options)
+    sft_options = replace(options, model=str(out / "sft"))
+    start = start_policy(sft_options, [], critic="none", seed=options.seed)
+    reward_model = RewardModel.from_pretrained(out / "reward_model")
+    reward_model.to(options.torch_device("reward_device"))
+    codec, ref_policy = make_codec(start, options), start.reference(reward_model.device)
+    if isinstance(config, ppo.PPOConfig):
+        policy = stages.copy_policy(start, critic=config.critic)
+        ppo_state = ppo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
+        steps = ppo.train(policy, ref_policy, reward_model.score, config, ppo_state)
+        total = config.steps
+    else:
+        policy = stages.copy_policy(start, critic="none")
+        state = dpo.new_state(policy, ref_policy, codec.encode_preferences(inputs.pairs)[0], config)
+        steps = dpo.train(policy, ref_policy, config, state)
+        total = dpo.total(state.cursor, config)
+    at = {round(total * i / options.looks) for i in range(1, options.looks + 1)}
+    see = partial(look, policy, ref_policy, reward_model, codec, inputs, options, seed=config.seed)
+    found = {0: see()}
+    for step, _ in enumerate(steps, start=1):
+        if step in at:
+            found[step] = see()
+    return found
+
+
+def look(
+    policy: Policy,
+    ref_policy: Policy,
+    reward_model: RewardModel,
+    codec: Codec,
+    inputs: Inputs,
+    options: ExperimentOptions,
+    *,
+    seed: int,
+) -> Columns:
+    """Sample the test prompts, with the random numbers of this seed, and measure the responses.
+
+    ``kl`` adds up the exact KL at each token of a response: as unbiased as adding the log-ratios,
+    but less noisy and never negative.
+    """
+    rollout = collect(
+        policy,
+        ref_policy,
+        reward_model.score,
+        codec.encode_prompts(inputs.test[: options.test_prompts])[0],
+        max_new_tokens=options.max_response_tokens,
+        temperature=1.0,
+        kl="full",
+        max_tokens=LOOK_TOKENS,
+        rng=torch.Generator().manual_seed(seed),
+    )
+    columns = {"kl": rollout.kl.sum(1), "score": rollout.scores}
+    for name, monitor in inputs.monitors.items():
+        columns[name] = call_reward(monitor, rollout.prompts, rollout.responses)
+    return {name: column.cpu().double().numpy() for name, column in columns.items()}
+
+
+def best_of_n(
+    policy: Policy,
+    reward_model: RewardModel,
+    codec: Codec,
+    inputs: Inputs,
+    options: ExperimentOptions,
+    *,
+    samples: int,
+) -> dict[int, Columns]:
+    """What the best-scored of n responses to each test prompt is worth, for n = 1, 2, 4, ...
+
+    Args:
+        samples: responses to each prompt; n goes up to half of them.
+    """
+    rows = [row for row in inputs.test[: options.test_prompts] for _ in range(samples)]
+    texts = list(zip(*stages.sample_texts(policy, codec, rows, seed=options.seed), strict=True))
+    prompts, responses = zip(*dict.fromkeys(texts), strict=True)  # equal texts are scored once
+    found = {}
+    for name, reward_function in ({"score": reward_model.score} | inputs.monitors).items():
+        values = call_reward(reward_function, prompts, responses).tolist()
+        of_text = dict(zip(zip(prompts, responses, strict=True), values, strict=True))
+        found[name] = np.array([of_text[text] for text in texts]).reshape(-1, samples)
+    return {
+        n: {
+            "kl": best_of_n_kl(found["score"], n),
+            "kl_bound": np.full(len(found["score"]), best_of_n_bound(n)),
+            **{name: best_of_n_mean(found["score"], x, n) for name, x in found.items()},
+        }
+        for n in [2**i for i in range(samples.bit_length() - 1)]
+    }
+
+
+# Several at once -------------------------------------------------------------------------------
+
+
+def at_once(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, processes: int
+) -> Iterator[Result]:
+    """What the function returns for each job, in their order.
+
+    Every job has one thread, so that its numbers do not depend on how many run at once.
+
+    Raises:
+        BadInput: if a job raises it or `NonFinite`, or if its process is killed.
+    """
+    call = partial(_call, function)
+    if processes == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(call, jobs)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # Not forked, which the threads of PyTorch would not survive.
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_process) as pool:
+        try:
+            yield from pool.map(call, jobs)
+        except BrokenProcessPool as error:
+            raise BadInput(
+                f"one of {processes} processes was killed, perhaps for want of memory; "
+                "lower --threads for fewer at once"
+            ) from error
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _call(function: Callable[[Job], Result], job: Job) -> Result:
+    try:
+        return function(job)
+    except (BadInput, NonFinite) as error:  # which may hold what no process can send to another
+        raise BadInput(str(error)) from None
+
+
+# What was found --------------------------------------------------------------------------------
+
+
+def verdict(runs: Sequence[Mapping[int, Columns]], *, seed: int) -> str:
+    """Whether the gold reward turns down on the way, by how much, and what the score does then.
+
+    A peak is too high on the prompts that it is found on. So the fall of every other prompt is
+    measured from the peak of the rest, and the other way round; intervals are over prompts.
+
+    Args:
+        runs: the looks of each seed, in order.
+        seed: of the bootstrap.
+    """
+    gold, score, kl = (
+        np.mean([[columns[key] for columns in looks.values()] for looks in runs], axis=0)
+        for key in ("gold_reward", "score", "kl")
+    )  # (looks, N) each
+    of_the_rest = [gold[:, 1::2].mean(1).argmax(), gold[:, ::2].mean(1).argmax()]
+    prompts = np.arange(gold.shape[1])
+    peaks = np.array(of_the_rest)[prompts % 2]  # (N,)
+    fall = mean_estimate(gold[peaks, prompts] - gold[-1], seed=seed)
+    climb = mean_estimate(score[-1] - score[peaks, prompts], seed=seed)
+    nats, peak = kl.mean(1), gold.mean(1).argmax()
+    if fall.lo <= 0:
+        return f"gold does not turn down within KL {nats.max():.1f} nats"
+    meanwhile = f"climbs by {_short(climb)}" if climb.lo > 0 else "does not climb"
+    return (
+        f"gold peaks at KL {nats[peak]:.1f} nats and falls by {_short(fall)} until KL "
+        f"{nats[-1]:.1f}, while the score {meanwhile}"
+    )
+
+
+def _short(estimate: Estimate) -> str:
+    return f"{estimate.mean:.2f} [{estimate.lo:.2f}, {estimate.hi:.2f}]"
+
+
+def points_of(found: Looks, *, seed: int) -> dict[str, list[Point]]:
+    """A point for each look: the means of its columns with their bootstrap intervals."""
+    return {
+        name: [
+            {"seed": number, "step": step}
+            | {key: mean_estimate(column, seed=seed).as_json() for key, column in columns.items()}
+            for number, looks in enumerate(runs)
+            for step, columns in looks.items()
+        ]
+        for name, runs in found.items()
+    }
+
+
+def table(points: Mapping[str, Sequence[Point]], shown: Mapping[str, str]) -> str:
+    """Where the runs of each setting end: the mean over the seeds, and the lowest and the highest.
+
+    Args:
+        points: by setting.
+        shown: columns and their titles.
+    """
+    width = max(len(name) for name in points)
+    lines = [" " * width + "".join(f"{title:>21}" for title in shown.values())]
+    for name, group in points.items():
+        cells = [spread(_by_step(group, key)[-1]) for key in shown]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>21}" for cell in cells))
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean, lowest and highest.
+
+    >>> spread(np.array([2.0, 3.0, 7.0]))
+    '4.00 (2.00-7.00)'
+    """
+    return f"{values.mean():.2f} ({values.min():.2f}-{values.max():.2f})"
+
+
+def draw_curve(axes: Axes, points: Sequence[Point], x: str, y: str, **style: Any) -> None:
+    """The means over the seeds, step by step, with bars from the lowest to the highest seed."""
+    xs, ys = _by_step(points, x), _by_step(points, y)
+    axes.errorbar(
+        xs.mean(1),
+        ys.mean(1),
+        xerr=_reach(xs),
+        yerr=_reach(ys),
+        marker="o",
+        markersize=3,
+        elinewidth=0.7,
+        **style,
+    )
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _by_step(points: Sequence[Point], key: str) -> np.ndarray:  # (steps, seeds)
+    steps = sorted({point["step"] for point in points})
+    return np.array([[p[key]["mean"] for p in points if p["step"] == step] for step in steps])
+
+
+def _reach(values: np.ndarray) -> np.ndarray:  # (steps, seeds) -> (2, steps), down and up
+    mean = values.mean(1)
+    return np.array([mean - values.min(1), values.max(1) - mean])
+
+
+def save(out: Path, name: str, figure: Figure, **results: Any) -> None:
+    """Write the results, after the run's configuration, as JSON, and the figure as PNG and SVG."""
+    report.write_json(out / f"{name}.json", read_record(out) | results)
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"{name}.{suffix}", dpi=110)
