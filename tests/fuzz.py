@@ -241,9 +241,15 @@ def read_columns(given: str) -> None:
 
 
 @cache
+def kept() -> tempfile.TemporaryDirectory[str]:
+    """Where sound folders lie until Python ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
 def saved_policy() -> Path:
     """A sound folder, made once."""
-    folder = Path(tempfile.mkdtemp()) / "policy"
+    folder = Path(kept().name) / "policy"
     save_policy(Policy(gpt2(), words(), critic="shared"), folder)
     (folder / "model.pt").unlink()  # which is not read again
     return folder
@@ -252,7 +258,7 @@ def saved_policy() -> Path:
 @cache
 def saved_reward_model() -> Path:
     """The same of a classifier."""
-    folder = Path(tempfile.mkdtemp()) / "reward_model"
+    folder = Path(kept().name) / "reward_model"
     save_reward_model(RewardModel(bert(), bert_words()), folder)
     (folder / "model.pt").unlink()
     return folder
@@ -319,7 +325,7 @@ def stage() -> Snapshot:
 @cache
 def saved_stage() -> Path:
     """Its checkpoint."""
-    folder = Path(tempfile.mkdtemp()) / "step-000001"
+    folder = Path(kept().name) / "step-000001"
     resume.write(folder, stage(), finished=False, sizes={"metrics.jsonl": 9})
     return folder
 
@@ -347,6 +353,7 @@ def read_run(given: bytes) -> None:
 
 RUN = {"config": {"SFTConfig": asdict(SFTConfig())}, "versions": {}, "threads": 1}
 
+# Each takes a few lines: where inputs come from, what reads them, its share of the examples.
 TARGETS = {
     "data files": Target(data_files(), read_data, 0.54),
     "texts": Target(

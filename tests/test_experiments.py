@@ -101,25 +101,29 @@ def test_the_estimate_is_right_on_average(scores, size, n):
 
 def test_best_of_n_of_a_model(models):
     policy, reward_model = models
-    options = ExperimentOptions(test_prompts=3, max_response_tokens=2, max_length=64)
-    # A gold reward by which few responses differ, so that ties would show.
-    inputs = Inputs(
-        test=[{"prompt": text} for text in ("Add 1 and 2.", "Ann: hello", "What is it?", "unused")],
-        monitors={"gold_reward": lambda _, responses: [len(text) % 3 for text in responses]},
-    )
+    options = ExperimentOptions(test_prompts=3, max_response_tokens=1, max_length=64)
+    scored = []
+
+    def gold(prompts, responses):
+        scored.extend(zip(prompts, responses, strict=True))
+        return -reward_model.score(prompts, responses)
+
+    prompts = ("Add 1 and 2.", "Ann: hello", "What is it?", "not asked for")
+    inputs = Inputs(test=[{"prompt": prompt} for prompt in prompts], monitors={"gold_reward": gold})
     codec = make_codec(policy, options)
-    found = best_of_n(policy, reward_model, codec, inputs, options, samples=16)
-    assert list(found) == [1, 2, 4, 8]
-    assert all(column.shape == (3,) for columns in found.values() for column in columns.values())
+    found = best_of_n(policy, reward_model, codec, inputs, options, samples=64)
+    assert list(found) == [1, 2, 4, 8, 16, 32]
+    assert {prompt for prompt, _ in scored} == set(prompts[:3])
+    assert len(set(scored)) == len(scored) < 3 * 64  # some are the same, and have the same score
     assert np.abs(found[1]["kl"]).max() <= FP64
     for n, columns in found.items():
+        assert {column.shape for column in columns.values()} == {(3,)}
         assert (columns["kl"] <= columns["kl_bound"] + FP64).all()
         assert columns["kl_bound"].tolist() == [best_of_n_bound(n)] * 3
+        assert np.abs(columns["gold_reward"] + columns["score"]).max() <= FP64  # chosen by score
     scores = np.array([columns["score"].mean() for columns in found.values()])
     assert (np.diff(scores) > 0).all()
     assert (found[8]["kl"] > found[2]["kl"]).all()
-    again = best_of_n(policy, reward_model, codec, inputs, options, samples=16)
-    assert np.abs(again[4]["gold_reward"] - found[4]["gold_reward"]).max() == EXACT
 
 
 # Verdicts
@@ -227,11 +231,12 @@ def fail(number):
 
 
 def test_at_once_is_as_one_after_the_other():
-    threads = torch.get_num_threads()
-    jobs = [3, 1, 2]
+    before, jobs = torch.get_num_threads(), [3, 1, 2]
+    torch.set_num_threads(2)
     one = list(at_once(job, jobs, processes=1))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     assert [(number, threads) for number, threads, _ in one] == [(3, 1), (1, 1), (2, 1)]
-    assert torch.get_num_threads() == threads
     assert list(at_once(job, jobs, processes=2)) == one
 
 

@@ -281,8 +281,21 @@ def test_the_table_has_the_numbers_of_results_json(folder):
             assert shown == [f"{x:.{digits}f}" for x in wanted]
 
 
-def test_the_first_sentences_say_what_matters(folder):
-    text = page([read_run(folder)])
+def with_estimates(**models):
+    """The results with other means and intervals of half the given width."""
+    results = json.loads(RESULTS.read_text("utf-8"))
+    for model, estimates in models.items():
+        for name, (mean, half) in estimates.items():
+            results[model][name] = {"mean": mean, "ci95": [mean - half, mean + half], "n": 600}
+    return results
+
+
+def test_the_first_sentences_say_what_matters(tmp_path):
+    results = with_estimates(
+        sft={"score": (0.025, 0.08), "gold_reward": (2.876, 0.14)},
+        ppo={"score": (1.159, 0.04), "gold_reward": (4.625, 0.08), "kl": (2.615, 0.13)},
+    )
+    text = page([read_run(write_run(tmp_path / "r", results=results))])
     first = text[: text.index("<h2>Results")]
     assert paragraphs(first, "")[::2] == [
         "PPO: score 1.159, above SFT's 0.025; gold reward 4.625, above SFT's 2.876; 2.615 nats "
@@ -292,9 +305,9 @@ def test_the_first_sentences_say_what_matters(folder):
 
 
 def test_intervals_that_overlap_are_called_so(tmp_path):
-    results = json.loads(RESULTS.read_text("utf-8"))
-    results["ppo"]["score"] = {"mean": 0.1, "ci95": [0.0, 0.2], "n": 600}
-    results["dpo"]["score"] = {"mean": -1.0, "ci95": [-1.2, -0.8], "n": 600}
+    results = with_estimates(
+        sft={"score": (0.025, 0.08)}, ppo={"score": (0.1, 0.1)}, dpo={"score": (-1.0, 0.2)}
+    )
     text = page([read_run(write_run(tmp_path / "r", results=results))])
     told, other, _ = paragraphs(text[: text.index("<h2>Results")], "")
     assert "score -1.000, below SFT's 0.025" in other

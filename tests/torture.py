@@ -95,8 +95,8 @@ def half_deleted(n: int) -> None:
     """Die when an old checkpoint has lost a file and still has others."""
     rmtree, calls = resume.shutil.rmtree, Counter()
 
-    def patched(path: Path, *args: Any, **kwargs: Any) -> None:
-        calls["rmtree"] += path.name.startswith("step-")
+    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
+        calls["rmtree"] += Path(path).name.startswith("step-")
         if calls["rmtree"] == n:
             next(path.glob("*.safetensors")).unlink()
             die()
@@ -201,7 +201,9 @@ def kill_once(
     if not point:
         time.sleep(where * seconds)
         os.kill(process, signal.SIGKILL)
-    return wait(process) == -signal.SIGKILL
+    code = wait(process)
+    assert code in (0, -signal.SIGKILL), f"{name}: exit code {code}, see {log}"
+    return code == -signal.SIGKILL
 
 
 def torture(kills: int, seed: int, work: Path) -> Counter[str]:
