@@ -186,6 +186,6 @@ def chart(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="#404040", linewidth=1)
     axes.set_xlim(0, 1.1 * max((entry["ratio_max"] for *_, entry in bars), default=1))
-    axes.set_xlabel("times as fast as the other side (median and range of the rounds)")
+    axes.set_xlabel("times as fast (median and range of the rounds)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
