@@ -1240,7 +1240,8 @@ def outcomes(jobs: Sequence[Job]) -> Iterator[Outcome]:
 
 def preload(paths: Sequence[Path]) -> None:
     """Import once, before the processes part, what these files import of other libraries."""
-    ours = {"rlhf_min", "benchmark", *(path.stem for path in TESTS.glob("*.py"))}
+    files = [*TESTS.glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    ours = {"rlhf_min", "benchmark", *(path.stem for path in files)}
     for path in paths:
         for node in tree(path).body:
             match node:
