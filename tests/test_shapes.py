@@ -20,6 +20,7 @@ from transformers import (
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
+from rlhf_min.harness.preflight import TOLERANCE
 from rlhf_min.models import Policy, RewardModel
 from rlhf_min.world import build_wordpiece, train_bpe
 
@@ -145,7 +146,8 @@ def test_one_step_at_full_size(step, precision, folders):
     assert found.dtypes == {torch.float32}
     assert all(torch.isfinite(torch.tensor(x)) for x in found.metrics.values())
     if step is ppo_step:
-        assert found.metrics["kl"] == 0
+        # Not 0 to the bit: threads may split products of this size otherwise each time.
+        assert abs(found.metrics["kl"]) <= RESPONSE * TOLERANCE["fp32"]
         assert found.metrics["ratio"] == pytest.approx(1, abs=0.02)
     else:
         # A model that knows nothing: uniform over the vocabulary, or undecided between two.
