@@ -41,6 +41,7 @@ TRL_HEAD = {"v_head.summary.weight": "value_head.weight", "v_head.summary.bias":
 TRL_PREFIX = "pretrained_model."  # some checkpoints of trl have it before the model's own names
 
 NOT_LOADED = "no model could be loaded from there"
+MAX_LABELS = 100_000
 MAX_LAYERS = 1000  # more than any model has, and few enough to be made before weights are missed
 CHAT_TEMPLATE_NAME = re.compile(r"[\w. -]{1,100}")  # each is saved as a file of its name
 
@@ -159,6 +160,11 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
         prefix + "the folder has no config.json",
     )
     nowhere = "" if path.exists() else ": no such folder here, and from the Hub"
+    labels = _labels(path)
+    require(
+        labels <= MAX_LABELS,
+        f"{prefix}config.json says {labels} labels; at most {MAX_LABELS} are named",
+    )
     with Reading(name_or_path, NOT_LOADED + nowhere):
         config = AutoConfig.from_pretrained(**_source(name_or_path))
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -172,6 +178,15 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
             "/" not in attention, f"{prefix}its attention {attention} is code, which is not run"
         )
     return config
+
+
+def _labels(folder: Path) -> int:
+    """How many labels the config.json has, before ``transformers`` makes a name for each."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_labels"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return 0  # it has none, or `Reading` tells what is wrong
+    return found if isinstance(found, int) else 0
 
 
 def _load(

@@ -27,6 +27,8 @@ from .models import Policy, disable_dropout
 from .optim import OnNonFinite, Optimizer, Precision, Schedule, adamw
 from .rollout import RewardFunction, Rollout, RolloutBuffer, RolloutKL, call_reward, collect
 
+MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
+
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -97,6 +99,10 @@ class PPOConfig:
             self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
             f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
             f"{self.batch_size}, or the coefficient could turn negative",
+        )
+        require(
+            self.batch_size <= MAX_BATCH_SIZE,
+            f"PPOConfig: batch_size is {self.batch_size}; it must be at most {MAX_BATCH_SIZE}",
         )
         require(self.batch_size >= 2, "PPOConfig: batch_size is 1; whitening needs at least 2")
         require(

@@ -3,7 +3,8 @@
     python tests/checkpoint_cost.py
 
 GPT-2 small in fp32 with random weights. Steps without and with a checkpoint before them alternate;
-the cost is the checkpoint's time and what the step after it takes longer, over ten steps.
+the cost is the time until the next step may go on, what that step takes longer beside the rest of
+the checkpoint, and what of this is left after it, over ten steps.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_min import dpo, ppo
 from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.harness import resume
-from rlhf_min.harness.resume import Checkpoint, Snapshot
+from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer
 from rlhf_min.models import Policy
 
 SIZE = SIZES["small"]
@@ -101,28 +102,30 @@ def measure(name: str, run: Any, folder: Path, rounds: int) -> dict[str, Any]:
     """Plain steps and steps after a checkpoint in turn; then a resume."""
     snapshot, steps = run(folder)
     next(steps)
-    plain, saves, slowed = [], [], []
-    for number in range(rounds):
-        plain.append(timed(lambda s=steps: next(s)))
-        place = folder / name / f"step-{number:06d}"
-        saves.append(timed(lambda p=place: resume.write(p, snapshot, finished=False, sizes={})))
-        resume.keep(folder / name, place, 1)
-        slowed.append(timed(lambda s=steps: next(s)))
+    writer = Writer(folder / name, snapshot, keep_last=1)
+    plain, saves, slowed, waits = [], [], [], []
+    for _ in range(rounds):
+        plain.append(timed(lambda: next(steps)))
+        saves.append(timed(lambda: writer.write(finished=False, sizes={})))
+        slowed.append(timed(lambda: next(steps)))
+        waits.append(timed(writer.wait))
     step, save = statistics.median(plain), statistics.median(saves)
-    slower = max(0.0, statistics.median(slowed) - step)
+    slower = max(0.0, statistics.median(slowed) + statistics.median(waits) - step)
+    [place] = resume.checkpoints(folder / name)
     again, _ = run(folder)
     seconds = timed(lambda: Checkpoint(place).restore(again))
     found = {
         "step_seconds": plain,
         "save_seconds": saves,
         "step_after_save_seconds": slowed,
+        "left_after_that_step_seconds": waits,
         "share": (save + slower) / (EVERY * step),
         "resume_seconds": seconds,
         "bytes": sum(file.stat().st_size for file in place.iterdir()),
     }
     print(
         f"{name}: a step {step:.2f} s, a checkpoint of {found['bytes'] / 1e9:.2f} GB {save:.2f} s "
-        f"({min(saves):.2f}-{max(saves):.2f}), the step after it {slower:.2f} s longer: "
+        f"({min(saves):.2f}-{max(saves):.2f}), the step beside its rest {slower:.2f} s longer: "
         f"{found['share']:.1%} of the time with one every {EVERY} steps; "
         f"resumed in {seconds:.1f} s",
         flush=True,

@@ -7,6 +7,7 @@ else out of a reader is shrunk to its smallest form and shown, and the exit code
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -337,10 +338,15 @@ def read_checkpoint(given: tuple[str, bytes | None, bool]) -> None:
     (folder / name).unlink()
     if data is not None:
         (folder / name).write_bytes(data)
-    if recorded and data is not None and name != resume.RECORD:
-        record = json.loads((folder / resume.RECORD).read_text(encoding="utf-8"))
-        record["files"][name] = [len(data), zlib.crc32(data)]
-        (folder / resume.RECORD).write_text(json.dumps(record), encoding="utf-8")
+    if recorded and data is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads((folder / resume.RECORD).read_text(encoding="utf-8"))
+            if name != resume.RECORD:
+                record["files"][name] = [len(data), zlib.crc32(data)]
+            if isinstance(record, dict):
+                record.pop("crc32", None)
+                record["crc32"] = resume.crc32_of(record)
+            (folder / resume.RECORD).write_text(json.dumps(record), encoding="utf-8")
     resume.Checkpoint(folder).restore(stage())
 
 

@@ -33,6 +33,7 @@ from tiny import bert, bert_words
 from transformers import BartConfig, BartForConditionalGeneration
 
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.harness.resume import crc32_of
 
 Make = Callable[[], Any]
 
@@ -325,6 +326,14 @@ OPTIONS = [
     Case(
         "a word for a count", "train_sft --epochs many", "argument --epochs: invalid int value: …"
     ),
+    Case(
+        "10^11 threads", "train_sft --threads 99999999999", "threads is 99999999999; it must be …"
+    ),
+    Case(
+        "10^12 prompts",
+        "train_ppo --batch_size 999999999999",
+        "PPOConfig: batch_size is 999999999999; it must be at most 1048576",
+    ),
     Case("a fraction", "train_sft --epochs 1.5", "argument --epochs: invalid int value: '1.5'; …"),
     Case("none", "train_sft --epochs 0", "SFTConfig: epochs is 0; it must be above 0 and finite"),
     Case("a negative count", "train_sft --batch_size -1", "SFTConfig: batch_size is -1; it must …"),
@@ -393,6 +402,13 @@ MODELS = [
     model("an unknown model", edited(CONFIG, model_type="gpt7"), f"sft: {BAD}The checkpoint …"),
     model("a word for a count", edited(CONFIG, n_layer="two"), f"sft: {BAD}Validation error …"),
     model("no attention head", edited(CONFIG, n_head=0), f"sft: {BAD}ZeroDivisionError: …"),
+    model("a config.json of 5", file(CONFIG, "5"), f"sft: {BAD}…"),
+    model("a nested config.json", file(CONFIG, DEEP), f"sft: {BAD}…"),
+    model(
+        "a billion labels",
+        edited(CONFIG, num_labels=10**9),
+        f"sft: {BAD}config.json says 1000000000 labels; at most 100000 are named",
+    ),
     model("a negative width", edited(CONFIG, n_embd=-16), f"sft: {BAD}…negative dimension -16…"),
     model("no positions", edited(CONFIG, n_positions=None), f"sft: {BAD}Validation error …"),
     model(
@@ -586,7 +602,7 @@ OUT = [
     Case(
         "a link to a run",
         f"{SFT} --out a --overwrite",
-        "--out a: …",
+        "--out a: cannot be written: Cannot call rmtree on a symbolic link",
         both(folder("mine", "run.json"), link("a", "mine")),
     ),
     Case("a link to nothing", f"{SFT} --out a", "--out a: …", link("a", "b/c")),
@@ -636,6 +652,8 @@ def changed(name: str, change: Callable[[Any], Any]) -> Make:
 
 def other_canary(record: dict[str, Any]) -> None:
     record["canaries"]["policy"]["outputs"][0][0] += 1
+    del record["crc32"]
+    record["crc32"] = crc32_of(record)
 
 
 CHECKPOINTS = [  # what lies in the folder of a run that is resumed

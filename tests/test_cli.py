@@ -111,7 +111,7 @@ RUN = {
     "heldout_share": ([0, 1, -0.1, math.nan], [0.01, 0.99]),
     "max_response_tokens": POSITIVE,
     "max_length": POSITIVE,
-    "threads": POSITIVE,
+    "threads": ([0, -1, 1025, 99999999999], [1, 1024]),
     "limit": POSITIVE,
     "save_every": ([-1], [0]),
     "keep_last": POSITIVE,
@@ -129,7 +129,7 @@ BOUNDS = {
     PPOConfig: OPTIMIZER
     | {
         "steps": POSITIVE,
-        "batch_size": ([0, -1], [32]),
+        "batch_size": ([0, -1, 2**20 + 1], [32, 2**20]),
         "minibatch_size": ([0, -1, 129], [1, 128]),  # no more than batch_size
         "max_new_tokens": POSITIVE,
         "temperature": POSITIVE,

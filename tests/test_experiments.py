@@ -18,7 +18,7 @@ from tolerances import EXACT, FP64
 
 from rlhf_min.best_of_n import best_of_n_bound, best_of_n_kl, best_of_n_mean
 from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.harness import experiments
+from rlhf_min.harness import experiments, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.experiments import (
     ExperimentOptions,
@@ -187,10 +187,11 @@ def test_the_fall_is_from_the_peak_of_the_rest():
 def test_points_tables_and_curves():
     runs = [
         looks((2, 3, np.repeat([0, 4], 20)), (0, 1, 2)),
-        looks((2, 5, 4), (0, 1, 3), (0, 3, 6)),
+        looks((2, 5, 3), (0, 1, 3), kl=(0, 3, 6)),
+        looks((2, 1, 7), (0, 1, 7), kl=(0, 5, 11)),
     ]
     points = points_of({"PPO": runs}, seed=0)
-    assert [(p["seed"], p["step"]) for p in points["PPO"]] == list(product((0, 1), (0, 10, 20)))
+    assert [(p["seed"], p["step"]) for p in points["PPO"]] == list(product(range(3), (0, 10, 20)))
     assert points["PPO"][2]["gold_reward"]["mean"] == 2.0
     assert points["PPO"][2]["gold_reward"]["n"] == 40
     low, high = points["PPO"][2]["gold_reward"]["ci95"]
@@ -199,15 +200,14 @@ def test_points_tables_and_curves():
 
     header, row = table(points, {"kl": "KL", "score": "score"}).splitlines()
     assert header.split() == ["KL", "score"]
-    assert row.split() == ["PPO", "5.00", "(4.00-6.00)", "2.50", "(2.00-3.00)"]
+    assert row.split() == ["PPO", "7.00", "(4.00-11.00)", "4.00", "(2.00-7.00)"]
 
     axes = Figure().subplots()
     draw_curve(axes, points["PPO"], "kl", "gold_reward", label="PPO")
-    line, *_ = axes.lines
-    assert line.get_xydata().tolist() == [[0, 2], [2, 4], [5, 3]]
-    across, upright = (bars.get_segments() for bars in axes.collections)
-    assert np.array(across).tolist() == [[[0, 2]] * 2, [[1, 4], [3, 4]], [[4, 3], [6, 3]]]
-    assert np.array(upright).tolist() == [[[0, 2]] * 2, [[2, 3], [2, 5]], [[5, 2], [5, 4]]]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 2], [3, 3], [7, 4]]
+    across, upright = (np.array(bars.get_segments()).tolist() for bars in axes.collections)
+    assert across == [[[0, 2], [0, 2]], [[1, 3], [5, 3]], [[4, 4], [11, 4]]]
+    assert upright == [[[0, 2], [0, 2]], [[3, 1], [3, 5]], [[7, 2], [7, 7]]]
 
 
 # Several at once
@@ -230,7 +230,8 @@ def fail(number):
     return number
 
 
-def test_at_once_is_as_one_after_the_other():
+def test_at_once_is_as_one_after_the_other(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a process would start with
     before, jobs = torch.get_num_threads(), [3, 1, 2]
     torch.set_num_threads(2)
     one = list(at_once(job, jobs, processes=1))
@@ -293,6 +294,23 @@ def start(models, monkeypatch, tmp_path, capsys):
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("given", [(), ("model",), ("reward_model",), ("model", "reward_model")])
+def test_models_are_trained_unless_they_are_given(given, models, monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(stages, "run_sft", lambda *_: trained.append("model"))
+    monkeypatch.setattr(stages, "run_reward", lambda *_, **__: trained.append("reward_model"))
+    save_policy(models[0], tmp_path / "model")
+    save_reward_model(models[1], tmp_path / "reward_model")
+    options = ExperimentOptions(max_length=64, **{name: str(tmp_path / name) for name in given})
+    inputs = Inputs(demonstrations=[{"prompt": "Add 1 and 2.", "response": "It is 3."}])
+    policy, reward_model, _ = experiments.prepare(options, tmp_path / "run", inputs)
+    assert {*trained, *given} == {"model", "reward_model"}
+    assert len(trained) + len(given) == 2
+    for file, weights in [("sft", policy.lm), ("reward_model", reward_model.model)]:
+        saved = torch.load(tmp_path / "run" / file / "model.pt", weights_only=True)
+        assert all(torch.equal(saved[key], x) for key, x in weights.state_dict().items())
 
 
 def means(points, key):

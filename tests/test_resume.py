@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import sys
+import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,13 @@ from rlhf_min.harness import resume
 from rlhf_min.harness.metrics import MetricsLog, Saving
 from rlhf_min.harness.resume import (
     RECORD,
-    STATE,
+    STATES,
     WEIGHTS,
     Checkpoint,
     Snapshot,
+    Writer,
     checkpoints,
+    crc32_of,
     keep,
     latest,
     write,
@@ -242,8 +246,8 @@ def test_all_comes_back(tmp_path):
     assert Checkpoint(path).sizes == {"metrics.jsonl": 7}
 
 
-@pytest.mark.parametrize("name", [RECORD, WEIGHTS, STATE])
-@pytest.mark.parametrize("damage", ["missing", "cut", "a changed bit", "empty"])
+@pytest.mark.parametrize("name", [RECORD, WEIGHTS, *STATES])
+@pytest.mark.parametrize("damage", ["missing", "cut", "a changed bit", "a digit", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
     older, newer = saved(tmp_path, 4), saved(tmp_path, 6)
     assert latest(tmp_path).folder == newer
@@ -254,6 +258,10 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
         (newer / name).write_bytes(content[:-9])
     elif damage == "empty":
         (newer / name).write_bytes(b"")
+    elif damage == "a digit":  # a step that would be believed
+        place = content.index(b'"step": 6') + 8 if name == RECORD else len(content) - 1
+        content[place] ^= 1
+        (newer / name).write_bytes(content)
     else:
         place = content.index(b'"step"') if name == RECORD else len(content) // 2
         content[place + 1] ^= 4
@@ -262,6 +270,95 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
         Checkpoint(newer)
     assert latest(tmp_path).folder == older
     assert f"passed over: {newer}" in capsys.readouterr().out
+
+
+NEVER = [math.inf, "1e999", None, [[]], -1, 10**400]
+PLACES = ("step", "total", "sizes", "random", "files", "canaries")
+
+
+def _put(record, place, value):
+    if place in ("step", "total"):
+        record[place] = value
+    else:
+        record[place][next(iter(record[place]))] = value
+
+
+@pytest.mark.parametrize("value", NEVER, ids=lambda value: str(value)[:5])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_record_that_says_what_cannot_be_is_refused(place, value, tmp_path):
+    if (place, value) in [("total", 10**400), ("sizes", 10**400)]:
+        value = -value  # not impossible, but there is less on the disk
+    path = saved(tmp_path)
+    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    _put(record, place, value)
+    del record["crc32"]
+    record["crc32"] = crc32_of(record)
+    (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(BadInput, match=str(path)):
+        Checkpoint(path).restore(snapshot())
+
+
+# Beside the steps
+
+
+def test_the_step_after_it_need_not_wait(tmp_path, monkeypatch):
+    shot, go = snapshot(step=2), threading.Event()
+    identity = resume._identity
+    monkeypatch.setattr(resume, "_identity", lambda file: go.wait(9) and identity(file))
+    with Writer(tmp_path, shot, keep_last=1) as writer:
+        writer.write(finished=False, sizes={})
+        assert not checkpoints(tmp_path)
+        with torch.no_grad():
+            before = [p.clone() for p in shot.module.parameters()]
+            [p.add_(1) for p in shot.module.parameters()]  # the next step
+        go.set()
+    [path] = checkpoints(tmp_path)
+    Checkpoint(path).restore(shot)
+    assert all(map(torch.equal, before, shot.module.parameters()))
+
+
+def test_the_one_before_stays_until_the_next_is_complete(tmp_path, monkeypatch):
+    shot, rename, seen = snapshot(step=2), os.rename, []
+
+    def watched(old, new):
+        seen.append([path.name for path in checkpoints(tmp_path)])
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", watched)
+    with Writer(tmp_path, shot, keep_last=1) as writer:
+        for step in (2, 4, 6):
+            shot.state.step = step
+            writer.write(finished=False, sizes={})
+    assert seen == [[], ["step-000002"], ["step-000004"]]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
+
+
+NOTICED = {
+    "check": lambda writer: wait([writer._underway]) and writer.check(),
+    "wait": Writer.wait,
+    "write": lambda writer: writer.write(finished=False, sizes={}),
+    "leaving": lambda writer: writer.__exit__(),
+}
+
+
+@pytest.mark.parametrize("noticed", NOTICED)
+def test_what_its_thread_cannot_write_is_told_and_the_one_before_stays(
+    noticed, tmp_path, monkeypatch
+):
+    shot = snapshot(step=2)
+    writer = Writer(tmp_path, shot, keep_last=1)
+    writer.write(finished=False, sizes={})
+    writer.wait()
+
+    def full(file):
+        raise OSError(28, f"no room for {file.name}")
+
+    monkeypatch.setattr(resume, "_identity", full)
+    shot.state.step = 4
+    writer.write(finished=False, sizes={})
+    with pytest.raises(BadInput, match=f"{tmp_path}/step-000004: could not be saved: no room for"):
+        NOTICED[noticed](writer)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_nothing_to_go_on_from(tmp_path):

@@ -27,6 +27,8 @@ from rlhf_min.harness.trackers import check_trackers
 
 Config = TypeVar("Config", bound=Any)
 
+MAX_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -85,6 +87,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         require_positive(self, "max_response_tokens", "max_length", "threads", "limit")
         require_positive(self, "keep_last")
+        require(
+            self.threads is None or self.threads <= MAX_THREADS,
+            f"threads is {self.threads}; it must be at most {MAX_THREADS}",
+        )
         require_not_negative(self, "save_every")
         require(
             self.keep_best is None or self.keep_best.startswith("eval/"),
@@ -184,7 +190,7 @@ def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
     file = Path(name) / "config.json"
     try:
         made_here = "small_world" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, TypeError, ValueError):
         made_here = False  # a name, or a folder that loading will complain of
     return {} if made_here else {k: value for k, (value, _) in config_class.pretrained.items()}
 

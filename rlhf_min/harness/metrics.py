@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import faults, resume
-from rlhf_min.harness.resume import Checkpoint, Snapshot
+from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
 
@@ -96,7 +97,7 @@ class MetricsLog:
             self._sizes = found.sizes
             self._restored.add(snapshot.stage)
             print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
-        if not (found and found.record["finished"] and found.record["total"] >= snapshot.total):
+        if not (found and found.finished and found.total >= snapshot.total):
             self.resuming = False
             self._forget_later(found)
         self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
@@ -132,21 +133,27 @@ class MetricsLog:
         )
         shown: dict[str, str] = {}
         self._saved_at, saved, step = time.monotonic(), done, done
-        with catching_signals() as request, faults.saved(folder, self.rows, snapshot):
+        with ExitStack() as stack:
+            request = stack.enter_context(catching_signals())
+            stack.enter_context(faults.saved(folder, self.rows, snapshot))
+            writer = snapshot and stack.enter_context(
+                Writer(self._checkpoints(stage), snapshot, keep_last=self._saving.keep_last)
+            )
             for step, metrics in enumerate(bar, start=done + 1):
                 self._write(stage, step, metrics)
                 shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
                 bar.set_postfix(shown, refresh=False)
-                if snapshot is not None:
+                if snapshot and writer:
+                    writer.check()
                     self._keep_best(snapshot, metrics)
                     if step < total and (self._due(step) or request.signal is not None):
-                        self._save(snapshot, finished=False)
+                        self._save(writer, finished=False)
                         saved = step
                 if request.signal is not None and step < total:
                     raise self._stopped(request, stage, step, total, saved)
             wanted = self._saving.every != 0 or request.signal is not None
-            if snapshot is not None and step > done and wanted:
-                self._save(snapshot, finished=True)
+            if writer and step > done and wanted:
+                self._save(writer, finished=True)
             if request.signal is not None:
                 raise self._stopped(request, stage, step, total, step)
 
@@ -194,13 +201,10 @@ class MetricsLog:
             return time.monotonic() - self._saved_at > SAVE_SECONDS
         return self._saving.every > 0 and step % self._saving.every == 0
 
-    def _save(self, snapshot: Snapshot, *, finished: bool) -> None:
-        stage = self._checkpoints(snapshot.stage)
-        new = stage / f"step-{snapshot.state.step:06d}"
+    def _save(self, writer: Writer, *, finished: bool) -> None:
         # All lines until here must be on the disk before the checkpoint that counts on them.
         sizes = {file.name: _flushed_size(file) for file in self.folder.glob("*.jsonl")}
-        resume.write(new, snapshot, finished=finished, sizes=sizes)
-        resume.keep(stage, new, self._saving.keep_last)
+        writer.write(finished=finished, sizes=sizes)
         self._saved_at = time.monotonic()
 
     def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:

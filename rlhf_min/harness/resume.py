@@ -12,7 +12,8 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +30,25 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.checkpoint import complete_folder
 from rlhf_min.models import Policy, RewardModel, evaluating
 
-FORMAT = 1
-RECORD, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.safetensors"
+FORMAT = 2
+RECORD, WEIGHTS = "checkpoint.json", "weights.safetensors"
+STATES = ("state-1.safetensors", "state-2.safetensors")  # as large as the weights, with AdamW
 CANARY_TEXTS = 3
 CANARY_TOKENS = 32
 CANARY_TOLERANCE = 1e-3  # relative, beyond 1; another processor rounds otherwise, not so much
+
+# What values of the wrong kind, size or shape raise wherever they are used.
+_DAMAGED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    RuntimeError,  # of torch
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -78,15 +93,25 @@ class Checkpoint:
         try:
             self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             require(self.record["format"] == FORMAT, f"{folder}: written by another version")
-            for name in (WEIGHTS, STATE):
+            require(
+                self.record.pop("crc32") == crc32_of(self.record),
+                f"{folder / RECORD}: changed since it was written",
+            )
+            for name in (WEIGHTS, *STATES):
                 found, wanted = _identity(folder / name), self.record["files"][name]
                 require(found == wanted, f"{folder / name}: cut or changed since it was written")
-            self.step = int(self.record["step"])
+            self.step, self.total = int(self.record["step"]), int(self.record["total"])
+            self.finished = bool(self.record["finished"])
             self.sizes = {str(k): int(v) for k, v in self.record["sizes"].items()}
+            require(
+                0 <= self.step <= self.total and all(size >= 0 for size in self.sizes.values()),
+                f"{folder / RECORD}: step {self.step} of {self.total} with lines up to "
+                f"{self.sizes} cannot be",
+            )
         except BadInput:
             raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise BadInput(f"{folder}: not a complete checkpoint ({_reason(e)})") from e
+        except _DAMAGED as error:
+            raise BadInput(f"{folder}: not a complete checkpoint ({_reason(error)})") from error
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put weights, state and random states back, and look whether all models are the same.
@@ -101,15 +126,13 @@ class Checkpoint:
         )
         try:
             _load_weights(snapshot.module, self.folder / WEIGHTS)
-            tensors = load_file(self.folder / STATE)
+            tensors = {k: x for name in STATES for k, x in load_file(self.folder / name).items()}
             snapshot.state.restore(_joined(self.record["state"], tensors))
             self._compare(snapshot.models)
             _set_random_states(_joined(self.record["random"], tensors))
         except BadInput:
             raise
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise BadInput(f"{self.folder}: cannot be restored ({_reason(e)})") from e
-        except RuntimeError as error:  # torch: of another shape
+        except _DAMAGED as error:
             raise BadInput(f"{self.folder}: cannot be restored ({_reason(error)})") from error
 
     def _compare(self, models: Mapping[str, Policy | RewardModel]) -> None:
@@ -134,6 +157,55 @@ class Checkpoint:
             )
 
 
+class Writer:
+    """Writes the checkpoints of one stage, one after the other.
+
+    The steps wait only until the system has all bytes. That these are on the disk, read back, and
+    under their name, and that older ones go, comes in a thread beside the next steps.
+    """
+
+    def __init__(self, folder: Path, snapshot: Snapshot, *, keep_last: int) -> None:
+        self._folder, self._snapshot, self._keep_last = folder, snapshot, keep_last
+        self._pool = ThreadPoolExecutor(1)
+        self._underway: Future[None] | None = None
+
+    def write(self, *, finished: bool, sizes: Mapping[str, int]) -> None:
+        """Begin a checkpoint of the present step, when the one before is complete; as `write`."""
+        self.wait()
+        new = self._folder / f"step-{self._snapshot.state.step:06d}"
+        complete = begin(new, self._snapshot, finished=finished, sizes=sizes)
+
+        def then() -> None:
+            complete()
+            keep(self._folder, new, self._keep_last)
+
+        self._underway = self._pool.submit(then)
+
+    def check(self) -> None:
+        """Raise what the thread raised, if it is done."""
+        if self._underway is not None and self._underway.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is complete.
+
+        Raises:
+            BadInput: if it could not be written; the one before is still there.
+        """
+        underway, self._underway = self._underway, None
+        if underway is not None:
+            underway.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+
 def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]) -> None:
     """Write a checkpoint; the folder appears under its name when it is complete.
 
@@ -144,6 +216,13 @@ def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[st
     Raises:
         BadInput: if it cannot be written; what was there before is left as it was.
     """
+    begin(folder, snapshot, finished=finished, sizes=sizes)()
+
+
+def begin(
+    folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
+) -> Callable[[], None]:
+    """The first half of `write`, after which training may go on; what it returns is the second."""
     tensors: dict[str, Tensor] = {}
     texts = [_short(text) for text in snapshot.texts[:CANARY_TEXTS]]
     record = {
@@ -158,12 +237,20 @@ def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[st
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
     }
-    with complete_folder(folder) as new:
+    with ExitStack() as stack:
+        new = stack.enter_context(complete_folder(folder))
+        parts = {WEIGHTS: _weights(snapshot.module), **_shared_out(tensors)}
         with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
-            parts = (_weights(snapshot.module), tensors), (new / WEIGHTS, new / STATE)
-            list(pool.map(save_file, *parts))
-        record["files"] = {name: _identity(new / name) for name in (WEIGHTS, STATE)}
-        (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+            list(pool.map(save_file, parts.values(), [new / name for name in parts]))
+        unfinished = stack.pop_all()  # it gets its name in the second half
+
+    def complete() -> None:
+        with unfinished:
+            record["files"] = {name: _identity(new / name) for name in parts}
+            record["crc32"] = crc32_of(record)
+            (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+
+    return complete
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -287,6 +374,15 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _joined(item, tensors) for key, item in value.items()}
 
 
+def _shared_out(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the state, about the same number of bytes for each of its files."""
+    names = sorted(tensors, key=lambda name: tensors[name].nbytes)
+    return {
+        file: {name: tensors[name] for name in names[i :: len(STATES)]}
+        for i, file in enumerate(STATES)
+    }
+
+
 def _weights(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, each once, however many names it has."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -321,6 +417,11 @@ def _identity(file: Path) -> list[int]:
             return [0, 0]
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return [size, zlib.crc32(content)]
+
+
+def crc32_of(record: Mapping[str, Any]) -> int:
+    """Of a record as JSON; it reads back as it was written, to the last digit."""
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _random_states() -> dict[str, Any]:

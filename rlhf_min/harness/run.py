@@ -27,6 +27,8 @@ FREE = frozenset(
     "report_to device policy_device reward_device threads".split()
 )
 OF_THE_START = frozenset({"out", "overwrite", "resume", "allow_config_change"})
+# What JSON that is damaged, or is not what was written, raises.
+_UNREADABLE = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 _NEW = f".{RUN_FILE}"  # until it is complete
 _LEFT_OVER = re.compile(r"\..+-\d+(-old)?")  # of `complete_folder`
 
@@ -103,7 +105,8 @@ def open_run(out: Path, *configs: Any) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         _write_record(out, {"config": _config_values(configs), **_circumstances()})
     except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
+        reason = error.strerror or str(error)  # the latter where Python itself refuses
+        raise BadInput(f"--out {out}: cannot be written: {reason}") from error
     return out
 
 
@@ -149,7 +152,7 @@ def read_record(run: Path) -> dict[str, Any]:
         return dict(record)
     except BadInput:
         raise
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise BadInput(f"{file} cannot be read; put it back as the run wrote it") from error
 
 
@@ -192,8 +195,10 @@ def run_seed(run: Path) -> int:
         return 0
     try:
         configs = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"].values()
-        return next(config["seed"] for config in configs if "seed" in config)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration) as error:
+        seed = next(config["seed"] for config in configs if "seed" in config)
+        require(type(seed) is int and 0 <= seed <= 2**31, f"{seed!r} is no seed")
+        return int(seed)
+    except (*_UNREADABLE, StopIteration) as error:
         raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
 
 
