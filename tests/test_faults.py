@@ -1,5 +1,6 @@
 """What a run says and leaves when its numbers go wrong."""
 
+import errno
 import json
 import math
 from functools import partial
@@ -13,6 +14,7 @@ from tolerances import EXACT, FP64
 from rlhf_min import ppo, reward, sft
 from rlhf_min.errors import NonFinite
 from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness.cli import command
 from rlhf_min.harness.faults import (
     LAST_METRICS,
     out_of_memory,
@@ -204,3 +206,31 @@ def test_the_allocator_itself_is_understood():
 
 def test_another_error_is_not_taken_for_memory():
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "a file of the run: No space left on"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b.png"), "a/b.png: Read-only file syst"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_told_on_one_line(error, told, capsys):
+    @command
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {told}")
+    assert said.endswith("; what was saved before is as it was\n")
+
+
+def test_another_error_of_the_system_keeps_its_traceback():
+    @command
+    def main():
+        raise OSError(errno.ECHILD, "No child processes")
+
+    with pytest.raises(OSError, match="No child"):
+        main()

@@ -607,6 +607,20 @@ def test_a_killed_run_has_a_report_and_says_what_is_missing(tmp_path):
     assert "Results" not in text
 
 
+@pytest.mark.parametrize("limit", [1.8, 1.7, "inf"])  # the last step has 1.7
+def test_a_run_that_max_kl_ended_is_not_called_unfinished(limit, tmp_path):
+    config = {"PPOConfig": {"steps": 40, "max_kl": limit}}
+    folder = write_run(
+        tmp_path / "far",
+        run={"config": config, "versions": {}, "threads": 2},
+        metrics=[ppo_row(step) for step in range(1, 18)] + [ppo_row(18, k1=1.75)],
+    )
+    text = page([read_run(folder)])
+    ended = paragraphs(text, "PPO ended at step 18: its KL of 1.75 nats exceeds max_kl 1.7.")
+    unfinished = paragraphs(text, "Unfinished")
+    assert (len(ended), len(unfinished)) == ((1, 0) if limit == 1.7 else (0, 1))
+
+
 def test_a_run_with_nothing_but_its_configuration(tmp_path):
     names = ("metrics", "results", "samples", "tokens", "reward_model")
     folder = write_run(tmp_path / "begun", **dict.fromkeys(names))

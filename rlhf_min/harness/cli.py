@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import functools
 import json
 import re
@@ -28,6 +29,8 @@ from rlhf_min.harness.trackers import check_trackers
 Config = TypeVar("Config", bound=Any)
 
 MAX_THREADS = 1024
+KEPT = "what was saved before is as it was"
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             _fail(str(error), 2)
         except NonFinite as error:
             _fail(str(error), 1)
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; {KEPT}", 2)
         except (MemoryError, RuntimeError) as error:
             if (told := out_of_memory(error)) is None:
                 raise

@@ -123,6 +123,8 @@ def _summary(runs: Sequence[Run]) -> Iterator[Html]:
             told.append(f"All {len(verdicts)} curves stayed in their range.")
         if unfinished := run.unfinished():
             told.append(f"Unfinished: {'; '.join(unfinished)}.")
+        if too_far := run.too_far():
+            told.append(too_far)
         for sentences in told if len(runs) == 1 else [" ".join(told)]:
             yield tag("p", _prefix(run, runs), sentences)
 

@@ -72,9 +72,16 @@ class Run:
         for stage in self.stages:
             unit, total = ("step", "steps") if stage == "ppo" else ("epoch", "epochs")
             wanted, (_, done) = self.config(stage).get(total), self.series(stage, unit)
-            if wanted and done and done[-1] < wanted:
+            if wanted and done and done[-1] < wanted and not (stage == "ppo" and self.too_far()):
                 told.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
         return told
+
+    def too_far(self) -> str | None:
+        """A sentence, if PPO was ended by its ``max_kl``."""
+        limit, (steps, kl) = self.config("ppo").get("max_kl"), self.series("ppo", "k1")
+        if not isinstance(limit, (int, float)) or not kl or kl[-1] <= limit:
+            return None
+        return f"PPO ended at step {steps[-1]}: its KL of {kl[-1]:.3g} nats exceeds max_kl {limit}."
 
 
 def read_run(folder: Path) -> Run:
