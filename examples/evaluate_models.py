@@ -11,9 +11,10 @@ from pathlib import Path
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.harness import html, report
+from rlhf_min.harness import report
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, open_run, run_seed
 from rlhf_min.models import RewardModel
 

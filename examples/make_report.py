@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness import html, report
+from rlhf_min.harness import report
 from rlhf_min.harness.cli import command
+from rlhf_min.harness.page import html
 from rlhf_min.harness.runs import read_run
 
 

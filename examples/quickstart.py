@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.harness import html, report, stages
+from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 
 MINIBATCH = ppo.PPOConfig.minibatch_size

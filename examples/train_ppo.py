@@ -15,10 +15,11 @@ import torch
 from rlhf_min import reward, sft
 from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
-from rlhf_min.harness import html, report, stages
+from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.page import html
 from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.models import Critic, RewardModel
@@ -61,7 +62,8 @@ def main() -> None:
     critic: Critic = "none" if options.model is None else config.critic
     policy = start_policy(options, inputs.texts, critic=critic, seed=config.seed)
     codec = make_codec(policy, options)
-    given = load_given_reward(options, options.torch_device("reward_device"))
+    device = options.torch_device("reward_device")
+    given = load_given_reward(options, device)
     if isinstance(given, WeightedSum) and len(given.parts) > 1:
         inputs.monitors |= given.monitors
 
@@ -72,9 +74,7 @@ def main() -> None:
         given = start_reward_model(options, inputs.texts, seed=config.seed)
         reward_config = reward.RewardConfig(seed=config.seed)
         print(stages.run_reward(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
-    policy = stages.run_ppo(
-        policy, codec, given, inputs, config, log, ref_device=options.torch_device("reward_device")
-    )
+    policy = stages.run_ppo(policy, codec, given, inputs, config, log, ref_device=device)
 
     save_policy(policy, out / "ppo")
     report.write_curves(out / "curves.png", log)

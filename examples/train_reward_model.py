@@ -4,10 +4,11 @@ Without options: a small new BERT on the embedded world. With --model its scores
 samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
 """
 
-from rlhf_min.harness import html, report, stages
+from rlhf_min.harness import report, stages
 from rlhf_min.harness.checkpoint import save_reward_model
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.reward import RewardConfig
 

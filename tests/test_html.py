@@ -17,12 +17,12 @@ import pytest
 from tolerances import FP64
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness import figures, html
-from rlhf_min.harness.health import CURVES, Range, excursion, judge
-from rlhf_min.harness.html import calibration, page, write_report
-from rlhf_min.harness.markup import tag
+from rlhf_min.harness.page import figures, html
+from rlhf_min.harness.page.health import CURVES, Range, excursion, judge
+from rlhf_min.harness.page.html import calibration, page, write_report
+from rlhf_min.harness.page.markup import tag
+from rlhf_min.harness.page.texts import changed
 from rlhf_min.harness.runs import read_run
-from rlhf_min.harness.texts import changed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples/results/quickstart-seed-0.json"

@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import CHAT
 from rlhf_min.errors import BadInput, NonFinite, require
-from rlhf_min.harness import html
 from rlhf_min.harness.faults import out_of_memory
 from rlhf_min.harness.formats import parse_columns
+from rlhf_min.harness.page import html
 from rlhf_min.harness.run import continued
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.harness.trackers import check_trackers

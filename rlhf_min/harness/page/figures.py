@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rlhf_min.evaluation import Estimate
-from rlhf_min.harness.markup import Html, join, tag
+from rlhf_min.harness.page.markup import Html, join, tag
 
 WIDTH, HEIGHT = 492, 200
 LEFT, RIGHT, TOP, BOTTOM = 48, 94, 18, 34  # margins; at the right stand the names of the lines

@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from rlhf_min.evaluation import Estimate, proportion_estimate
-from rlhf_min.harness import figures, texts
-from rlhf_min.harness.figures import INKS, Line, Mark
-from rlhf_min.harness.health import CURVES, Curve, judge, number
-from rlhf_min.harness.markup import Html, join, table, tag
+from rlhf_min.harness.page import figures, texts
+from rlhf_min.harness.page.figures import INKS, Line, Mark
+from rlhf_min.harness.page.health import CURVES, Curve, judge, number
+from rlhf_min.harness.page.markup import Html, join, table, tag
 from rlhf_min.harness.report import ROWS, SHARES
 from rlhf_min.harness.runs import Record, Run, read_run
 

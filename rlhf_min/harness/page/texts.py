@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from rlhf_min.harness.markup import Html, join, table, tag
+from rlhf_min.harness.page.markup import Html, join, table, tag
 from rlhf_min.harness.runs import TOKENS, Record, Run
 
 SAMPLES_SHOWN = 8  # prompts that are not folded away
