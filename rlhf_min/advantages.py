@@ -17,7 +17,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimation over response tokens.                             [eq:gae]
 
-    A row is one response; it ends at its last real token, and V and A are 0 beyond that:
+    A row is one response; it ends at its last real token, be that EOS or where it was cut, and V
+    and A are 0 beyond that:
 
         delta_t = r_t + gamma * V_{t+1} - V_t                                      (1)
         A_t     = delta_t + gamma * lam * A_{t+1}                                  (2)
@@ -40,8 +41,9 @@ def gae(
     Raises:
         ValueError: if the shapes differ or a mask row is not right-padded.
 
-    Source: Schulman et al. 2016, arXiv:1506.02438, eqs. 16 to 18; trl 0.11.3
-    ``PPOTrainer.compute_advantages`` before its whitening.
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16, whose sum (2) is as a recursion; (3) is
+    the TD(lambda) return of OpenAI baselines, where the paper fits V to the discounted rewards;
+    trl 0.11.3 ``PPOTrainer.compute_advantages`` before its whitening.
 
     Example: four real tokens and one pad, whose 9s must not matter.
         >>> r = torch.tensor([[-0.1, 0.1, -0.1, 0.9, 9.0]])

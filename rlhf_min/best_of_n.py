@@ -66,7 +66,7 @@ def best_of_n_bound(n: int) -> float:
 
         KL <= log n - (n - 1) / n                                                  (1)
 
-    It is reached where so much can be said that no two of n responses ever share a score.
+    It is reached in the limit where no two of the n responses ever share a score.
 
     Source: Beirami et al. 2024, arXiv:2401.01879; Gao et al. 2022 take it for the KL itself.
 

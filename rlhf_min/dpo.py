@@ -103,7 +103,7 @@ def response_logprobs(
         [x.chosen_ids for x in examples] + [x.rejected_ids for x in examples],
         pad_id=policy.pad_id,
     )
-    chosen, rejected = policy(batch).logprobs.sum(1).split(len(examples))
+    chosen, rejected = policy(batch).logprobs.sum(1).split(len(examples))  # 0 at padding
     return chosen, rejected
 
 
@@ -158,7 +158,7 @@ def train(
         with state.optimizer.autocast():
             heldout = cache_reference(ref_policy, heldout, max_tokens=config.max_tokens)
     while state.step < total_steps:
-        policy.train()
+        policy.train()  # for gradient checkpointing; there is no dropout, see `new_state`
         started = time.perf_counter()
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)

@@ -1,4 +1,4 @@
-"""What makes a model of transformers faster and leaner, and its results no different."""
+"""What makes a model of transformers faster and leaner, with the same results up to rounding."""
 
 import copy
 

@@ -16,13 +16,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind) -> Tens
 
     With d = log pi(y) - log ref(y), for a token y that was sampled from pi:
 
-        k1 = d                        unbiased, negative for single tokens         (1)
+        k1 = d                        unbiased, may be negative for a single token  (1)
         abs = |d|                                                                  (2)
         k2 = d^2 / 2                  biased, low variance                         (3)
         k3 = exp(-d) - 1 + d          unbiased, never negative                     (4)
 
-    In the rewards, which are held fixed, only k1 gives the gradient of E[score] - kl_coef * KL: its
-    own derivative has mean 0 under pi, those of the others have not.
+    In the rewards, which are held fixed, only k1 gives the gradient of E[score] - kl_coef * KL. An
+    estimate k there contributes E[k grad log pi], and the gradient of E[k] is that plus E[grad k].
+    For k1 the second part, E[grad log pi], is 0; for the others it is not.
 
     Args:
         logprobs: log pi(y). Shape ``(B, T)``.

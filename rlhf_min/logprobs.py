@@ -88,8 +88,8 @@ def lm_head_logits(
         >>> lm_head_logits(h, w, bias=None, softcap=None, scale=1.0, temperature=0.5)
         tensor([[4., 8.]])
     """
-    # With the weight first, its gradient is no transposed view, so that autograd can add to it in
-    # place what comes from the embedding, where that is the same weight.
+    # With the weight first, its gradient is laid out as the weight is and not transposed, so that
+    # autograd can add the embedding's to it in place, where that is the same weight.
     logits = (weight @ hidden.mT).mT
     logits = at_least_float32(logits if bias is None else logits + bias)
     # A factor of 1 is left out: all logits of a batch are a lot to multiply.

@@ -79,6 +79,9 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> SFTLoss:
     Returns:
         `SFTLoss`; n is the count.
 
+    Raises:
+        ValueError: if the shapes differ or no token is real.
+
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5; trl ``SFTTrainer`` with
     ``completion_only_loss=True``.
 
@@ -153,7 +156,8 @@ def ppo_policy_loss(
         L = mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip))          (2)
 
     The larger of two losses is the pessimistic one: an improvement beyond the clip earns nothing,
-    a deterioration is felt in full. Where both are equal, at ratio 1, the gradient is REINFORCE's.
+    a deterioration is felt in full. Within the clip both are equal, and at ratio 1 the gradient is
+    REINFORCE's with the advantage A.
 
     Args:
         new_logprobs: under the policy in training; carries gradient. Shape ``(B, T)``.
@@ -164,6 +168,9 @@ def ppo_policy_loss(
 
     Returns:
         `PolicyLoss`.
+
+    Raises:
+        ValueError: if the shapes differ or no token is real.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; trl 0.11.3 ``PPOTrainer.loss``.
 
@@ -202,18 +209,22 @@ def ppo_value_loss(
 ) -> ValueLoss:
     r"""The value head's clipped squared error.                                      [eq:ppo_value]
 
-        V_clip = clip(V_new, V - clip, V + clip)                                   (1)
-        L = mean of 1/2 max((V_new - R)^2, (V_clip - R)^2)                         (2)
+        V_near = clip(V_new, V - clip, V + clip)                                   (1)
+        L = mean of 1/2 max((V_new - R)^2, (V_near - R)^2)                         (2)
 
     Args:
         new_values: V_new; carries gradient. Shape ``(B, T)``.
         values: V at rollout time. Shape ``(B, T)``.
         returns: R. Shape ``(B, T)``.
         mask: True at real response tokens. Shape ``(B, T)``.
-        clip: how far a value may move from V within one rollout; infinity for no limit.
+        clip: distance from V beyond which a value that moves towards R earns nothing more; infinity
+            for no limit.
 
     Returns:
         `ValueLoss`, the factor 1/2 included.
+
+    Raises:
+        ValueError: if the shapes differ or no token is real.
 
     Source: Ziegler et al. 2019's code, after OpenAI baselines ``ppo2``; trl 0.11.3
     ``PPOTrainer.loss``.

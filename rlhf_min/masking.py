@@ -1,8 +1,9 @@
-"""Reductions over real tokens. Padding is replaced before any arithmetic, so it never matters.
+"""Reductions over real tokens. Padding is replaced before any product or sum, so it never matters.
 
 A mask is boolean, True at real response tokens, and is built from lengths, never from token ids:
 a pad token that equals EOS is harmless. `torch.where(mask, x, 0)` is used instead of `x * mask`,
-because 0 * NaN is NaN, and it is used on the *inputs*, because the gradient of a masked NaN is NaN.
+because 0 * NaN is NaN, and it is used *before* what could make a gradient NaN (a product, a power,
+an exponential), because there a masked NaN still has the gradient NaN; a difference has 1 or -1.
 """
 
 import torch
@@ -96,6 +97,10 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
         w_bt = (x_bt - mean) / sqrt(var + 1e-8)                                    (1)
 
+    Args:
+        x: any numbers. Shape ``(B, T)``.
+        mask: True at real tokens. Shape ``(B, T)``.
+
     Returns:
         Shape ``(B, T)``, zero at padding.
 
@@ -122,8 +127,15 @@ def masked_scale(x: Tensor, mask: Tensor) -> Tensor:
 
     For rewards: removing their mean would change what the policy is asked to do.
 
+    Args:
+        x: any numbers. Shape ``(B, T)``.
+        mask: True at real tokens. Shape ``(B, T)``.
+
     Returns:
         Shape ``(B, T)``, zero at padding.
+
+    Raises:
+        ValueError: if fewer than two tokens are real.
 
     Source: Ziegler et al. 2019's code; trl ``masked_whiten(..., shift_mean=False)``.
 

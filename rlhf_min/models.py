@@ -34,7 +34,7 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model, its tokenizer, and a value head on its last hidden state.
+    """A causal language model, its tokenizer, and a value head on its final layer.
 
     Args:
         lm: any ``AutoModelForCausalLM`` of ``transformers``.
@@ -42,7 +42,8 @@ class Policy(nn.Module):
         critic: ``"shared"`` reads values off the policy's own trunk, ``"separate"`` off a copy of
             it with weights of its own, ``"none"`` has no values (SFT, DPO, the reference).
 
-    A new value head is zero, so that the first advantages are the discounted sums of the rewards.
+    The value of response token t is read where that token is predicted, so it has not seen it. A
+    new value head is zero: the first advantages are sums of rewards, discounted by gamma * lam.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class Policy(nn.Module):
         """
         batch = batch.to(self.device)
         layout = self._layout(batch)
-        head = lm_head(self.lm)  # before the trunk: see there
-        at_tokens = _hidden_states(self.lm.base_model, layout)  # (N, H), N real response tokens
+        head = lm_head(self.lm)  # before the trunk: `lm_head` says why
+        hidden = _hidden_states(self.lm.base_model, layout)  # (N, H), N real response tokens
         logprobs, entropy = lm_head_logprobs(
-            at_tokens,
+            hidden,
             tokens=batch.responses[batch.mask],
             temperature=temperature,
             chunk_tokens=CHUNK_TOKENS,
@@ -97,10 +98,10 @@ class Policy(nn.Module):
         values = None
         if self.value_head is not None:
             if self.critic_trunk is not None:
-                at_tokens = _hidden_states(self.critic_trunk, layout)
+                hidden = _hidden_states(self.critic_trunk, layout)
             with torch.autocast(self.device.type, enabled=False):
-                at_head = at_tokens.to(self.value_head.weight.dtype)
-                values = scatter_tokens(self.value_head(at_head)[:, 0], batch.mask)
+                hidden = hidden.to(self.value_head.weight.dtype)
+                values = scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)
         return PolicyOutput(
             scatter_tokens(logprobs, batch.mask), scatter_tokens(entropy, batch.mask), values
         )
@@ -108,8 +109,8 @@ class Policy(nn.Module):
     def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
         """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
         batch = batch.to(self.device)
-        at_tokens = _hidden_states(self.lm.base_model, self._layout(batch))
-        return lm_head_logits(at_tokens, temperature=temperature, **lm_head(self.lm))
+        hidden = _hidden_states(self.lm.base_model, self._layout(batch))
+        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
 
     def reference(self, device: torch.device | None = None) -> "Policy":
         """A frozen copy of the language model as it is now, without critic and dropout.
@@ -193,7 +194,7 @@ class Policy(nn.Module):
 
 
 def _hidden_states(trunk: nn.Module, layout: Layout) -> Tensor:
-    """Where each real response token is predicted, row after row. Shape ``(N, H)``."""
+    """The states that predict the real response tokens, row after row. Shape ``(N, H)``."""
     hidden = trunk(**layout.inputs, use_cache=False).last_hidden_state  # (R, W, H)
     return hidden.flatten(0, 1)[layout.at]
 
@@ -206,9 +207,10 @@ def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
 def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
     """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale.
 
-    Called before the trunk, the weight's own node is older than the embedding's. Autograd works
-    from the youngest to the oldest, so it adds the few rows of the embedding's gradient to the
-    weight's large one, instead of making a third.
+    Where the embedding is the same weight, two gradients meet in it: a large one from here and a
+    few rows from the embedding. Autograd adds the one that comes later in place, and works from the
+    youngest node to the oldest. `expand_as` makes a node here; called before the trunk, it is older
+    than the embedding's, and no third gradient is made.
     """
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0

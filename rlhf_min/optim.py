@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnNonFinite = Literal["stop", "skip"]
 
-SKIPS = 20  # in a row, before it is no longer the scale's fault under fp16, or one batch's
+SKIPS = 20  # in a row; with more, neither fp16's scale nor one bad batch can be the reason
 
 
 class Optimizer:
@@ -108,7 +108,8 @@ class Optimizer:
         return True
 
     def step(self, batch: Any = None) -> float:
-        """Clip, check, step, and clear the gradient. A step that is skipped leaves the weights.
+        """Clip, check, step, and clear the gradient. A step that is skipped leaves the weights;
+        the schedule goes on.
 
         Args:
             batch: what the gradient came from, handed to whoever catches `NonFinite`.

@@ -5,7 +5,7 @@ Both say where the hidden states are that predict the response tokens, and these
     padded, two responses of 3 and 2 tokens to one prompt of 2, and another prompt
 
         p  p  r0 r1 r2
-        p  p  r0 r1 .                 15 cells: 2 of padding, 2 of a prompt for the second time,
+        p  p  r0 r1 .                 15 cells: 3 of padding, 2 of a prompt for the second time,
         q  q  r0 .  .                 and 3 of last tokens, which predict nothing
 
     packed
@@ -58,9 +58,9 @@ def packed(batch: Sequences, *, width: int) -> Layout:
     prompt_lengths = batch.prompt_lengths.tolist()
     prompts = [tuple(ids[row, :P].tolist()) for row, P in enumerate(prompt_lengths)]
     # A response's last token is predicted, and predicts nothing: it need not be there.
-    lengths = (batch.mask.sum(1) - 1).tolist()
-    siblings = _siblings(prompts, lengths, width=width)
-    sizes = [prompt_lengths[rows[0]] + sum(lengths[row] for row in rows) for rows in siblings]
+    kept = (batch.mask.sum(1) - 1).tolist()  # tokens of each response
+    siblings = _siblings(prompts, kept, width=width)
+    sizes = [prompt_lengths[rows[0]] + sum(kept[row] for row in rows) for rows in siblings]
     bins = first_fit(sizes, width=max(width, *sizes))
     shape = len(bins), max(sum(sizes[i] for i in members) for members in bins)
 
@@ -77,14 +77,14 @@ def packed(batch: Sequences, *, width: int) -> Layout:
             positions[r, start:stop] = torch.arange(P)
             family[r, start : start + sizes[i]] = i
             for k, row in enumerate(siblings[i], 1):
-                T = lengths[row]
-                tokens[r, stop : stop + T] = ids[row, P : P + T]
-                positions[r, stop : stop + T] = torch.arange(P, P + T)
-                branch[r, stop : stop + T] = k
+                n = kept[row]
+                tokens[r, stop : stop + n] = ids[row, P : P + n]
+                positions[r, stop : stop + n] = torch.arange(P, P + n)
+                branch[r, stop : stop + n] = k
                 # The prompt's last token predicts the first one, each token the one after it.
-                predicts = [start + P - 1, *range(stop, stop + T)]
+                predicts = [start + P - 1, *range(stop, stop + n)]
                 at[row] = r * shape[1] + torch.tensor(predicts)
-                stop += T
+                stop += n
             end = stop
     mine, theirs = branch[:, :, None], branch[:, None, :]
     sees = (family[:, :, None] == family[:, None, :]) & ((theirs == mine) | (theirs == 0))

@@ -59,7 +59,9 @@ class PPOConfig:
     gamma: float = option(1.0, "Discount for each token.")
     lam: float = option(0.95, "GAE's lambda: 0 trusts the values, 1 the rewards.")
     clip: float = option(0.2, "How far the ratio may leave 1 before it earns nothing.")
-    value_clip: float = option(0.2, "How far a value may move in one update; inf: no limit.")
+    value_clip: float = option(
+        0.2, "How far a value may leave the old one before it earns nothing; inf: any."
+    )
     value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.")
     kl: RolloutKL = option(
         "k1", "Estimate of the KL in the rewards; only k1 has the objective's gradient."
@@ -75,8 +77,12 @@ class PPOConfig:
     normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
     score_clip: float | None = option(None, "Scores beyond this, either way, are cut to it.")
     eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.")
-    stop_kl: float | None = option(None, "k1 per token, new to rollout policy; ends an update.")
-    max_kl: float | None = option(None, "k1 per response, to the reference; ends the run.")
+    stop_kl: float | None = option(
+        None, "KL(rollout policy || new policy) by k1, per token, that ends an update."
+    )
+    max_kl: float | None = option(
+        None, "KL(policy || reference) by k1, per response, that ends the run."
+    )
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
     on_nonfinite: OnNonFinite = option(
@@ -231,6 +237,9 @@ def judge(
         config: for everything but the KL coefficient, which may have moved.
         kl_coef: weight of the KL in the rewards.
         moments: what the scores are normalised by, or None to take them as they are.
+
+    Returns:
+        Rewards, advantages (whitened, unless the config says no) and returns, ``(B, T)`` each.
     """
     scores = rollout.scores if moments is None else moments.normalise(rollout.scores)
     if config.score_clip is not None:
@@ -331,7 +340,7 @@ def ppo_epoch(
     Returns:
         Means over the minibatches of the pass (``ratio_max``: the largest).
     """
-    policy.train()
+    policy.train()  # for gradient checkpointing; there is no dropout, see `new_state`
     steps = [
         minibatch_step(policy, optimizer, buffer, rows, config)
         for rows in buffer.minibatches(order, config.minibatch_size)
@@ -382,15 +391,16 @@ def train(
             random numbers each time.
 
     Yields:
-        The metrics of `report` and `ppo_update`, all of the rollout as it was sampled, and how
-        many optimizer steps and rollouts were ``skipped`` so far; only this of a skipped rollout.
+        The metrics of `report`, of the rollout as it was sampled, and of `ppo_update`, means over
+        its minibatches; how many optimizer steps and rollouts were ``skipped`` so far, and only
+        this of a skipped rollout.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     monitors = monitors or {}
     while state.step < config.steps and not state.too_far:
-        # Act: sample responses, and remember what everyone believed at the time.
+        # Act: sample responses, and keep what policy, value head and reference gave for them.
         prompts = state.cursor.take_across(config.batch_size)
         rollout = _finite_rollout(policy, ref_policy, reward, prompts, config, state)
         if rollout is None:

@@ -161,14 +161,12 @@ def train(
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
         metrics: dict[str, float] = {}
-        for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with (
-                state.optimizer.autocast(),
-                dropout_rng(config.seed, state.step, reward_model.device),
-            ):
-                found = batch_loss(reward_model, part, center_coef=config.center_coef)
-            state.optimizer.backward(found.loss * found.count / len(batch))
-            _add_means(metrics, found, len(batch))
+        with dropout_rng(config.seed, state.step, reward_model.device):
+            for part in in_groups(batch, _length, max_tokens=config.max_tokens):
+                with state.optimizer.autocast():
+                    found = batch_loss(reward_model, part, center_coef=config.center_coef)
+                state.optimizer.backward(found.loss * found.count / len(batch))
+                _add_means(metrics, found, len(batch))
         alone = (
             batch_loss(reward_model, [x], center_coef=config.center_coef)._asdict() for x in batch
         )

@@ -1,4 +1,4 @@
-"""One rollout: prompts, sampled responses, and what everyone believed about them at the time."""
+"""One rollout: prompts, sampled responses, and what policy, value head and reference gave them."""
 
 import inspect
 import math
@@ -25,11 +25,11 @@ RolloutKL = Literal["k1", "abs", "k2", "k3", "full"]
 class Rollout:
     """Responses and their scoring passes, aligned as drawn in ``data.py``.
 
-    `prompts` and `responses` are texts (empty for given tokens). `scores` (B,) is the reward of
-    each whole response, `ended` (B,) whether it ended by EOS instead of being cut. `logprobs`,
-    `ref_logprobs`, `kl`, `entropy` and `values` are (B, T), zero at padding; `values` is zero for
-    a policy without critic. `columns` are the prompts' further columns; `seconds` says where the
-    time went.
+    `prompts` and `responses` are texts (empty for given tokens), `sequences` their ids. `scores`
+    (B,) is the reward of each whole response, `ended` (B,) whether it ended by EOS instead of being
+    cut. `logprobs`, `ref_logprobs`, `kl`, `entropy` and `values` are (B, T), zero at padding;
+    `values` is zero for a policy without critic. `columns` are the prompts' further columns;
+    `seconds` says where the time went.
     """
 
     prompts: list[str]
@@ -174,8 +174,9 @@ class RolloutBuffer:
     """A judged rollout, ready to be learned from in minibatches.
 
     `rewards`, `advantages` and `returns` are (B, T), zero at padding. `value_mask` says which
-    cells the value loss counts: all real tokens and at most one cell behind them; None means the
-    rollout's own mask.
+    cells the value loss counts: all real tokens and at most one cell after them; None, as
+    everywhere here, means the rollout's own mask. (trl 1.12.0 also trains the value after EOS; the
+    mask lets the tests compare the two.)
     """
 
     rollout: Rollout
@@ -189,7 +190,7 @@ class RolloutBuffer:
             return
         if bool((self.rollout.mask & ~self.value_mask).any()):
             raise ValueError("value_mask leaves out a real response token")
-        # A value is read off the token before its cell, so one cell behind EOS has one.
+        # A value is read off the token before its cell, so one cell after EOS has one.
         require_right_padded(self.value_mask)
         if bool((self.value_mask.sum(1) > self.rollout.lengths + 1).any()):
             raise ValueError("value_mask goes more than one cell beyond the response")

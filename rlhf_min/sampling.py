@@ -10,7 +10,7 @@ from .models import Policy, evaluating, lm_head, lm_head_logits
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
 SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed
-NO_TOKEN = -1  # where the logits hold NaN, which would draw the last of the vocabulary
+NO_TOKEN = -1  # where the logits hold NaN, for which searchsorted would draw the last token
 
 
 def sample(

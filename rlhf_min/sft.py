@@ -110,11 +110,12 @@ def train(
         batch = state.cursor.take(config.batch_size)
         tokens = sum(len(x.response_ids) for x in batch)
         loss_sum = 0.0
-        for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-            with state.optimizer.autocast(), dropout_rng(config.seed, state.step, policy.device):
-                loss, count = batch_loss(policy, part)
-            state.optimizer.backward(loss * count / tokens)
-            loss_sum += float(loss.detach() * count)
+        with dropout_rng(config.seed, state.step, policy.device):
+            for part in in_groups(batch, _length, max_tokens=config.max_tokens):
+                with state.optimizer.autocast():
+                    loss, count = batch_loss(policy, part)
+                state.optimizer.backward(loss * count / tokens)
+                loss_sum += float(loss.detach() * count)
         alone = (batch_loss(policy, [x])._asdict() for x in batch)
         state.optimizer.check({"loss": loss_sum}, enumerate(alone))
         grad_norm = state.optimizer.step(batch)

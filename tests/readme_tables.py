@@ -1,4 +1,4 @@
-"""The README's tables that follow from the source: equations, and conventions with their tests.
+"""The README's tables that follow from the source: equations, places, and conventions.
 
 python tests/readme_tables.py            # prints them
 python tests/readme_tables.py --write    # puts them between their marks in README.md
@@ -33,17 +33,43 @@ def equations() -> str:
         for node in definitions(path)
         for tag in TAG.findall(ast.get_docstring(node) or "")
     ]
-    head = ("equation", "source", "stated in", "proved by", "in trl")
+    head = ("equation", "source", "stated in", "called in", "proved by", "in trl")
     return table(head, [row(tag, path, node) for *_, tag, path, node in sorted(stated)])
 
 
 def row(tag: str, path: Path, node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     paper, in_trl = source(ast.get_docstring(node) or "")
     file = path.relative_to(ROOT).as_posix()
-    first, *others = proofs(tag, node.name)
-    more = f", {len(others)} more" if others else ""
-    place = f"[`{node.name}`]({file}#L{node.lineno}), `{path.name}:{node.lineno}`"
-    return f"`{tag}`", paper, place, f"`{first}`{more}", in_trl
+    place = f"[`{node.name}`]({file}#L{node.lineno}), {link(path, node.lineno)}"
+    numbers = ", ".join(f"({n}) [{line}]({file}#L{line})" for n, line in numbered(path, node))
+    found = proofs(tag, node.name)
+    shown = list(dict.fromkeys([found[0], *[x for x in found if "parity" in x][:1]]))
+    tests = ", ".join(f"`{test}`" for test in shown)
+    more = f", {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    place += f"; {numbers}" if numbers else ""
+    return f"`{tag}`", paper, place, ", ".join(calls(node.name)), tests + more, in_trl
+
+
+def link(path: Path, line: int) -> str:
+    return f"[`{path.name}:{line}`]({path.relative_to(ROOT).as_posix()}#L{line})"
+
+
+def numbered(path: Path, node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, int]]:
+    """The numbers of the equation with the lines of code that compute them."""
+    lines = path.read_text(encoding="utf-8").splitlines()[: node.end_lineno]
+    found = [(re.findall(r"#.*?\((\d)\)", line), n) for n, line in enumerate(lines, 1)]
+    return [(number, n) for numbers, n in found if n >= node.lineno for number in numbers]
+
+
+def calls(name: str) -> list[str]:
+    """Where the algorithms call this function or make this class, outside of the docstrings."""
+    return [
+        link(path, node.lineno)
+        for path in SOURCES
+        if path.parent.name == "rlhf_min"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
+    ]
 
 
 def source(docstring: str) -> tuple[str, str]:
@@ -73,6 +99,45 @@ def tags_of_tests() -> dict[str, set[str]]:
     }
 
 
+# Places
+
+PLACES = {
+    "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
+    "are advantages whitened": ("ppo.py", "advantages = masked_whiten("),
+    "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
+    "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
+    "does the KL enter the reward": ("kl.py", "-kl_coef * at_least_float32(kl)"),
+    "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
+    "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
+    "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
+    "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
+    "are logits and tokens shifted": ("packing.py", "batch.prompt_lengths[rows] - 1 + t"),
+    "is a value read": ("models.py", "self.value_head(hidden)"),
+    "is EOS put after a response of the data": ("data.py", "kept = [*ids[:room], eos]"),
+    "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
+    "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
+    "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
+    "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
+    "is the reference frozen": ("models.py", "reference.requires_grad_(False)"),
+    "is dropout turned off": ("models.py", "def disable_dropout("),
+}
+
+
+def places() -> str:
+    """The one line that does what is asked for."""
+    return table(
+        ("where ...", "line", "code"),
+        [(f"{what}?", *place(*where)) for what, where in PLACES.items()],
+    )
+
+
+def place(name: str, code: str) -> tuple[str, str]:
+    path = ROOT / "rlhf_min" / name
+    lines = path.read_text(encoding="utf-8").splitlines()
+    [(number, line)] = [(n, line.strip()) for n, line in enumerate(lines, 1) if code in line]
+    return link(path, number), f"`{line.partition('  #')[0]}`"
+
+
 # Conventions
 
 
@@ -89,7 +154,7 @@ def cells(key: str, convention: Convention) -> tuple[str, ...]:
     return convention.title, here, "; ".join(others), convention.meaning, ", ".join(tests)
 
 
-SECTIONS = {"equations": equations, "conventions": conventions}
+SECTIONS = {"places": places, "equations": equations, "conventions": conventions}
 
 
 def put(text: str, name: str, content: str) -> str:

@@ -216,7 +216,7 @@ CONVENTIONS = {
         "Where the score lands", "the last real token",
         "reward of the second EOS, KL apart", -0.5, "shape_rewards", (
             Elsewhere("the last column", "lm-human-preferences", last_column, 0.0),
-            Elsewhere("the cell behind EOS", "trl's PPO since v2, torchtune", behind_eos, 0.0))),
+            Elsewhere("the cell after EOS", "trl's PPO since v2, torchtune", behind_eos, 0.0))),
     "kl": Convention(
         "Where the KL is charged", "the reward of each token",
         "reward of the first token, score apart", -0.1, "shape_rewards", (
@@ -239,7 +239,7 @@ CONVENTIONS = {
         "first return", 0.4, "gae", (
             Elsewhere("rewards to go", "Spinning Up", rewards_to_go, 0.8),)),
     "cut": Convention(
-        "Behind a response that was cut", "nothing",
+        "After a response that was cut", "nothing",
         "last advantage", 0.0, "gae", (
             Elsewhere(f"the value there, of {BEHIND}", "Spinning Up", value_behind, 0.3),)),
     "average": Convention(

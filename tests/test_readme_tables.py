@@ -40,7 +40,37 @@ def test_each_equation_has_a_row_with_a_source_a_place_and_a_proof():
         file, line = re.search(r"\((\S+)#L(\d+)\)", place).groups()
         code = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
         assert re.match(r"def |class |@dataclass", code)
-        assert_test_exists(names_test(proof))
+        for test in re.findall(r"`(tests/\S+::\w+)`", proof):
+            assert_test_exists(test)
+
+
+def test_the_numbers_of_an_equation_lead_to_its_lines():
+    links = re.findall(r"\((\d)\) \[\d+\]\((\S+)#L(\d+)\)", equations())
+    assert len(links) >= 40
+    for number, file, line in links:
+        code = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert f"({number})" in code.partition("#")[2]
+
+
+def test_the_calls_of_an_equation_are_calls():
+    found = {
+        line.split("`")[1]: re.findall(r"`(\w+\.py):\d+`\]\((\S+)#L(\d+)\)", line.split(" | ")[3])
+        for line in equations().splitlines()[2:]
+    }
+    assert [name for name, *_ in found["whiten"]] == ["masking.py", "ppo.py"]
+    assert [name for name, *_ in found["gae"]] == ["ppo.py"]
+    for name, file, line in [link for links in found.values() for link in links]:
+        assert file.endswith(name)
+        code = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert "(" in code
+        assert not code.lstrip().startswith(("def ", "class ", "#"))
+
+
+def test_the_tests_of_the_fast_paths_exist():
+    tests = re.findall(r"\| `(tests/test_\w+\.py::\w+)` \|$", TEXT, flags=re.MULTILINE)
+    assert len(tests) > 16
+    for test in tests:
+        assert_test_exists(test)
 
 
 def names_test(cell: str) -> str:
