@@ -162,12 +162,26 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, for what was learned and counted. Rates, decay and the rest
+        that a config says stay as they are here, since a run may be continued with others."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        groups = self.optimizer.param_groups
+        said = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.param_groups  # loading makes new ones
+        for group, values in zip(groups, said, strict=True):
+            group.update(values)
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            base_lrs = self.scheduler.base_lrs
+            self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base_lrs})
+            rates = [
+                rate * share(self.scheduler.last_epoch)
+                for rate, share in zip(base_lrs, self.scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            self.scheduler._last_lr = rates
         self.scaler.load_state_dict(state["scaler"])
 
 

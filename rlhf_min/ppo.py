@@ -190,7 +190,8 @@ class State:
         self.step, self.too_far = state["step"], state["too_far"]
         self.cursor.epoch, self.cursor.position = state["epoch"], state["position"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.kl_control.coef = state["kl_coef"]
+        if isinstance(self.kl_control, AdaptiveKL):  # else it is the config's
+            self.kl_control.coef = state["kl_coef"]
         self.moments = RunningMoments(*state["moments"])
         self.sampling_rng.set_state(state["sampling_rng"])
         self.minibatch_rng.set_state(state["minibatch_rng"])

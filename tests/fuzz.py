@@ -327,7 +327,7 @@ def stage() -> Snapshot:
 def saved_stage() -> Path:
     """Its checkpoint."""
     folder = Path(kept().name) / "step-000001"
-    resume.write(folder, stage(), finished=False, sizes={"metrics.jsonl": 9})
+    resume.begin(folder, stage(), finished=False, sizes={"metrics.jsonl": 9}).complete()
     return folder
 
 

@@ -3,10 +3,12 @@ import importlib.util
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import small_policy, small_reward_model
@@ -275,6 +277,19 @@ def test_threads_are_set(monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_the_global_generators_are_seeded_before_a_users_module_is_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--seed", "3"])
+
+    def drawn():
+        parse("", RunOptions, SFTConfig)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert drawn() == drawn()
+    first = drawn()
+    monkeypatch.setattr(sys, "argv", ["x", "--seed", "4"])
+    assert not set(first) & set(drawn())
+
+
 def test_room_for_the_prompt():
     assert RunOptions(max_response_tokens=40, max_length=100).max_prompt_tokens == 60
 
@@ -449,7 +464,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
     assert check_out(options, "sft") == out
     assert (out / "sft" / "model.pt").exists()  # until the new run begins
     open_run(out, options)
-    assert [p.name for p in out.iterdir()] == ["run.json"]
+    assert {p.name for p in out.iterdir()} == {"run.json", ".lock"}
 
 
 def test_run_json_says_what_was_run(tmp_path):

@@ -1,10 +1,12 @@
 import math
+import random
 import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import (
@@ -569,6 +571,16 @@ def test_modes_gradients_counts_and_generators_stay(name):
     for model in everything:
         if isinstance(model, models.RewardModel):
             assert model.cuts.prompts == 0
+
+
+def test_what_a_reward_function_draws_is_put_back():
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with preflight.untouched():
+        first = draw()
+    assert draw() == first
+    assert draw() != first
 
 
 def test_few_short_rows_are_enough(monkeypatch):

@@ -10,11 +10,14 @@ import pytest
 import torch
 from tiny import bert, bert_words, gpt2, words
 
+from rlhf_min.harness import experiments
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 from rlhf_min.models import Policy, RewardModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # as it is for the command
+import frontier  # noqa: E402
+import overoptimization  # noqa: E402
 from benchmark import scaling  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,6 +108,24 @@ def test_the_bench_is_what_was_written():
     assert len(lines) > 8
     for line in lines:
         assert line in table.splitlines()
+
+
+def test_the_experiments_are_what_was_written():
+    results = ROOT / "examples/results"
+    points = json.loads((results / "frontier.json").read_text("utf-8"))["points"]
+    start = [point for point in next(iter(points.values())) if point["step"] == 0]
+    tables = [experiments.table({"SFT": start} | points, frontier.SHOWN)]
+    points = json.loads((results / "overoptimization.json").read_text("utf-8"))["points"]
+    tables.append(experiments.table(points, overoptimization.SHOWN))
+    by_n = {f"best of {point['step']}": [point] for point in points["best of n"]}
+    tables.append(experiments.table(by_n, {"kl_bound": "KL at most"} | overoptimization.SHOWN))
+    blocks = "".join(text for _, text in BLOCKS)
+    assert all(f"{table}\n" in blocks for table in tables)
+    files = sorted(results.glob("overoptimization*.json"))
+    assert len(files) == 4
+    for file in files:
+        for name, verdict in json.loads(file.read_text("utf-8"))["verdicts"].items():
+            assert f"| {name} | {verdict} |" in README
 
 
 def test_every_example_is_told_and_every_told_example_exists():

@@ -7,9 +7,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ import torture
 from small import small_policy, small_reward_model
 from torture import ALGORITHMS, MODULES, command_line, prepare, result
 
-from rlhf_min.errors import BadInput
-from rlhf_min.harness import resume
+from rlhf_min.data import PreferenceExample, PromptExample
+from rlhf_min.errors import BadInput, NonFinite
+from rlhf_min.harness import resume, run
 from rlhf_min.harness.metrics import MetricsLog, Saving
 from rlhf_min.harness.resume import (
     RECORD,
@@ -29,13 +32,16 @@ from rlhf_min.harness.resume import (
     Checkpoint,
     Snapshot,
     Writer,
+    begin,
     checkpoints,
     crc32_of,
+    fingerprint,
     keep,
     latest,
-    write,
 )
+from rlhf_min.harness.run import read_record, reopen_run
 from rlhf_min.harness.stopping import Stopped, catching_signals
+from rlhf_min.reward import RewardExample
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +187,7 @@ def test_the_first_signal_is_noted_and_the_second_stops():
 def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
     stop_at(monkeypatch, 2, signal.SIGINT)
     log = MetricsLog(lambda: tmp_path)
-    with pytest.raises(Stopped, match="after step 2 of 2 of sft") as raised:
+    with pytest.raises(Stopped, match="after step 2 of 2 of sft; not saved, since") as raised:
         log.follow("sft", [{"loss": 1.0}, {"loss": 2.0}], total=2, show=())
     assert raised.value.exit_code == 130
     assert len(log.rows) == 2
@@ -223,7 +229,8 @@ def snapshot(policy=None, *, step=4, examples=(), **models):
 
 def saved(folder, step=4, **models):
     path = folder / f"step-{step:06d}"
-    write(path, snapshot(step=step, **models), finished=False, sizes={"metrics.jsonl": 7})
+    shot = snapshot(step=step, **models)
+    begin(path, shot, finished=False, sizes={"metrics.jsonl": 7}).complete()
     return path
 
 
@@ -337,7 +344,8 @@ NOTICED = {
     "check": lambda writer: wait([writer._underway]) and writer.check(),
     "wait": Writer.wait,
     "write": lambda writer: writer.write(finished=False, sizes={}),
-    "leaving": lambda writer: writer.__exit__(),
+    "leaving": lambda writer: writer.__exit__(None, None, None),
+    "being stopped": lambda writer: writer.__exit__(Stopped, Stopped("", Path(), 130), None),
 }
 
 
@@ -361,8 +369,71 @@ def test_what_its_thread_cannot_write_is_told_and_the_one_before_stays(
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
+def test_what_its_thread_cannot_write_does_not_hide_what_ended_the_stage(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(resume, "_identity", lambda _: (tmp_path / "nowhere").stat())
+    writer = Writer(tmp_path, snapshot(), keep_last=1)
+    writer.write(finished=False, sizes={})
+    writer.__exit__(NonFinite, NonFinite(4, "loss", [], None), None)  # does not raise another
+    assert "warning: " in (told := capsys.readouterr().err)
+    assert "step-000004: could not be saved: No such file" in told
+
+
+def test_a_model_that_answers_nan_does_not_replace_a_good_one(tmp_path, capsys):
+    shot = snapshot(step=2)
+    with Writer(tmp_path, shot, keep_last=1) as writer:
+        assert writer.write(finished=False, sizes={})
+        shot.state.step = 4
+        torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
+        assert not writer.write(finished=True, sizes={})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+    assert "step-000004: not saved, since the model answers with" in capsys.readouterr().out
+
+
+def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, capsys):
+    shot, rmtree = snapshot(step=2), shutil.rmtree
+
+    def busy(path, **options):
+        if path.name == "step-000002":
+            raise OSError(39, "Directory not empty")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with Writer(tmp_path, shot, keep_last=1) as writer:
+        for step in (2, 4):
+            shot.state.step = step
+            writer.write(finished=False, sizes={})
+    assert latest(tmp_path).step == 4
+    assert "step-000002 could not be removed: Directory not empty" in capsys.readouterr().err
+
+
+def test_restored_tensors_do_not_hold_the_files(tmp_path):
+    path = saved(tmp_path)
+    other = snapshot(step=0)
+    Checkpoint(path).restore(other)
+    maps = Path("/proc/self/maps")
+    assert str(path) not in (maps.read_text(encoding="utf-8") if maps.exists() else "")
+
+
 def test_nothing_to_go_on_from(tmp_path):
     assert latest(tmp_path / "no folder") is None
+
+
+def test_none_that_can_be_used_is_not_none_at_all(tmp_path, capsys):
+    (saved(tmp_path) / RECORD).unlink()
+    with pytest.raises(BadInput, match="none of its checkpoints can be used; put one back, or"):
+        latest(tmp_path)
+    assert "passed over" in capsys.readouterr().out
+
+
+def test_steps_are_numbers_and_files_are_no_checkpoints(tmp_path):
+    for name in ("step-1000000", "step-999999", "step-000003"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000004").touch()
+    (tmp_path / ".DS_Store").touch()
+    found = [path.name for path in checkpoints(tmp_path)]
+    assert found == ["step-000003", "step-999999", "step-1000000"]
 
 
 def test_old_ones_go_and_later_ones_too(tmp_path):
@@ -382,11 +453,25 @@ def test_of_another_model(tmp_path):
 
 def test_of_other_data(tmp_path):
     path = saved(tmp_path)
-    from rlhf_min.data import PromptExample
-
     other = snapshot(examples=[PromptExample("red", torch.tensor([2]))])
     with pytest.raises(BadInput, match="had other data; give the same --data"):
         Checkpoint(path).restore(other)
+
+
+def test_the_data_is_all_that_was_given():
+    pair = RewardExample("red", "one", "two", 0.5, 4)
+    prompt = PromptExample("red", torch.tensor([2]), {"answer": 3})
+    reference = PreferenceExample(torch.tensor([2]), torch.tensor([3]), torch.tensor([4]))
+    for example, change in [
+        (pair, {"margin": 0.6}),
+        (pair, {"chosen": "won"}),
+        (prompt, {"columns": {"answer": 4}}),
+        (prompt, {"ids": torch.tensor([3])}),
+        (reference, {"chosen_ids": torch.tensor([5])}),
+    ]:
+        assert fingerprint([example]) != fingerprint([replace(example, **change)])
+    computed = replace(reference, ref_logprobs=(-1.0, -2.0))
+    assert fingerprint([reference]) == fingerprint([computed])
 
 
 # Canaries
@@ -443,6 +528,183 @@ def test_canaries_know_another_tokenizer(tmp_path):
 # The run's folder
 
 
+def bytes_of(run):
+    """Everything in a run, but the lock and the report."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(run): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def stopped(work, tmp_path):
+    """A run of SFT that was stopped after its fifth step, with two checkpoints."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        options = [*command_line("sft", work), "--keep_last", "2", "--out", out]
+        assert run_command(patch, "sft", *options) == 143
+    return out
+
+
+def test_checkpoints_of_another_version_are_not_thrown_away(stopped, monkeypatch, capsys):
+    for file in stopped.glob("checkpoints/*/*/checkpoint.json"):
+        file.write_text(file.read_text("utf-8").replace('"format": 2', '"format": 1'), "utf-8")
+    before = bytes_of(stopped)
+    assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
+    found = capsys.readouterr()
+    assert "step-000005: written by another version" in found.out
+    assert "checkpoints/sft: none of its checkpoints can be used" in found.err
+    assert bytes_of(stopped) == before
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(
+    whole, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(whole["sft"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = bytes_of(tmp_path / "run")
+    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 2
+    assert "sft was finished and has no checkpoint" in capsys.readouterr().err
+    assert bytes_of(tmp_path / "run") == before
+
+
+def test_a_stage_without_checkpoint_is_not_trained_again_where_later_ones_have_some(
+    stopped, monkeypatch, capsys
+):
+    (stopped / "checkpoints/sft").rename(stopped / "checkpoints/ppo")
+    before = bytes_of(stopped)
+    assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
+    assert "sft has no checkpoint, but ppo has, and would be lost" in capsys.readouterr().err
+    assert bytes_of(stopped) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(stopped, whole, monkeypatch):
+    shutil.rmtree(stopped / "checkpoints")
+    assert run_command(monkeypatch, "sft", "--resume", stopped) == 0
+    wanted = {k: v for k, v in result(whole["sft"]).items() if "step-000012" not in k}
+    found = {k: v for k, v in result(stopped).items() if "step-000012" not in k}
+    assert found == wanted
+
+
+def test_lines_of_others_stay_and_lines_that_are_missing_are_missed(
+    work, whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        assert run_command(patch, "ppo", *command_line("ppo", work), "--out", out) == 143
+    (out / "notes.jsonl").write_text("mine", encoding="utf-8")
+    samples = (out / "samples.jsonl").read_bytes()
+    (out / "samples.jsonl").unlink()
+    assert run_command(monkeypatch, "ppo", "--resume", out) == 2
+    assert f"{out}/samples.jsonl is shorter than when" in capsys.readouterr().err
+    (out / "samples.jsonl").write_bytes(samples)
+    assert run_command(monkeypatch, "ppo", "--resume", out) == 0
+    assert (out / "notes.jsonl").read_text(encoding="utf-8") == "mine"
+    (out / "notes.jsonl").unlink()
+    assert result(out) == result(whole["ppo"])
+
+
+def test_a_refused_change_is_not_written_down(stopped, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"red {i}", "chosen": "ball"}) + "\n" for i in range(28)),
+        encoding="utf-8",
+    )
+    record = read_record(stopped)
+    other = ["--data", tmp_path / "other.jsonl", "--allow_config_change"]
+    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 2
+    assert "had other data" in capsys.readouterr().err
+    assert read_record(stopped) == record
+    assert run_command(monkeypatch, "sft", "--resume", stopped) == 0
+
+
+def test_other_rates_are_used_and_not_only_told(stopped, monkeypatch):
+    other = ["--learning_rate", "1e-7", "--weight_decay", "0.25", "--allow_config_change"]
+    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 0
+    rows = (stopped / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(row)["learning_rate"] for row in rows]
+    assert max(rates[5:]) <= 1e-7 < min(rates[1:5])
+    record = json.loads(next(stopped.glob("checkpoints/*/*14/checkpoint.json")).read_text("utf-8"))
+    groups = record["state"]["optimizer"]["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
+
+
+@pytest.mark.parametrize("successor", [True, False])
+def test_what_was_renamed_and_not_yet_replaced_is_put_back(successor, stopped, capsys):
+    newest = checkpoints(stopped / "checkpoints/sft")[-1]
+    old = newest.with_name(f".{newest.name}-4711-old")
+    shutil.copytree(newest, old)
+    if not successor:
+        shutil.rmtree(newest)
+    reopen_run(stopped)
+    assert newest.exists()
+    assert not old.exists()
+    told = "removed, since it was only half" if successor else "put back, since what should have"
+    assert told in capsys.readouterr().out
+
+
+def test_no_step_is_written_twice_where_max_kl_ends_the_run(work, tmp_path, monkeypatch):
+    written, start = [], resume.begin
+
+    def watched(folder, *args, **options):
+        written.append((folder.name, options["finished"]))
+        return start(folder, *args, **options)
+
+    monkeypatch.setattr(resume, "begin", watched)
+    options = ["--max_kl", "1e-9", "--save_every", "1", "--out", tmp_path / "run"]
+    assert run_command(monkeypatch, "ppo", *command_line("ppo", work), *options) == 0
+    names = [name for name, _ in written]
+    assert sorted(set(names)) == names
+    assert [finished for _, finished in written] == [False] * (len(names) - 1) + [True]
+    assert len(names) < 10
+
+
+def test_a_signal_while_the_last_checkpoint_is_completed_is_heard(work, tmp_path, capsys):
+    identity = resume._identity
+
+    def signalled(file):
+        if "step-000014" in str(file):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return identity(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "_identity", signalled)
+        out = tmp_path / "run"
+        assert run_command(patch, "sft", *command_line("sft", work), "--out", out) == 143
+    assert "after step 14 of 14 of sft; saved; go on with" in capsys.readouterr().err
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+input()
+"""
+
+
+def test_two_processes_do_not_go_on_with_one_run(stopped):
+    run._held.clear()
+    other = [sys.executable, "-c", HOLD, stopped / ".lock"]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(BadInput, match="another process is at this run; wait until it ends"):
+            reopen_run(stopped)
+        process.kill()
+    reopen_run(stopped)
+
+
+def test_samples_are_written_anew_behind_a_line_that_was_cut(tmp_path):
+    log = MetricsLog(lambda: tmp_path)
+    log.add_samples("ppo", 1, [{"x": 1}])
+    log.add_samples("test", 0, [{"x": 2}])
+    with (tmp_path / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"stage": "te')
+    log.add_samples("test", 0, [{"x": 3}], anew=True)
+    rows = [json.loads(row) for row in (tmp_path / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["stage"], row["x"]) for row in rows] == [("ppo", 1), ("test", 3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
 def test_metrics_that_were_cut_are_refused(work, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -496,17 +758,31 @@ def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
-def test_the_best_model_is_kept(tmp_path):
-    values, kept = iter([3.0, 1.0, 2.0, 1.0, 0.5]), []
-    shot = snapshot(step=0)
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("eval/loss", [3.0, 1.0, 2.0, 1.0, 0.5], [1, 2, 5]),
+        ("eval/loss", [3.0, 1.0, math.nan, 2.0, math.inf], [1, 2]),
+        ("eval/score", [1.0, 3.0, math.nan, 2.0, 4.0], [1, 2, 5]),
+        ("eval/k1", [3.0, 4.0, 2.0], [1, 3]),
+    ],
+)
+def test_the_best_model_is_kept(name, values, best, tmp_path):
+    kept, shot = [], snapshot(step=0)
     object.__setattr__(shot, "save_model", lambda folder: kept.append((folder, shot.state.step)))
 
     def steps():
         for value in values:
             shot.state.step += 1
-            yield {"eval/loss": value}
+            yield {name: value}
 
-    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/loss"))
-    log.follow("ppo", steps(), total=5, show=(), snapshot=shot)
-    assert kept == [(tmp_path / "best/ppo", step) for step in (1, 2, 5)]
+    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best=name))
+    log.follow("ppo", steps(), total=len(values), show=(), snapshot=shot)
+    assert kept == [(tmp_path / "best/ppo", step) for step in best]
     assert not list(Path(tmp_path).glob("checkpoints/*"))
+
+
+def test_a_metric_that_never_came_is_told(tmp_path, capsys):
+    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/scores"))
+    log.follow("ppo", [{"eval/score": 1.0}], total=1, show=(), snapshot=snapshot(step=0))
+    assert "--keep_best eval/scores: ppo never measured it" in capsys.readouterr().out

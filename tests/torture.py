@@ -108,7 +108,7 @@ def half_deleted(n: int) -> None:
 POINTS: dict[str, Callable[[int], None]] = {
     "before writing": lambda n: before(resume, "begin", n),
     "in the middle of a file": half_a_file,
-    "before fsync": lambda n: before(checkpoint, "_flush", 2 * n),
+    "before fsync": lambda n: before(checkpoint, "flush", 2 * n),
     "before the rename": lambda n: before(checkpoint.os, "rename", n),
     "after the rename": lambda n: after(checkpoint.os, "rename", n),
     "before deleting the old": lambda n: before(resume, "keep", n),

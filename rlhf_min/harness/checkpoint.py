@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from rlhf_min.errors import BadInput, require
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
+OLD = "-old"  # what a folder is called while another takes its name
+
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any."""
@@ -46,36 +48,56 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name only when everything in it is on the disk."""
-    require(not folder.is_file(), f"{folder}: could not be saved: there is a file of this name")
-    new = folder.with_name(f".{folder.name}-{os.getpid()}")
-    old = new.with_name(f"{new.name}-old")
-    try:
+    with saving(folder) as new:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors makes its files readable for their owner only
-                _flush(file)
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(new, folder)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[Path]:
+    """Where the folder is until it is complete. An error inside removes that.
+
+    Raises:
+        BadInput: for what the disk refuses.
+    """
+    require(not folder.is_file(), f"{folder}: could not be saved: there is a file of this name")
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    sound = False
+    try:
+        yield new
+        sound = True
     # A full disk is an OSError for us, a SafetensorError or a RuntimeError for the libraries.
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise BadInput(f"{folder}: could not be saved: {reason}") from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if not sound:
+            shutil.rmtree(new, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def publish(new: Path, folder: Path) -> None:
+    """Flush everything in a folder to the disk, and give it its name in the place of another."""
+    old = new.with_name(f"{new.name}{OLD}")
+    for path in [*new.rglob("*"), new]:
+        if path.is_file():
+            path.chmod(0o644)  # safetensors makes its files readable for their owner only
+        flush(path)
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Until the file, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,7 +22,7 @@ from rlhf_min.errors import BadInput, NonFinite, require
 from rlhf_min.harness.faults import out_of_memory
 from rlhf_min.harness.formats import parse_columns
 from rlhf_min.harness.page import html
-from rlhf_min.harness.run import continued
+from rlhf_min.harness.run import continued, seed_all
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.harness.trackers import check_trackers
 
@@ -182,6 +182,7 @@ def parse(description: str | None, *config_classes: Any) -> Any:
             config.torch_device("reward_device")
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
+    seed_all(configs)  # before a module of the user's is imported
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 

@@ -1,5 +1,6 @@
 """What a run writes while it goes on: metrics and samples line by line, and its checkpoints."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,13 +17,15 @@ from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import faults, resume
-from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer
+from rlhf_min.harness.checkpoint import flush
+from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer, checkpoints
+from rlhf_min.harness.runs import METRICS, SAMPLES, TOKENS
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
 
-METRICS, SAMPLES, CHECKPOINTS, BEST = "metrics.jsonl", "samples.jsonl", "checkpoints", "best"
+CHECKPOINTS, BEST = "checkpoints", "best"
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "ties", "k1", "repeated_4")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class MetricsLog:
         report_to: names of trackers that get the metrics too.
         saving: of checkpoints, where `follow` is given what to save.
         resumed: the folder is there already; `resuming` until the stages that it holds are back.
+        on_resume: called when the first stage of a resumed run is back.
         preflight: what a stage relies on is measured before it starts.
     """
 
@@ -60,16 +64,19 @@ class MetricsLog:
         report_to: Sequence[str] = (),
         saving: Saving | None = None,
         resumed: bool = False,
+        on_resume: Callable[[], None] | None = None,
         preflight: bool = True,
     ) -> None:
         self._open_run, self._report_to = open_run, report_to
         self._saving = saving or Saving()
         self.resuming, self.preflight = resumed, preflight
+        self._on_resume = on_resume
         self._folder: Path | None = None
         self._trackers: list[Track] = []
         self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
         self._restored: set[str] = set()
         self._saved_at = 0.0
+        self._unsaved = False  # a stage is over of which there is no checkpoint
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -80,13 +87,17 @@ class MetricsLog:
             self._trackers = [start_tracker(name, self._folder) for name in self._report_to]
         return self._folder
 
+    def has_checkpoint(self, stage: str) -> bool:
+        """Whether the run is resumed and this stage goes on from somewhere."""
+        return self.resuming and bool(checkpoints(self._checkpoints(stage)))
+
     def resume(self, snapshot: Snapshot) -> None:
         """Put a stage back to its newest checkpoint, if the run is resumed and there is one.
 
         What stages wrote after that is removed: it will be written again.
 
         Raises:
-            BadInput: if the checkpoint is of other models or other data.
+            BadInput: if the checkpoint is of other models or other data, or lacks where it must be.
         """
         if not self.resuming:
             return
@@ -97,9 +108,15 @@ class MetricsLog:
             self._sizes = found.sizes
             self._restored.add(snapshot.stage)
             print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
+        else:
+            self._require_unfinished(snapshot)
+        self._require_lines(found)
+        if self._on_resume is not None:
+            self._on_resume()
+            self._on_resume = None
         if not (found and found.finished and found.total >= snapshot.total):
             self.resuming = False
-            self._forget_later(found)
+            self._forget_later()
         self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
 
     def follow(
@@ -143,19 +160,26 @@ class MetricsLog:
                 self._write(stage, step, metrics)
                 shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
                 bar.set_postfix(shown, refresh=False)
+                ended = step >= total or getattr(snapshot and snapshot.state, "too_far", False)
+                stop = request.signal is not None  # looked at once: it may come at any time
                 if snapshot and writer:
                     writer.check()
                     self._keep_best(snapshot, metrics)
-                    if step < total and (self._due(step) or request.signal is not None):
-                        self._save(writer, finished=False)
+                    if not ended and (self._due(step) or stop) and self._save(writer):
                         saved = step
-                if request.signal is not None and step < total:
+                if stop and not ended:
                     raise self._stopped(request, stage, step, total, saved)
-            wanted = self._saving.every != 0 or request.signal is not None
-            if writer and step > done and wanted:
-                self._save(writer, finished=True)
+            stop = request.signal is not None
+            if writer and step > done and (self._saving.every != 0 or stop):
+                saved = step if self._save(writer, finished=True) else saved
+            if writer:
+                writer.wait()  # a signal that comes meanwhile counts too
+            self._unsaved = self._unsaved or (writer is not None and saved < step)
             if request.signal is not None:
-                raise self._stopped(request, stage, step, total, step)
+                raise self._stopped(request, stage, step, total, saved)
+        best = self._saving.keep_best if snapshot is not None and step > done else None
+        if best is not None and not self.series(stage, best)[0]:
+            print(f"--keep_best {best}: {stage} never measured it, so none was kept")
 
     def add_samples(
         self, stage: str, step: int, rows: Iterable[Mapping[str, Any]], *, anew: bool = False
@@ -167,8 +191,12 @@ class MetricsLog:
         file = self.folder / SAMPLES
         if anew and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["stage"] != stage]
-            file.write_text("".join(kept), encoding="utf-8")
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+            kept = [line for line in whole if json.loads(line)["stage"] != stage]
+            new = file.with_name(f".{SAMPLES}")
+            new.write_text("".join(kept), encoding="utf-8")
+            flush(new)
+            new.replace(file)
         self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
@@ -201,17 +229,18 @@ class MetricsLog:
             return time.monotonic() - self._saved_at > SAVE_SECONDS
         return self._saving.every > 0 and step % self._saving.every == 0
 
-    def _save(self, writer: Writer, *, finished: bool) -> None:
+    def _save(self, writer: Writer, *, finished: bool = False) -> bool:
         # All lines until here must be on the disk before the checkpoint that counts on them.
-        sizes = {file.name: _flushed_size(file) for file in self.folder.glob("*.jsonl")}
-        writer.write(finished=finished, sizes=sizes)
+        sizes = {name: _flushed_size(file) for name, file in self._growing() if file.exists()}
+        flush(self.folder)
         self._saved_at = time.monotonic()
+        return writer.write(finished=finished, sizes=sizes)
 
     def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
         name = self._saving.keep_best
-        if name is None or name not in metrics:
+        if name is None or not math.isfinite(metrics.get(name, math.nan)):
             return
-        sign = -1 if name.endswith(LOWER_IS_BETTER) else 1
+        sign = -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
         *before, now = [sign * value for value in self.series(snapshot.stage, name)[1]]
         if not any(value >= now for value in before):
             snapshot.save_model(self.folder / BEST / snapshot.stage)
@@ -219,11 +248,11 @@ class MetricsLog:
     def _stopped(
         self, request: StopRequest, stage: str, step: int, total: int, saved: int
     ) -> Stopped:
-        kept = (
-            f"saved; go on with: {sys.argv[0]} --resume {self.folder}"
-            if saved == step
-            else "not saved, since this stage has no checkpoints"
-        )
+        kept = f"saved; go on with: {sys.argv[0]} --resume {self.folder}"
+        if saved < step:
+            kept = "not saved, since this stage has no checkpoints"
+        elif self._unsaved:
+            kept = "not saved, since --save_every 0 has kept none of the stages before"
         return Stopped(
             f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
             self.folder,
@@ -233,19 +262,56 @@ class MetricsLog:
     def _checkpoints(self, stage: str) -> Path:
         return self.folder / CHECKPOINTS / stage
 
-    def _forget_later(self, found: Checkpoint | None) -> None:
-        """Remove what was written after the step that the run goes on from."""
-        for file in self.folder.glob("*.jsonl"):
-            size = self._sizes.get(file.name, 0)
+    def _growing(self) -> list[tuple[str, Path]]:
+        return [(name, self.folder / name) for name in (METRICS, SAMPLES, TOKENS)]
+
+    def _require_unfinished(self, snapshot: Snapshot) -> None:
+        """A stage without a checkpoint starts anew, unless that would destroy what is done."""
+        stages = sorted(path.name for path in self.folder.glob(f"{CHECKPOINTS}/*"))
+        later = [x for x in stages if x not in self._restored and checkpoints(self._checkpoints(x))]
+        require(
+            not later,
+            f"--resume {self.folder}: {snapshot.stage} has no checkpoint, but {', '.join(later)} "
+            "has, and would be lost; put it back, or start a new run",
+        )
+        rows = _last_rows(self.folder / METRICS)
+        went_on = (self.folder / snapshot.stage).is_dir() or any(
+            stage not in {snapshot.stage, *self._restored} for stage in rows
+        )
+        require(
+            rows.get(snapshot.stage, 0) < snapshot.total or not went_on,
+            f"--resume {self.folder}: {snapshot.stage} was finished and has no checkpoint, so it "
+            "would be trained again; put it back, or start a new run without --save_every 0",
+        )
+
+    def _require_lines(self, found: Checkpoint | None) -> None:
+        for name, file in self._growing():
+            size = self._sizes.get(name, 0)
             require(
-                file.stat().st_size >= size,
+                size == 0 or (file.exists() and file.stat().st_size >= size),
                 f"{file} is shorter than when {found.folder if found else 'the run'} was saved; "
                 "put the whole file back",
             )
-            os.truncate(file, size)
+
+    def _forget_later(self) -> None:
+        """Remove what was written after the step that the run goes on from."""
+        for name, file in self._growing():
+            if file.exists():
+                os.truncate(file, self._sizes.get(name, 0))
         for later in self.folder.glob(f"{CHECKPOINTS}/*"):
-            if later.name not in self._restored:
+            if later.is_dir() and later.name not in self._restored:
                 shutil.rmtree(later)
+
+
+def _last_rows(file: Path) -> dict[str, int]:
+    """The last step of each stage in a file of metrics, of which the last line may be cut."""
+    last: dict[str, int] = {}
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            row = json.loads(line)
+            last[str(row["stage"])] = int(row["step"])
+    return last
 
 
 def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import contextlib
 import heapq
 import math
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -239,15 +241,18 @@ def run(stage: str, checks: Iterator[Check], optimizer: Optimizer, *models: nn.M
 
 @contextlib.contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """Inside, modes may change and torch's global generators be drawn from; all is as before
+    """Inside, modes may change and the global generators be drawn from; all is as before
     afterwards. What the reward models count as cut is not counted."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     scorers = [(model, replace(model.cuts)) for model in models if isinstance(model, RewardModel)]
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
+    drawn = random.getstate(), np.random.get_state()  # by a reward function of the user's
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         for module, training in modes:
             module.training = training
         for scorer, cuts in scorers:

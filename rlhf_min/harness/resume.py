@@ -10,10 +10,10 @@ import math
 import mmap
 import random
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.checkpoint import complete_folder
+from rlhf_min.harness.checkpoint import publish, saving
+from rlhf_min.harness.stopping import Stopped
 from rlhf_min.models import Policy, RewardModel, evaluating
 
 FORMAT = 2
@@ -77,7 +78,7 @@ class Snapshot:
 
     @cached_property
     def data(self) -> str:
-        """A digest of all ids and texts of the examples, in their order."""
+        """A digest of all that the examples hold, in their order."""
         return fingerprint(self.examples)
 
 
@@ -126,7 +127,9 @@ class Checkpoint:
         )
         try:
             _load_weights(snapshot.module, self.folder / WEIGHTS)
-            tensors = {k: x for name in STATES for k, x in load_file(self.folder / name).items()}
+            # Copies: what `load_file` returns would hold the files, long after they are deleted.
+            files = [load_file(self.folder / name) for name in STATES]
+            tensors = {name: x.clone() for file in files for name, x in file.items()}
             snapshot.state.restore(_joined(self.record["state"], tensors))
             self._compare(snapshot.models)
             _set_random_states(_joined(self.record["random"], tensors))
@@ -169,17 +172,25 @@ class Writer:
         self._pool = ThreadPoolExecutor(1)
         self._underway: Future[None] | None = None
 
-    def write(self, *, finished: bool, sizes: Mapping[str, int]) -> None:
-        """Begin a checkpoint of the present step, when the one before is complete; as `write`."""
+    def write(self, *, finished: bool, sizes: Mapping[str, int]) -> bool:
+        """Begin a checkpoint of the present step, when the one before is complete; as `begin`.
+
+        Returns:
+            Whether there is one: a model that answers with NaN does not replace a good one.
+        """
         self.wait()
         new = self._folder / f"step-{self._snapshot.state.step:06d}"
-        complete = begin(new, self._snapshot, finished=finished, sizes=sizes)
+        unfinished = begin(new, self._snapshot, finished=finished, sizes=sizes)
+        if unfinished is None:
+            print(f"{new}: not saved, since the model answers with numbers that are not finite")
+            return False
 
         def then() -> None:
-            complete()
+            unfinished.complete()
             keep(self._folder, new, self._keep_last)
 
         self._underway = self._pool.submit(then)
+        return True
 
     def check(self) -> None:
         """Raise what the thread raised, if it is done."""
@@ -199,32 +210,38 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             self.wait()
+        except BadInput as failed:
+            if error is None or isinstance(error, Stopped):  # which would say that it is saved
+                raise
+            print(f"warning: {failed}", file=sys.stderr)  # what ends the stage matters more
         finally:
             self._pool.shutdown()
 
 
-def write(folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]) -> None:
-    """Write a checkpoint; the folder appears under its name when it is complete.
+def begin(
+    folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
+) -> "Unfinished | None":
+    """Give the system all that a checkpoint holds; then training may go on.
 
     Args:
         finished: the stage is over.
         sizes: bytes of the run's growing files at this step; what follows belongs to later ones.
 
+    Returns:
+        What is left to do; None, and nothing is written, if the model's answers are not finite.
+
     Raises:
         BadInput: if it cannot be written; what was there before is left as it was.
     """
-    begin(folder, snapshot, finished=finished, sizes=sizes)()
-
-
-def begin(
-    folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
-) -> Callable[[], None]:
-    """The first half of `write`, after which training may go on; what it returns is the second."""
     tensors: dict[str, Tensor] = {}
     texts = [_short(text) for text in snapshot.texts[:CANARY_TEXTS]]
+    canaries = measure_canaries(snapshot.models, texts)
+    answers = [x for name in snapshot.models for row in canaries[name]["outputs"] for x in row]
+    if not all(map(math.isfinite, answers)):
+        return None
     record = {
         "format": FORMAT,
         "stage": snapshot.stage,
@@ -233,39 +250,64 @@ def begin(
         "finished": finished,
         "sizes": dict(sizes),
         "data": snapshot.data,
-        "canaries": measure_canaries(snapshot.models, texts),
+        "canaries": canaries,
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
     }
-    with ExitStack() as stack:
-        new = stack.enter_context(complete_folder(folder))
-        parts = {WEIGHTS: _weights(snapshot.module), **_shared_out(tensors)}
+    parts = {WEIGHTS: _weights(snapshot.module), **_shared_out(tensors)}
+    with saving(folder) as new:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
         with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
             list(pool.map(save_file, parts.values(), [new / name for name in parts]))
-        unfinished = stack.pop_all()  # it gets its name in the second half
+    return Unfinished(folder, record)
 
-    def complete() -> None:
-        with unfinished:
-            record["files"] = {name: _identity(new / name) for name in parts}
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint whose tensors are with the system, still under another name."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    def complete(self) -> None:
+        """Read the tensors back, add the record, and give the folder its name.
+
+        Raises:
+            BadInput: if it cannot be written; what was there before is left as it was.
+        """
+        with saving(self.folder) as new:
+            files = {name: _identity(new / name) for name in (WEIGHTS, *STATES)}
+            record = self.record | {"files": files}
             record["crc32"] = crc32_of(record)
             (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
-
-    return complete
+            publish(new, self.folder)
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in a folder; those that are not are told and passed over."""
-    for path in reversed(checkpoints(folder)):
+    """The newest sound checkpoint in a folder; those that are not are told and passed over.
+
+    Raises:
+        BadInput: if there are checkpoints and none is sound: to start anew is for the user to say.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             return Checkpoint(path)
         except BadInput as error:
             print(f"passed over: {error}")
+    require(
+        not found,
+        f"{folder}: none of its checkpoints can be used; put one back, or remove this folder to "
+        "start the stage anew",
+    )
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, complete or not, by their steps."""
-    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+    """The checkpoints in a folder, sound or not, by their steps."""
+    found = [x for x in folder.glob("step-*") if x.name[5:].isdigit() and x.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def keep(folder: Path, newest: Path, n: int) -> None:
@@ -273,19 +315,21 @@ def keep(folder: Path, newest: Path, n: int) -> None:
     found = checkpoints(folder)
     place = found.index(newest)
     for path in [*found[: max(0, place + 1 - n)], *found[place + 1 :]]:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # there is one too many, which harms nobody
+            print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
 
 
 def fingerprint(examples: Sequence[Any]) -> str:
-    """A digest of all tensors and texts in these dataclasses, in their order."""
+    """A digest of all that these dataclasses hold, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         for field in fields(example):
             value = getattr(example, field.name)
-            if isinstance(value, Tensor):
-                digest.update(b"t" + repr(value.tolist()).encode())
-            elif isinstance(value, str):
-                digest.update(b"s" + repr(value).encode())
+            if field.name != "ref_logprobs":  # which is computed, and not given
+                told = value.tolist() if isinstance(value, Tensor) else value
+                digest.update(f"{field.name}={told!r};".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The run's folder: where it is, what it records, and how a run is taken up again."""
 
+import errno
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import random
 import re
 import shutil
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,15 @@ import numpy as np
 import torch
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.checkpoint import OLD
 from rlhf_min.harness.metrics import MetricsLog, Saving
 
-RUN_FILE = "run.json"
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+RUN_FILE, LOCK = "run.json", ".lock"
 PACKAGES = ("rlhf_min", "torch", "transformers")
 # What a run may be continued with otherwise: none of it changes what is computed.
 FREE = frozenset(
@@ -30,7 +37,8 @@ OF_THE_START = frozenset({"out", "overwrite", "resume", "allow_config_change"})
 # What JSON that is damaged, or is not what was written, raises.
 _UNREADABLE = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 _NEW = f".{RUN_FILE}"  # until it is complete
-_LEFT_OVER = re.compile(r"\..+-\d+(-old)?")  # of `complete_folder`
+_LEFT_OVER = re.compile(rf"\.(.+)-\d+({OLD})?")  # of `saving` and `publish`
+_held: dict[Path, Any] = {}  # the run that this process is at, and its file, locked
 
 
 def check_out(options: Any, default: str) -> Path:
@@ -54,7 +62,9 @@ def check_out(options: Any, default: str) -> Path:
         raise BadInput(
             f"--out {options.out[:60]}: {error.strerror}; give another folder"
         ) from error
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {_NEW}):
+    if out.exists() and not (
+        out.is_dir() and {path.name for path in out.iterdir()} <= {_NEW, LOCK}
+    ):
         require(
             options.overwrite,
             f"--out {out} exists; give another folder, --overwrite, or --resume to go on with it",
@@ -77,20 +87,28 @@ def start_log(out: Path, options: Any, *configs: Any) -> MetricsLog:
     Raises:
         BadInput: if it is resumed with another configuration, without ``--allow_config_change``.
     """
-    if options.resume is not None:
-        _check_same(out, options, configs)
-    # We draw from generators of our own; a reward function of the user's may draw from these.
-    seed = next(config.seed for config in (options, *configs) if hasattr(config, "seed"))
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    changed = None if options.resume is None else _check_same(out, options, configs)
+    seed_all((options, *configs))
     return MetricsLog(
         lambda: reopen_run(out) if options.resume is not None else open_run(out, options, *configs),
         report_to=options.report_to,
         saving=Saving(options.save_every, options.keep_last, options.keep_best),
         resumed=options.resume is not None,
+        on_resume=None if changed is None else lambda: _write_record(out, changed),
         preflight=not options.skip_preflight,
     )
+
+
+def seed_all(configs: Sequence[Any]) -> None:
+    """Seed the global generators by the first config that has a seed.
+
+    We draw from generators of our own; a reward function of the user's may draw from these.
+    """
+    seed = next((config.seed for config in configs if hasattr(config, "seed")), None)
+    if isinstance(seed, int):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
 
 def open_run(out: Path, *configs: Any) -> Path:
@@ -101,8 +119,12 @@ def open_run(out: Path, *configs: Any) -> Path:
     """
     try:
         if (out / RUN_FILE).is_file():
+            if not out.is_symlink():  # which is refused by the next line
+                _lock(out)
             shutil.rmtree(out)
+            _held.clear()
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         _write_record(out, {"config": _config_values(configs), **_circumstances()})
     except OSError as error:
         reason = error.strerror or str(error)  # the latter where Python itself refuses
@@ -114,13 +136,20 @@ def reopen_run(out: Path) -> Path:
     """Remove what a killed process left half written, and say what differs from then.
 
     Raises:
-        BadInput: if the folder cannot be written.
+        BadInput: if the folder cannot be written, or another process is at this run.
     """
     try:
+        _lock(out)
         for path in [*out.glob(".*"), *out.glob("*/.*"), *out.glob("checkpoints/*/.*")]:
-            if path.is_dir() and _LEFT_OVER.fullmatch(path.name):
-                print(f"removed, since it was only half written: {path}")
-                shutil.rmtree(path)
+            left = _LEFT_OVER.fullmatch(path.name) if path.is_dir() else None
+            if left is None:
+                continue
+            if left[2] and not path.with_name(left[1]).exists():  # killed between two renames
+                print(f"put back, since what should have replaced it is not complete: {path}")
+                path.rename(path.with_name(left[1]))
+                continue
+            print(f"removed, since it was only half written: {path}")
+            shutil.rmtree(path)
         record, now = read_record(out), _circumstances()
         for name in now:
             if record.get(name) != now[name]:
@@ -202,7 +231,28 @@ def run_seed(run: Path) -> int:
         raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
 
 
-def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> None:
+def _lock(out: Path) -> None:
+    """Keep other processes from this run until this one ends, however it ends."""
+    if fcntl is None or out.resolve() in _held:
+        return
+    file = (out / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BadInput(f"{out}: another process is at this run; wait until it ends") from error
+        return  # a file system without locks
+    _held.clear()
+    _held[out.resolve()] = file
+
+
+def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> dict[str, Any] | None:
+    """The run's record with what has changed, if anything has.
+
+    Raises:
+        BadInput: if something has, without ``--allow_config_change``.
+    """
     record, now = read_record(out), _config_values((options, *configs))
     changed = {
         f"{name}.{key}": (was, is_now)
@@ -210,7 +260,7 @@ def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> None:
         if key not in FREE
     }
     if not changed:
-        return
+        return None
     told = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in changed.items())
     require(
         options.allow_config_change,
@@ -220,7 +270,7 @@ def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> None:
     print(f"configuration changed: {told}")
     record["changes"] = [*record.get("changes", []), {k: list(v) for k, v in changed.items()}]
     record["config"] = {**record["config"], **now}
-    _write_record(out, record)
+    return record
 
 
 def _differences(

@@ -63,7 +63,7 @@ def run_sft(
         examples=examples,
         total=total,
     )
-    if log.preflight and not log.resuming:
+    if log.preflight and not log.has_checkpoint("sft"):
         check_sft(policy, config, state)
     log.resume(snapshot)
     steps = sft.train(policy, config, state, heldout=heldout)
@@ -119,7 +119,7 @@ def run_reward(
         examples=examples,
         total=total,
     )
-    if log.preflight and not log.resuming:
+    if log.preflight and not log.has_checkpoint("reward_model"):
         check_reward(reward_model, config, state)
     log.resume(snapshot)
     steps = reward.train(reward_model, config, state, heldout=heldout)
@@ -213,7 +213,7 @@ def run_ppo(
     print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
-    if log.preflight and not log.resuming:
+    if log.preflight and not log.has_checkpoint("ppo"):
         check_ppo(policy, ref_policy, reward_model, config, state)
     eval_prompts = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0]
     gold = inputs.monitors.get("gold_reward")
@@ -376,7 +376,7 @@ def run_dpo(
         examples=examples,
         total=total,
     )
-    if log.preflight and not log.resuming:
+    if log.preflight and not log.has_checkpoint("dpo"):
         check_dpo(policy, ref_policy, config, state)
     log.resume(snapshot)
     steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
