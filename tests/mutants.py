@@ -516,8 +516,8 @@ MUTANTS = [
            "test_models.py::test_values_are_the_head_on_the_hidden_state_before_each_token"
            "[separate-gpt2]"),
     Mutant("values in the wrong cells", "models.Policy.forward",
-           "scatter_tokens(self.value_head(at_head)[:, 0], batch.mask)",
-           "scatter_tokens(self.value_head(at_head)[:, 0], batch.mask.T).T",
+           "scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)",
+           "scatter_tokens(self.value_head(hidden)[:, 0], batch.mask.T).T",
            "test_models.py::test_values_are_the_head_on_the_hidden_state_before_each_token"
            "[shared-gpt2]"),
     Mutant("log-probabilities in the wrong cells", "models.Policy.forward",
@@ -554,10 +554,10 @@ MUTANTS = [
            "(batch.mask.sum(1) - 1).tolist()", "((batch.mask | True).sum(1) - 1).tolist()",
            "test_packing.py::test_packed_by_hand"),
     Mutant("a second response is predicted by the first one's end", "packing.packed",
-           "[start + P - 1, *range(stop, stop + T)]", "[*range(stop - 1, stop + T)]",
+           "[start + P - 1, *range(stop, stop + n)]", "[*range(stop - 1, stop + n)]",
            "test_packing.py::test_packed_by_hand"),
     Mutant("a response begins at position 0", "packing.packed",
-           "torch.arange(P, P + T)", "torch.arange(T)",
+           "torch.arange(P, P + n)", "torch.arange(n)",
            "test_packing.py::test_packed_by_hand"),
     Mutant("a response sees its sibling", "packing.packed",
            "((theirs == mine) | (theirs == 0))", "(theirs == theirs)",

@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 from small import small_policy, small_reward_model
+from tqdm.auto import tqdm
 
 from rlhf_min.harness import checkpoint, resume
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
@@ -31,7 +33,7 @@ from rlhf_min.harness.checkpoint import save_policy, save_reward_model
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
 ALGORITHMS |= {"ppo": "train_ppo", "dpo": "train_dpo"}
-COMMON = ["--max_length", "16", "--max_response_tokens", "6", "--skip_preflight"]
+COMMON = ["--max_length", "16", "--max_response_tokens", "6"]
 COMMON += ["--threads", "1", "--save_every", "2", "--eval_every", "3"]
 OPTIONS = {
     "sft": ["--epochs", "2", "--batch_size", "4"],
@@ -137,6 +139,8 @@ def start(algorithm: str, arguments: list[str], log: Path, point: Callable[[], N
     with log.open("a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+        # Bars share a lock between forks, and whoever is killed may hold it.
+        tqdm.set_lock(threading.RLock())
         point()
         sys.argv = [f"{ALGORITHMS[algorithm]}.py", *arguments]
         code: Any = 0
