@@ -41,7 +41,7 @@ def gae(
     Raises:
         ValueError: if the shapes differ or a mask row is not right-padded.
 
-    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16, whose sum (2) is as a recursion; (3) is
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16; (2) is its sum, as a recursion; (3) is
     the TD(lambda) return of OpenAI baselines, where the paper fits V to the discounted rewards;
     trl 0.11.3 ``PPOTrainer.compute_advantages`` before its whitening.
 

@@ -1,9 +1,9 @@
-"""Reductions over real tokens. Padding is replaced before any product or sum, so it never matters.
+"""Reductions over real tokens. Padding is replaced before any sum, so it never matters.
 
 A mask is boolean, True at real response tokens, and is built from lengths, never from token ids:
 a pad token that equals EOS is harmless. `torch.where(mask, x, 0)` is used instead of `x * mask`,
-because 0 * NaN is NaN, and it is used *before* what could make a gradient NaN (a product, a power,
-an exponential), because there a masked NaN still has the gradient NaN; a difference has 1 or -1.
+because 0 * NaN is NaN, and it is used *before* what could make a gradient NaN (a product of two, a
+power, an exponential), because there a masked NaN still has the gradient NaN.
 """
 
 import torch

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from .data import Cursor
@@ -166,23 +167,25 @@ class Optimizer:
         that a config says stay as they are here, since a run may be continued with others."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        groups = self.optimizer.param_groups
-        said = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        said = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        groups = self.optimizer.param_groups  # loading makes new ones
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        if isinstance(scheduler, LambdaLR):  # what `adamw` makes: a rate is base * lambda(step)
+            base_lrs, lambdas = scheduler.base_lrs, scheduler.lr_lambdas
+            scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base_lrs})
+            for values, base, share in zip(said, base_lrs, lambdas, strict=True):
+                values["lr"] = base * share(scheduler.last_epoch)
+        elif scheduler is not None:  # any other keeps its rates in its state
+            scheduler.load_state_dict(state["scheduler"])
+            for values, group in zip(said, groups, strict=True):
+                values["lr"] = group["lr"]
         for group, values in zip(groups, said, strict=True):
             group.update(values)
-        if self.scheduler is not None:
-            base_lrs = self.scheduler.base_lrs
-            self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base_lrs})
-            rates = [
-                rate * share(self.scheduler.last_epoch)
-                for rate, share in zip(base_lrs, self.scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-            self.scheduler._last_lr = rates
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty, unless it was saved under fp16
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:

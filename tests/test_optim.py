@@ -224,6 +224,42 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(schedule):
         assert largest_difference(toy, other) == EXACT
 
 
+def test_a_restored_optimizer_has_the_rates_that_it_was_made_with():
+    toy = Toy()
+    saved = optimizer_of(toy, schedule="linear", warmup_steps=2)
+    for gradients in GRADIENTS:
+        saved.backward(toy.loss(*gradients))
+        saved.step()
+    other = optimizer_of(toy, schedule="linear", warmup_steps=2, learning_rate=3e-5)
+    other.load_state_dict(real_copy(saved.state_dict()))
+    assert math.isclose(
+        other.learning_rate / 3e-5, saved.learning_rate / saved.scheduler.base_lrs[0]
+    )
+    for group in other.optimizer.param_groups:
+        assert group["initial_lr"] == 3e-5
+
+
+def test_any_scheduler_goes_on_where_it_was():
+    def made(toy):
+        adam = torch.optim.AdamW(toy.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10)
+        return Optimizer(adam, scheduler)
+
+    toy, other = Toy(), Toy()
+    saved, restored = made(toy), made(other)
+    for gradients in GRADIENTS:
+        saved.backward(toy.loss(*gradients))
+        saved.step()
+    other.load_state_dict(real_copy(toy.state_dict()))
+    restored.load_state_dict(real_copy(saved.state_dict()))
+    for gradients in GRADIENTS:
+        assert restored.learning_rate == saved.learning_rate < 0.1
+        for module, stepped in ((toy, saved), (other, restored)):
+            stepped.backward(module.loss(*gradients))
+            stepped.step()
+        assert largest_difference(toy, other) == EXACT
+
+
 def first_batch(policy):
     return collate(
         [x.prompt_ids for x in DEMONSTRATIONS],

@@ -1,5 +1,6 @@
 """Runs that are stopped and resumed end with the bits of the run that never stopped."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from torture import ALGORITHMS, MODULES, command_line, prepare, result
 from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.harness import resume, run
+from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.metrics import MetricsLog, Saving
 from rlhf_min.harness.resume import (
     RECORD,
@@ -187,7 +190,7 @@ def test_the_first_signal_is_noted_and_the_second_stops():
 def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
     stop_at(monkeypatch, 2, signal.SIGINT)
     log = MetricsLog(lambda: tmp_path)
-    with pytest.raises(Stopped, match="after step 2 of 2 of sft; not saved, since") as raised:
+    with pytest.raises(Stopped, match="after step 2 of 2 of sft; not saved") as raised:
         log.follow("sft", [{"loss": 1.0}, {"loss": 2.0}], total=2, show=())
     assert raised.value.exit_code == 130
     assert len(log.rows) == 2
@@ -422,7 +425,7 @@ def test_nothing_to_go_on_from(tmp_path):
 
 def test_none_that_can_be_used_is_not_none_at_all(tmp_path, capsys):
     (saved(tmp_path) / RECORD).unlink()
-    with pytest.raises(BadInput, match="none of its checkpoints can be used; put one back, or"):
+    with pytest.raises(BadInput, match="none of its checkpoints can be used; put one back"):
         latest(tmp_path)
     assert "passed over" in capsys.readouterr().out
 
@@ -547,7 +550,7 @@ def stopped(work, tmp_path):
 
 def test_checkpoints_of_another_version_are_not_thrown_away(stopped, monkeypatch, capsys):
     for file in stopped.glob("checkpoints/*/*/checkpoint.json"):
-        file.write_text(file.read_text("utf-8").replace('"format": 2', '"format": 1'), "utf-8")
+        file.write_text(file.read_text("utf-8").replace('"format": 3', '"format": 2'), "utf-8")
     before = bytes_of(stopped)
     assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
     found = capsys.readouterr()
@@ -573,7 +576,8 @@ def test_a_stage_without_checkpoint_is_not_trained_again_where_later_ones_have_s
     (stopped / "checkpoints/sft").rename(stopped / "checkpoints/ppo")
     before = bytes_of(stopped)
     assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
-    assert "sft has no checkpoint, but ppo has, and would be lost" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "sft has no checkpoint of its end, but there are some of ppo, which would be lo" in told
     assert bytes_of(stopped) == before
 
 
@@ -786,3 +790,122 @@ def test_a_metric_that_never_came_is_told(tmp_path, capsys):
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/scores"))
     log.follow("ppo", [{"eval/score": 1.0}], total=1, show=(), snapshot=snapshot(step=0))
     assert "--keep_best eval/scores: ppo never measured it" in capsys.readouterr().out
+
+
+# Several stages
+
+
+QUICK = "--sft_epochs 4 --reward_epochs 1 --ppo_steps 4 --ppo_batch_size 8 --dpo_epochs 1 "
+QUICK += "--max_length 16 --max_response_tokens 6 --test_prompts 3 --threads 1 --skip_preflight"
+
+
+@pytest.fixture(scope="module")
+def in_ppo(work, tmp_path_factory):
+    """A quickstart that was stopped in the third step of its third stage."""
+    out = tmp_path_factory.mktemp("quick") / "run"
+    given = ["--data", work / "rows.jsonl", "--model", work / "sft", "--reward_model"]
+    options = [*QUICK.split(), *given, work / "reward_model", "--save_every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        stop_at(patch, 3, stage="ppo")
+        assert run_quickstart(patch, *options, "--keep_last", "2", "--out", out) == 143
+    return out
+
+
+def run_quickstart(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
+    try:
+        torture.load("quickstart").main()
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def stages_of(out):
+    return sorted(path.name for path in out.glob("checkpoints/*") if checkpoints(path))
+
+
+def test_an_earlier_checkpoint_of_an_earlier_stage_does_not_cost_the_later_ones(
+    in_ppo, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(in_ppo, out := tmp_path / "run")
+    file = checkpoints(out / "checkpoints/sft")[-1] / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+    before = bytes_of(out)
+    assert run_quickstart(monkeypatch, "--resume", out) == 2
+    told = capsys.readouterr().err
+    assert "sft has no checkpoint of its end, but there are some of ppo, reward_model" in told
+    assert bytes_of(out) == before
+    for name in ("ppo", "reward_model"):  # as the message says
+        (out / "checkpoints" / name).rename(tmp_path / name)
+    assert run_quickstart(monkeypatch, "--resume", out) == 0
+
+
+def test_fewer_steps_than_are_done_are_done(in_ppo, tmp_path, capsys):
+    shutil.copytree(in_ppo, out := tmp_path / "run")
+    fewer = ["--sft_epochs", "1", "--allow_config_change"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, stage="ppo", number=signal.SIGINT)
+        assert run_quickstart(patch, "--resume", out, *fewer) == 130
+    assert stages_of(out) == ["ppo", "reward_model", "sft"]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_quickstart(patch, "--resume", out) == 0
+    assert "ppo: continued after step 4 of 4" in capsys.readouterr().out
+
+
+def test_nothing_is_deleted_before_the_last_refusal(in_ppo, tmp_path, monkeypatch, capsys):
+    shutil.copytree(in_ppo, out := tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b"x" + lines[1:])
+    before = bytes_of(out)
+    assert run_quickstart(monkeypatch, "--resume", out, "--keep_last", "1") == 2
+    assert "metrics.jsonl: damaged; put the file back" in capsys.readouterr().err
+    assert bytes_of(out) == before
+
+
+def test_a_refused_change_in_a_later_stage_is_not_written_down(in_ppo, tmp_path, capsys):
+    shutil.copytree(in_ppo, out := tmp_path / "run")
+    record = read_record(out)
+    shorter = ["--max_length", "15", "--max_response_tokens", "5", "--allow_config_change"]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_quickstart(patch, "--resume", out, *shorter) == 2
+    assert read_record(out) == record
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_quickstart(patch, "--resume", out) == 0
+
+
+def test_without_checkpoints_a_stop_saves_nothing_that_is_no_use(work, tmp_path, capsys):
+    given = ["--data", work / "rows.jsonl", "--model", work / "sft", "--reward_model"]
+    options = [*QUICK.split(), *given, work / "reward_model", "--save_every", "0"]
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3, stage="ppo")
+        assert run_quickstart(patch, *options, "--out", out) == 143
+    assert "after step 3 of 4 of ppo; not saved" in capsys.readouterr().err
+    assert stages_of(out) == []
+
+
+def test_a_run_that_has_begun_meanwhile_is_not_replaced(whole, tmp_path):
+    shutil.copytree(whole["sft"], out := tmp_path / "run")
+    before = bytes_of(out)
+    with pytest.raises(BadInput, match="another run has begun there; give another folder, or --ov"):
+        run.open_run(out, RunOptions())
+    assert bytes_of(out) == before
+
+
+def test_a_folder_that_cannot_be_flushed_need_not_be(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert Checkpoint(saved(tmp_path)).step == 4
+
+
+def test_an_object_among_the_columns_is_the_same_in_another_process():
+    one, other = (PromptExample("red", torch.tensor([2]), {"image": object()}) for _ in range(2))
+    assert fingerprint([one]) == fingerprint([other])

@@ -1,5 +1,6 @@
 """Finished models as folders that plain ``from_pretrained`` of ``transformers`` loads."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -97,9 +98,12 @@ def publish(new: Path, folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Until the file, or the folder's list of names, is on the disk."""
+    """Until the file, or the folder's list of names, is on the disk (where folders have that)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -111,6 +111,7 @@ def prepare(
         stages.run_sft(policy, codec, inputs, sft_config, log)
     if options.reward_model is None:
         print(stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec))
+    log.note_changes()
     save_policy(policy, log.folder / "sft")
     save_reward_model(reward_model, log.folder / "reward_model")
     return policy, reward_model, codec

@@ -25,6 +25,7 @@ from rlhf_min.harness.trackers import Track, start_tracker
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
+DAMAGED = "damaged; put the file back as the run wrote it"
 LOWER_IS_BETTER = ("loss", "perplexity", "ties", "k1", "repeated_4")
 
 
@@ -53,7 +54,7 @@ class MetricsLog:
         report_to: names of trackers that get the metrics too.
         saving: of checkpoints, where `follow` is given what to save.
         resumed: the folder is there already; `resuming` until the stages that it holds are back.
-        on_resume: called when the first stage of a resumed run is back.
+        on_resume: called when a resumed run goes on with other options.
         preflight: what a stage relies on is measured before it starts.
     """
 
@@ -102,22 +103,33 @@ class MetricsLog:
         if not self.resuming:
             return
         found = resume.latest(self._checkpoints(snapshot.stage))
-        if found is not None:
+        at_end = found is not None and (found.finished or found.step >= snapshot.total)
+        if not at_end:
+            self._require_nothing_later(snapshot.stage)
+        if found is None:
+            self._require_unfinished(snapshot)
+        else:
             found.restore(snapshot)
-            resume.keep(found.folder.parent, found.folder, self._saving.keep_last)
             self._sizes = found.sizes
             self._restored.add(snapshot.stage)
-            print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
-        else:
-            self._require_unfinished(snapshot)
         self._require_lines(found)
+        self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
+
+        # Until here nothing was changed, from here on nothing is refused.
+        if found is not None:
+            resume.keep(found.folder.parent, found.folder, self._saving.keep_last)
+            print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
+        more_steps = found is not None and max(found.step, found.total) < snapshot.total
+        if not at_end or more_steps:
+            self.resuming = False
+            self.note_changes()
+            self._forget_later()
+
+    def note_changes(self) -> None:
+        """Write down with what other options a resumed run goes on, when it does."""
         if self._on_resume is not None:
             self._on_resume()
             self._on_resume = None
-        if not (found and found.finished and found.total >= snapshot.total):
-            self.resuming = False
-            self._forget_later()
-        self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
 
     def follow(
         self,
@@ -165,12 +177,13 @@ class MetricsLog:
                 if snapshot and writer:
                     writer.check()
                     self._keep_best(snapshot, metrics)
-                    if not ended and (self._due(step) or stop) and self._save(writer):
+                    due = self._due(step) or (stop and not self._unsaved)
+                    if not ended and due and self._save(writer):
                         saved = step
                 if stop and not ended:
                     raise self._stopped(request, stage, step, total, saved)
             stop = request.signal is not None
-            if writer and step > done and (self._saving.every != 0 or stop):
+            if writer and step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
                 saved = step if self._save(writer, finished=True) else saved
             if writer:
                 writer.wait()  # a signal that comes meanwhile counts too
@@ -192,7 +205,10 @@ class MetricsLog:
         if anew and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-            kept = [line for line in whole if json.loads(line)["stage"] != stage]
+            try:
+                kept = [line for line in whole if json.loads(line)["stage"] != stage]
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise BadInput(f"{file}: {DAMAGED}") from error
             new = file.with_name(f".{SAMPLES}")
             new.write_text("".join(kept), encoding="utf-8")
             flush(new)
@@ -250,7 +266,8 @@ class MetricsLog:
     ) -> Stopped:
         kept = f"saved; go on with: {sys.argv[0]} --resume {self.folder}"
         if saved < step:
-            kept = "not saved, since this stage has no checkpoints"
+            before = f"; the last checkpoint is of step {saved}" if saved else ""
+            kept = f"not saved{before}"
         elif self._unsaved:
             kept = "not saved, since --save_every 0 has kept none of the stages before"
         return Stopped(
@@ -265,21 +282,24 @@ class MetricsLog:
     def _growing(self) -> list[tuple[str, Path]]:
         return [(name, self.folder / name) for name in (METRICS, SAMPLES, TOKENS)]
 
-    def _require_unfinished(self, snapshot: Snapshot) -> None:
-        """A stage without a checkpoint starts anew, unless that would destroy what is done."""
-        stages = sorted(path.name for path in self.folder.glob(f"{CHECKPOINTS}/*"))
-        later = [x for x in stages if x not in self._restored and checkpoints(self._checkpoints(x))]
+    def _require_nothing_later(self, stage: str) -> None:
+        """A stage that goes on before its end would delete the checkpoints of those after it."""
+        others = sorted(path.name for path in self.folder.glob(f"{CHECKPOINTS}/*"))
+        done = {stage, *self._restored}
+        later = [x for x in others if x not in done and checkpoints(self._checkpoints(x))]
         require(
             not later,
-            f"--resume {self.folder}: {snapshot.stage} has no checkpoint, but {', '.join(later)} "
-            "has, and would be lost; put it back, or start a new run",
+            f"--resume {self.folder}: {stage} has no checkpoint of its end, but there are some of "
+            f"{', '.join(later)}, which would be lost; put it back, or move these away",
         )
+
+    def _require_unfinished(self, snapshot: Snapshot) -> None:
+        """A stage without a checkpoint starts anew, unless that would destroy what is done."""
         rows = _last_rows(self.folder / METRICS)
-        went_on = (self.folder / snapshot.stage).is_dir() or any(
-            stage not in {snapshot.stage, *self._restored} for stage in rows
-        )
+        others = rows.keys() - {snapshot.stage, *self._restored}
+        saved = not self._restored and (self.folder / snapshot.stage).is_dir()
         require(
-            rows.get(snapshot.stage, 0) < snapshot.total or not went_on,
+            rows.get(snapshot.stage, 0) < snapshot.total or not (others or saved),
             f"--resume {self.folder}: {snapshot.stage} was finished and has no checkpoint, so it "
             "would be trained again; put it back, or start a new run without --save_every 0",
         )
@@ -328,7 +348,7 @@ def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in lines]
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{file}: damaged; put the file back as the run wrote it") from error
+        raise BadInput(f"{file}: {DAMAGED}") from error
 
 
 def _flushed_size(file: Path) -> int:

@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import random
+import re
 import shutil
 import sys
 import zlib
@@ -31,7 +32,7 @@ from rlhf_min.harness.checkpoint import publish, saving
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.models import Policy, RewardModel, evaluating
 
-FORMAT = 2
+FORMAT = 3
 RECORD, WEIGHTS = "checkpoint.json", "weights.safetensors"
 STATES = ("state-1.safetensors", "state-2.safetensors")  # as large as the weights, with AdamW
 CANARY_TEXTS = 3
@@ -298,8 +299,7 @@ def latest(folder: Path) -> Checkpoint | None:
             print(f"passed over: {error}")
     require(
         not found,
-        f"{folder}: none of its checkpoints can be used; put one back, or remove this folder to "
-        "start the stage anew",
+        f"{folder}: none of its checkpoints can be used; put one back, or start a new run",
     )
     return None
 
@@ -328,8 +328,9 @@ def fingerprint(examples: Sequence[Any]) -> str:
         for field in fields(example):
             value = getattr(example, field.name)
             if field.name != "ref_logprobs":  # which is computed, and not given
-                told = value.tolist() if isinstance(value, Tensor) else value
-                digest.update(f"{field.name}={told!r};".encode(errors="backslashreplace"))
+                told = repr(value.tolist() if isinstance(value, Tensor) else value)
+                told = re.sub(r" at 0x[0-9a-f]+", "", told)  # of an object in another process
+                digest.update(f"{field.name}={told};".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 

@@ -119,6 +119,10 @@ def open_run(out: Path, *configs: Any) -> Path:
     """
     try:
         if (out / RUN_FILE).is_file():
+            require(
+                any(getattr(config, "overwrite", False) for config in configs),
+                f"--out {out}: another run has begun there; give another folder, or --overwrite",
+            )
             if not out.is_symlink():  # which is refused by the next line
                 _lock(out)
             shutil.rmtree(out)

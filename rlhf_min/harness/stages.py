@@ -261,6 +261,8 @@ def _tell_faults(state: ppo.State, config: ppo.PPOConfig, log: MetricsLog) -> No
         print(told)
     if far := faults.too_far(state, config.max_kl):
         print(far[0])
+    if state.too_far and state.last is None and state.step < config.steps:
+        print("PPO was ended by --max_kl before; another one does not take it up again")
 
 
 @dataclass
@@ -406,6 +408,7 @@ def run_evaluation(
 
     Some responses of each are written into the run's folder.
     """
+    log.note_changes()
     test = inputs.test[:n]
     texts = [row["prompt"] for row in test]
     prompts, cut = codec.encode_prompts(test)
