@@ -713,7 +713,7 @@ CHECKPOINTS = [  # what lies in the folder of a run that is resumed
     Case(
         "metrics that are cut",
         RESUME,
-        "mine/metrics.jsonl: damaged; put the file back as the run wrote it",
+        "mine/metrics.jsonl is shorter than when mine/checkpoints/sft/step-000003 was saved; …",
         both(trained, cut("mine/metrics.jsonl")),
     ),
     Case(

@@ -290,6 +290,11 @@ def test_the_global_generators_are_seeded_before_a_users_module_is_imported(monk
     assert not set(first) & set(drawn())
 
 
+def test_an_option_is_not_guessed_from_its_beginning(run, capsys):
+    assert run("train_sft", "--epoch", "3") == 2
+    assert "unknown option --epoch; --help explains all options" in capsys.readouterr().err
+
+
 def test_room_for_the_prompt():
     assert RunOptions(max_response_tokens=40, max_length=100).max_prompt_tokens == 60
 

@@ -387,7 +387,7 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         "a.jsonl",
         OK + '\n\n{"prompt": \n',
         "ppo",
-        "a.jsonl: line 3: broken JSON (Expecting value at line 1, column 12); "
+        "a.jsonl: line 3: broken JSON (Expecting value at column 12); "
         "write one JSON object on each line",
     ),
     (

@@ -209,7 +209,7 @@ class _Parser(HfArgumentParser):
     """Says what is wrong in one line, without the usage of forty options before it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
         # argparse would take the weight in "-0.3*brevity" for an option.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(\*.+)?$")
 

@@ -155,7 +155,8 @@ def _parse(text: str, where: str, remedy: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        place = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        place = f"{error.msg} at {line}column {error.colno}"
         raise BadInput(f"{where}: broken JSON ({place}); {remedy}") from error
     except ValueError as error:
         raise BadInput(f"{where}: a number has too many digits; write it as a string") from error

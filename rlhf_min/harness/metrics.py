@@ -116,7 +116,9 @@ class MetricsLog:
         self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
 
         # Until here nothing was changed, from here on nothing is refused.
-        if found is not None:
+        if found is None:
+            print(f"{snapshot.stage}: there is no checkpoint of it, so it starts anew")
+        else:
             resume.keep(found.folder.parent, found.folder, self._saving.keep_last)
             print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
         more_steps = found is not None and max(found.step, found.total) < snapshot.total
@@ -264,7 +266,7 @@ class MetricsLog:
     def _stopped(
         self, request: StopRequest, stage: str, step: int, total: int, saved: int
     ) -> Stopped:
-        kept = f"saved; go on with: {sys.argv[0]} --resume {self.folder}"
+        kept = f"saved; go on with: python {sys.argv[0]} --resume {self.folder}"
         if saved < step:
             before = f"; the last checkpoint is of step {saved}" if saved else ""
             kept = f"not saved{before}"
