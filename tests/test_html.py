@@ -621,6 +621,18 @@ def test_a_run_that_max_kl_ended_is_not_called_unfinished(limit, tmp_path):
     assert (len(ended), len(unfinished)) == ((1, 0) if limit == 1.7 else (0, 1))
 
 
+def test_what_html_does_not_allow_is_shown_as_an_escape():
+    shown = str(tag("p", "a\x00b\x1b[2J\tc\n\x85\ufffe", title="\x07"))
+    assert shown == '<p title="\\x07">a\\x00b\\x1b[2J\tc\n\\x85\\ufffe</p>'
+
+
+def test_one_curve_is_one(tmp_path):
+    rows = [{"stage": "sft", "step": step, "loss": 2 / step} for step in range(1, 9)]
+    names = ("results", "samples", "tokens", "reward_model")
+    folder = write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names))
+    assert paragraphs(page([read_run(folder)]), "The one") == ["The one curve stayed in its range."]
+
+
 def test_a_run_with_nothing_but_its_configuration(tmp_path):
     names = ("metrics", "results", "samples", "tokens", "reward_model")
     folder = write_run(tmp_path / "begun", **dict.fromkeys(names))

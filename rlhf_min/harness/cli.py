@@ -261,7 +261,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             html.write_report(stop.folder)
             _fail(str(stop), stop.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped", 130)
+            _fail(f"stopped at once; {KEPT}", 130)
 
     return wrapped
 

@@ -120,7 +120,8 @@ def _summary(runs: Sequence[Run]) -> Iterator[Html]:
                 f"{len(left)} of {len(verdicts)} curves left their range: {'; '.join(left)}."
             )
         elif verdicts:
-            told.append(f"All {len(verdicts)} curves stayed in their range.")
+            which = "The one curve" if len(verdicts) == 1 else f"All {len(verdicts)} curves"
+            told.append(f"{which} stayed in {'its' if len(verdicts) == 1 else 'their'} range.")
         if unfinished := run.unfinished():
             told.append(f"Unfinished: {'; '.join(unfinished)}.")
         if too_far := run.too_far():

@@ -1,9 +1,21 @@
 """HTML and SVG as nested calls: all text is escaped, and every element is closed."""
 
+import html
+import re
 from collections.abc import Iterable
-from html import escape
 
+# A model may draw any byte; these HTML does not allow.
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 VOID = ("meta", "br")  # elements that HTML never closes
+
+
+def escape(text: str) -> str:
+    r"""Text as HTML; what HTML does not allow is shown as an escape.
+
+    >>> escape("1 < 2\0")
+    '1 &lt; 2\\x00'
+    """
+    return html.escape(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
 class Html(str):
