@@ -626,6 +626,18 @@ def test_what_html_does_not_allow_is_shown_as_an_escape():
     assert shown == '<p title="\\x07">a\\x00b\\x1b[2J\tc\n\\x85\\ufffe</p>'
 
 
+def test_what_is_learned_by_heart_is_told(tmp_path):
+    rows = [
+        {"stage": "sft", "step": step, "loss": 2 / step}
+        | ({"eval/loss": 1 + step / 10} if step % 2 == 0 else {})
+        for step in range(1, 13)
+    ]
+    names = ("results", "samples", "tokens", "reward_model")
+    text = page([read_run(write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names)))])
+    assert paragraphs(text, "1 of 1 curves left")
+    assert "Held out: From 1.200 at step 2 to 2.200 at step 12." in text
+
+
 def test_one_curve_is_one(tmp_path):
     rows = [{"stage": "sft", "step": step, "loss": 2 / step} for step in range(1, 9)]
     names = ("results", "samples", "tokens", "reward_model")

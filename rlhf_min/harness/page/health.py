@@ -71,8 +71,12 @@ class Curve:
 
     def judged(self, run: Run) -> tuple[list[int], list[float]]:
         """Steps and values of the line that is judged; empty if none was measured."""
-        measured = (run.series(self.stage, metric) for metric, _ in self.lines)
-        return next((found for found in measured if found[0]), ([], []))
+        return run.series(self.stage, self.judged_line(run)[0])
+
+    def judged_line(self, run: Run) -> tuple[str, str]:
+        """Metric and label of the line that is judged."""
+        measured = (line for line in self.lines if run.series(self.stage, line[0])[0])
+        return next(measured, self.lines[0])
 
     def limits(self, run: Run) -> tuple[float, float]:
         """The lowest and the highest healthy value in this run."""
@@ -157,10 +161,10 @@ CURVES = (
         "sft",
         "Loss",
         "nats per token",
-        (("loss", "training"), ("eval/loss", "held out")),
+        (("eval/loss", "held out"), ("loss", "training")),
         "Both fall together; where the held-out loss turns up, the model learns its examples by "
         "heart.",
-        Range(high=1, of="starts"),
+        Range(high=1.05, of="starts"),
     ),
     Curve(
         "reward_model",
@@ -220,6 +224,8 @@ def judge(curve: Curve, run: Run) -> Verdict | None:
     course = f"{number(values[0])} at step {steps[0]}."
     if len(steps) > 1:
         course = f"From {course[:-1]} to {number(values[-1])} at step {steps[-1]}."
+    if curve.judged_line(run)[1] == "held out":  # and not the line of training beside it
+        course = f"Held out: {course}"
     out = excursion(values, low, high)
     if out is None:
         return Verdict(course, "It stayed in its range.", bounds, None)
