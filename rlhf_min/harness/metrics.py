@@ -98,7 +98,8 @@ class MetricsLog:
         What stages wrote after that is removed: it will be written again.
 
         Raises:
-            BadInput: if the checkpoint is of other models or other data, or lacks where it must be.
+            BadInput: if the checkpoint is of other models or other data, or if starting anew would
+                destroy what later steps or stages have written. Nothing on the disk has changed.
         """
         if not self.resuming:
             return
@@ -152,7 +153,7 @@ class MetricsLog:
             snapshot: what checkpoints are taken of.
 
         Raises:
-            Stopped: after the step in which SIGINT or SIGTERM came; it is saved.
+            Stopped: after the step in which SIGINT or SIGTERM came; it says whether that is saved.
         """
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
