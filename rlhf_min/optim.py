@@ -201,7 +201,7 @@ def adamw(
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
-    warmup_steps: int,
+    warmup_share: float,
     total_steps: int,
     max_grad_norm: float | None,
     precision: Precision,
@@ -211,7 +211,8 @@ def adamw(
     """AdamW over the trainable parameters; matrices decay, biases and normalisations do not.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; the schedules of ``transformers``: a
-    linear rise over `warmup_steps`, then constant, linear to 0, or a half cosine to 0.
+    linear rise over the warm-up, then constant, linear to 0, or a half cosine to 0. The warm-up is
+    the nearest number of steps, of two equally near the even one; the ``Trainer`` rounds up.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
@@ -223,7 +224,10 @@ def adamw(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=fused)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+        name,
+        optimizer,
+        num_warmup_steps=round(warmup_share * total_steps),
+        num_training_steps=total_steps,
     )
     return Optimizer(
         optimizer,

@@ -110,7 +110,7 @@ def new_state(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        warmup_steps=round(config.warmup_share * total_steps),
+        warmup_share=config.warmup_share,
         total_steps=total_steps,
         max_grad_norm=config.max_grad_norm,
         precision=config.precision,

@@ -571,6 +571,9 @@ MUTANTS = [
     Mutant("a token sees what comes after it", "packing.packed",
            "sees.tril()", "sees",
            "test_packing.py::test_packed_by_hand"),
+    Mutant("prompts that differ in their last token are one", "packing.packed",
+           "tuple(ids[row, :P].tolist())", "tuple(ids[row, : P - 1].tolist())",
+           "test_packing.py::test_prompts_that_differ_in_one_token_are_two"),
     Mutant("a prompt's row without end", "packing._siblings",
            "if not rows or size > max(width, 2 * longest):", "if not rows:",
            "test_packing.py::test_many_responses_to_one_prompt_are_no_row_without_end"),
@@ -584,6 +587,10 @@ MUTANTS = [
     Mutant("windows are packed", "fast.can_pack",
            'kinds == {"full_attention"}', "True",
            "test_packing.py::test_a_model_with_a_sliding_window_is_not_packed[qwen2 with windows]"),
+    Mutant("frequencies that follow the longest row are packed", "fast.can_pack",
+           'rope.get("rope_type") not in ("dynamic", "longrope")', "True",
+           "test_packing.py::test_a_model_whose_frequencies_follow_the_longest_row_is_not_packed"
+           "[dynamic]"),
     Mutant("untied weights get a sparse gradient", "fast.make_tied_gradient_sparse",
            'getattr(head, "weight", None) is embedding.weight', "True",
            "test_fast.py::test_only_a_tied_weight_has_a_sparse_part"),
@@ -677,6 +684,13 @@ MUTANTS = [
            "right=True", "right=False",
            "test_sampling.py::test_a_uniform_number_on_an_edge_takes_the_next_token"),
 
+    Mutant("the cdf is not scaled by its end", "sampling._inverse_cdf",
+           "uniforms[:, None] * cdf[:, -1:]", "uniforms[:, None]",
+           "test_sampling.py::test_the_largest_uniform_number_draws_no_impossible_token"),
+    Mutant("a softmax in the model's own precision", "sampling._inverse_cdf",
+           "logits.to(uniforms.dtype).softmax(-1)", "logits.softmax(-1).to(uniforms.dtype)",
+           "test_sampling.py::test_half_precision_of_the_logits_moves_no_edge[dtype0]"),
+
     # rollout
     Mutant("the rollout's mask ignores lengths", "rollout.Rollout.mask",
            "self.sequences.mask", "self.sequences.mask | True",
@@ -744,6 +758,10 @@ MUTANTS = [
            "math.isfinite(score)", "True",
            "test_rollout.py::test_a_refused_score_stops_collect"),
 
+    Mutant("one token that is not EOS has ended", "rollout.score_rollout",
+           "bool(ids[-1] == eos_id) for", "bool(len(ids) == 1 or ids[-1] == eos_id) for",
+           "test_rollout.py::test_a_response_of_one_token_has_ended_only_if_that_is_eos"),
+
     # sft
     Mutant("prompts are imitated", "sft.batch_loss",
            "[x.prompt_ids for x in examples], [x.response_ids for x in examples]",
@@ -765,6 +783,10 @@ MUTANTS = [
     Mutant("looks with dropout", "sft.evaluate",
            "evaluating(policy)", "evaluating()",
            "test_sft.py::test_evaluate_by_hand"),
+
+    Mutant("the same dropout in each step", "sft.train",
+           "dropout_rng(config.seed, state.step,", "dropout_rng(config.seed, 0,",
+           "test_sft.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
 
     # reward
     Mutant("chosen and rejected exchanged", "reward.batch_loss",
@@ -791,6 +813,10 @@ MUTANTS = [
     Mutant("micro-batches weigh alike", "reward._add_means",
            "int(found.count) / pairs", "1.0",
            "test_reward.py::test_evaluate_is_over_all_pairs_and_without_dropout"),
+
+    Mutant("the same dropout in each step", "reward.train",
+           "dropout_rng(config.seed, state.step,", "dropout_rng(config.seed, 0,",
+           "test_reward.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
 
     # dpo
     Mutant("dropout stays on", "dpo.new_state",
@@ -823,6 +849,10 @@ MUTANTS = [
     Mutant("micro-batches weigh alike", "dpo._add_means",
            "float(loss) * n / pairs", "float(loss)",
            "test_dpo.py::test_micro_batches_leave_the_gradient_as_it_is"),
+
+    Mutant("a partly cached reference is a whole one", "dpo._reference",
+           "len(cached) == len(examples)", "cached",
+           "test_dpo.py::test_a_reference_that_is_cached_in_part_is_asked_for_all"),
 
     # ppo
     Mutant("sign of the step to the batch's mean", "ppo.RunningMoments",
@@ -1012,6 +1042,16 @@ MUTANTS = [
            "zip(rows, alone, strict=True)", "enumerate(alone)",
            "test_nonfinite.py::test_a_minibatch_names_the_rows_of_the_rollout[ratio--200.0]"),
 
+    Mutant("the rate of the next step is reported", "ppo.train",
+           '"learning_rate": learning_rate', '"learning_rate": state.optimizer.learning_rate',
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("the smallest ratio_max of the minibatches", "ppo._mean_stats",
+           'max(s["ratio_max"] for s in stats)', 'min(s["ratio_max"] for s in stats)',
+           "test_ppo.py::test_training_is_the_plain_loop[shared]"),
+    Mutant("max_kl looks at the estimate in the rewards", "ppo.train",
+           'metrics["k1"] > config.max_kl', 'metrics["kl"] > config.max_kl',
+           "test_ppo.py::test_max_kl_looks_at_k1_whatever_the_rewards_hold[k2]"),
+
     # optim
     Mutant("a sparse gradient stays sparse", "optim.Optimizer.step",
            "p.grad = p.grad.to_dense()", "p.grad = None",
@@ -1057,6 +1097,12 @@ MUTANTS = [
     Mutant("adam_eps not handed on", "optim.adamw",
            "eps=eps", "eps=1e-8",
            "test_optim.py::test_adamw_is_its_formula_and_only_matrices_decay[0.01]"),
+    Mutant("warm-up rounded down", "optim.adamw",
+           "round(warmup_share * total_steps)", "int(warmup_share * total_steps)",
+           "test_optim.py::test_the_warm_up_is_the_nearest_number_of_steps"),
+    Mutant("warm-up rounded up", "optim.adamw",
+           "round(warmup_share * total_steps)", "-int(-warmup_share * total_steps // 1)",
+           "test_optim.py::test_the_warm_up_is_the_nearest_number_of_steps"),
     Mutant("the same dropout in each step", "optim.dropout_rng",
            "1_000_003 * (step + 1) + seed", "seed",
            "test_optim.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),

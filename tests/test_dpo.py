@@ -147,6 +147,18 @@ def test_cache_holds_the_logprobs_of_each_pair_in_its_place():
         assert x.ref_logprobs == pytest.approx(expected, abs=FP64)
 
 
+def test_a_reference_that_is_cached_in_part_is_asked_for_all():
+    ref_policy, like = small_policy(seed=1), torch.empty(0, dtype=torch.float64)
+    pairs = [replace(PREFERENCES[0], ref_logprobs=(-1.0, -2.0)), PREFERENCES[1]]
+    chosen, rejected = dpo._reference(ref_policy, pairs, like=like)
+    for x, found in zip(pairs, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True):
+        expected = [
+            plain_logprob(ref_policy, x.prompt_ids, response).item()
+            for response in (x.chosen_ids, x.rejected_ids)
+        ]
+        assert found == pytest.approx(expected, abs=FP64)
+
+
 def test_a_live_start_is_a_tie_of_policy_and_reference():
     policy = small_policy()
     ref_policy = policy.reference()

@@ -456,7 +456,7 @@ def test_under_fp16_only_the_gradient_may_overflow():
     module = torch.nn.Linear(2, 1)
     optimizer = adamw(
         module,
-        **{"learning_rate": 0.1, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0},
+        **{"learning_rate": 0.1, "weight_decay": 0.0, "schedule": "constant", "warmup_share": 0.0},
         **{"total_steps": 9, "max_grad_norm": 1.0, "precision": "fp16"},
     )
     before = weights(module)

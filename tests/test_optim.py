@@ -21,7 +21,7 @@ OPTIONS = {
     "learning_rate": 0.1,
     "weight_decay": 0.5,
     "schedule": "constant",
-    "warmup_steps": 0,
+    "warmup_share": 0.0,
     "total_steps": 10,
     "max_grad_norm": None,
     "precision": "fp32",
@@ -118,7 +118,12 @@ RISE = [0.0, 0.25, 0.5, 0.75]  # four steps of warm-up
 def test_schedule(schedule, rates):
     toy = Toy()
     optimizer = optimizer_of(
-        toy, schedule=schedule, warmup_steps=4, total_steps=10, learning_rate=1.0, weight_decay=0.0
+        toy,
+        schedule=schedule,
+        warmup_share=0.4,
+        total_steps=10,
+        learning_rate=1.0,
+        weight_decay=0.0,
     )
     found = []
     for _ in range(10):
@@ -130,6 +135,23 @@ def test_schedule(schedule, rates):
         moved = (before - toy.bias.detach()).tolist()
         assert moved == pytest.approx([found[-1], -found[-1]], abs=1e-7)  # its eps is 1e-8
     assert found == pytest.approx(rates, abs=FP64)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps"),
+    [(0.0, 0), (0.24, 2), (0.25, 2), (0.26, 3), (0.35, 4), (1.0, 10)],  # 2.5 to 2, 3.5 to 4
+)
+def test_the_warm_up_is_the_nearest_number_of_steps(share, steps):
+    toy = Toy()
+    optimizer = optimizer_of(toy, schedule="linear", warmup_share=share)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.learning_rate)
+        optimizer.backward(toy.loss(*GRADIENTS[0]))
+        optimizer.step()
+    rise = [0.1 * i / steps for i in range(steps)]
+    fall = [0.1 * (10 - i) / (10 - steps) for i in range(steps, 10)]
+    assert rates == pytest.approx([*rise, *fall], abs=FP64)
 
 
 def test_a_long_gradient_is_scaled_down_as_a_whole():
@@ -208,12 +230,12 @@ def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_restored_optimizer_goes_on_with_the_same_bits(schedule):
     toy, other = Toy(), Toy()
-    optimizer = optimizer_of(toy, schedule=schedule, warmup_steps=2)
+    optimizer = optimizer_of(toy, schedule=schedule, warmup_share=0.2)
     for gradients in GRADIENTS:
         optimizer.backward(toy.loss(*gradients))
         optimizer.step()
     other.load_state_dict(real_copy(toy.state_dict()))
-    restored = optimizer_of(other, schedule=schedule, warmup_steps=2)
+    restored = optimizer_of(other, schedule=schedule, warmup_share=0.2)
     restored.load_state_dict(real_copy(optimizer.state_dict()))
     assert restored.steps == 3
     for gradients in GRADIENTS:
@@ -226,11 +248,11 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(schedule):
 
 def test_a_restored_optimizer_has_the_rates_that_it_was_made_with():
     toy = Toy()
-    saved = optimizer_of(toy, schedule="linear", warmup_steps=2)
+    saved = optimizer_of(toy, schedule="linear", warmup_share=0.2)
     for gradients in GRADIENTS:
         saved.backward(toy.loss(*gradients))
         saved.step()
-    other = optimizer_of(toy, schedule="linear", warmup_steps=2, learning_rate=3e-5)
+    other = optimizer_of(toy, schedule="linear", warmup_share=0.2, learning_rate=3e-5)
     other.load_state_dict(real_copy(saved.state_dict()))
     assert math.isclose(
         other.learning_rate / 3e-5, saved.learning_rate / saved.scheduler.base_lrs[0]

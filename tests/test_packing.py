@@ -96,6 +96,13 @@ def test_packed_by_hand():
     assert [row.nonzero()[:, 0].tolist() for row in mask] == sees
 
 
+def test_prompts_that_differ_in_one_token_are_two():
+    prompts = [ids(5, 6), ids(5, 7), ids(4, 6)]
+    layout = packed(collate(prompts, [ids(1, 2), ids(1, 2), ids(1, 2)], pad_id=0), width=9)
+    assert layout.inputs["input_ids"].tolist() == [[5, 6, 1, 5, 7, 1, 4, 6, 1]]
+    assert layout.at.tolist() == [1, 2, 4, 5, 7, 8]
+
+
 def test_many_responses_to_one_prompt_are_no_row_without_end():
     # Rows of 2 + 3 tokens before the last: two of 5 and 3 fill 8 of 10, a third would make 11.
     batch = collate([ids(5, 6)] * 5, [ids(1, 2, 3, 4)] * 5, pad_id=0)
@@ -175,6 +182,22 @@ def test_first_fit_fills_its_bins(sizes, width):
     ids=["mistral", "qwen2 with windows"],
 )
 def test_a_model_with_a_sliding_window_is_not_packed(config):
+    policy = random_policy(config)
+    assert not can_pack(policy.lm)
+    assert "position_ids" not in policy._layout(two_families()).inputs
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_model_whose_frequencies_follow_the_longest_row_is_not_packed(rope):
+    sizes = ROPE | {"max_position_embeddings": 4, "original_max_position_embeddings": 4}
+    config = LlamaConfig(**sizes, rope_parameters={"rope_theta": 10_000.0, **rope})
     policy = random_policy(config)
     assert not can_pack(policy.lm)
     assert "position_ids" not in policy._layout(two_families()).inputs

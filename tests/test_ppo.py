@@ -449,12 +449,14 @@ def plain_ppo(policy, ref_policy, reward, config):
             for rows in (order[:3], order[3:]):
                 tokens = sum(len(responses[i]) for i in rows)
                 found = dict.fromkeys(("policy_loss", "value_loss", "entropy", "update_k1"), 0.0)
+                ratios = []
                 total = 0.0
                 for i in rows:
                     logp, entropies, values = plain_pass(
                         policy, prompts[i].ids, responses[i], config.temperature
                     )
                     ratio = (logp - old[i][0]).exp()
+                    ratios += ratio.tolist()
                     policy_loss = plain_policy_loss(ratio, advantages[i], 0.05).sum() / tokens
                     value_loss = plain_value_loss(values, old[i][1], returns[i], 0.1).sum() / tokens
                     total = total + policy_loss + 0.5 * value_loss
@@ -465,15 +467,24 @@ def plain_ppo(policy, ref_policy, reward, config):
                 optimizer.zero_grad()
                 total.backward()
                 found["grad_norm"] = clip_by_hand(policy, 0.5)
+                found["ratio"], found["update_k3"] = (
+                    statistics.fmean(ratios),
+                    statistics.fmean(r - 1 - math.log(r) for r in ratios),
+                )
+                found["ratio_max"] = max(ratios)
                 # 8 steps, 2 of warm-up, then down to 0
                 rate = min(taken_steps / 2, (8 - taken_steps) / 6) * config.learning_rate
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
+                found["learning_rate"] = rate
                 taken_steps += 1
                 passes.append(found)
             sums += passes
         means = {k: statistics.fmean(s[k] for s in sums) for k in sums[0]}
+        # The largest of all, and the rate of the first step.
+        means["ratio_max"] = max(s["ratio_max"] for s in sums)
+        means["learning_rate"] = sums[0]["learning_rate"]
         mean_kl = statistics.fmean(kls)
         reports.append(
             means | {"kl": mean_kl, "kl_coef": coef, "reward": statistics.fmean(rewards_sum)}
@@ -569,6 +580,16 @@ def test_max_kl_ends_the_run(limit, steps):
     _, state, metrics = run(config=replace(CONFIG, steps=3, max_kl=limit))
     assert metrics[0]["kl"] > 1e-3
     assert len(metrics) == state.step == steps
+
+
+@pytest.mark.parametrize("kl", ["abs", "k2", "k3", "full"])
+def test_max_kl_looks_at_k1_whatever_the_rewards_hold(kl):
+    _, _, metrics = run(config=replace(CONFIG, steps=1, kl=kl))
+    estimate, k1 = metrics[0]["kl"], metrics[0]["k1"]
+    assert abs(estimate - k1) > 0.01
+    for limit in (k1 - 0.005, k1 + 0.005):
+        _, state, _ = run(config=replace(CONFIG, steps=1, kl=kl, max_kl=limit))
+        assert state.too_far == (k1 > limit)
 
 
 def test_monitors_are_reported_and_not_trained_on():

@@ -246,6 +246,18 @@ def build(dropout: float = 0.0):
     )
 
 
+def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
+    """One pair, weights that stay: only the dropout can make two losses differ."""
+    losses = []
+    for seed in (0, 1):
+        reward_model = small_reward_model(dropout=0.5)
+        optimizer = Optimizer(torch.optim.SGD(reward_model.parameters(), lr=0.0))
+        config = replace(CONFIG, epochs=3, seed=seed)
+        state = State(optimizer, Cursor(examples(reward_model)[1:2], seed=seed))
+        losses += [m["loss"] for m in reward.train(reward_model, config, state)]
+    assert len(set(losses)) == 6
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_resume(dropout):
     assert_resumes(lambda: build(dropout), steps=6)

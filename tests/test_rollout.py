@@ -143,6 +143,21 @@ def test_ended_says_which_rows_end_in_eos():
     assert found.ended.tolist() == [True, False, True, True, False]
 
 
+def test_a_response_of_one_token_has_ended_only_if_that_is_eos():
+    prompts, responses = token_rows([2, 2], seed=3), [torch.tensor([EOS]), torch.tensor([5])]
+    found = score_rollout(
+        policy(gpt2()),
+        policy(gpt2()),
+        prompts,
+        responses,
+        SCORES[:2],
+        temperature=1.0,
+        kl="k1",
+        max_tokens=100,
+    )
+    assert found.ended.tolist() == [True, False]
+
+
 def test_float64_stays_and_half_precision_gives_float32():
     for dtype, expected in [
         (torch.float64, torch.float64),

@@ -14,6 +14,7 @@ from rlhf_min.errors import BadInput
 from rlhf_min.sampling import _inverse_cdf, rows_at_once, sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
 FEW = 5  # tokens in the vocabulary, so that EOS comes now and then
 PROMPTS = token_rows([3, 1, 7, 2, 5, 1], seed=20, vocabulary=FEW)
 
@@ -70,6 +71,32 @@ def test_a_uniform_number_on_an_edge_takes_the_next_token():
     logits = torch.tensor([-math.inf, 1.0, -math.inf, 1.0, -math.inf]).expand(5, 5)
     uniforms = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
     assert _inverse_cdf(logits, uniforms).tolist() == [1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_uniform_number_draws_no_impossible_token(dtype):
+    # The probabilities add up to less than the number, and the last token has none.
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    logits = torch.arange(40, dtype=dtype).sin()
+    ends = {n: logits[:n].softmax(-1).cumsum(-1)[-1].item() for n in range(2, 40)}
+    short = [n for n, end in ends.items() if end <= below_one]
+    assert short
+    for n in short:
+        row = torch.cat([logits[:n], logits.new_tensor([-math.inf])])[None]
+        assert _inverse_cdf(row, torch.tensor([below_one], dtype=dtype)).tolist() == [n - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_of_the_logits_moves_no_edge(dtype):
+    logits = torch.linspace(-2, 3, 50).to(dtype)
+    weights = [math.exp(z) for z in logits.tolist()]
+    edges = [total / sum(weights) for total in accumulate(weights)][:-1]
+    below, above = (
+        torch.tensor([e + d for e in edges], dtype=torch.float64) for d in (-EDGE, EDGE)
+    )
+    rows = logits.expand(49, 50)
+    assert _inverse_cdf(rows, below).tolist() == list(range(49))
+    assert _inverse_cdf(rows, above).tolist() == list(range(1, 50))
 
 
 @CAUSAL

@@ -199,6 +199,18 @@ def test_dropout_acts_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
+    """One row, weights that stay: only the dropout can make two losses differ."""
+    losses = []
+    for seed in (0, 1):
+        policy = small_policy(dropout=0.5)
+        optimizer = Optimizer(torch.optim.SGD(policy.parameters(), lr=0.0))
+        config = replace(CONFIG, epochs=3, seed=seed)
+        state = State(optimizer, Cursor(DEMONSTRATIONS[1:2], seed=seed))
+        losses += [m["loss"] for m in sft.train(policy, config, state)]
+    assert len(set(losses)) == 6
+
+
 def test_the_seed_is_the_order_of_the_data():
     runs = {}
     for seed in (0, 1):
