@@ -1,7 +1,13 @@
 """``pytest --eq gae`` runs the tests that prove the equation with the tag ``[eq:gae]``;
 ``pytest -m real`` those with real weights or models of full size, which are skipped otherwise."""
 
+import os
+
 import pytest
+
+# Models of the tests are so small that a second thread only waits: beside other busy processes it
+# multiplies the time. Set before torch is imported; the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -257,17 +256,14 @@ def test_a_killed_side_is_reported_and_the_other_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("workload", ["sampling", "dpo"])
-def test_a_tiny_run(tmp_path, workload):
+def test_a_tiny_run(tmp_path, workload, monkeypatch, capsys):
     if workload == "dpo":
         pytest.importorskip("trl", reason="needs trl to compare with")
-    command = [sys.executable, str(EXAMPLES / "benchmark_vs_trl.py"), "--only", workload]
     options = ["--size", "tiny", "--rounds", "2", "--threads", "1", "--precisions", "fp32"]
-    found = subprocess.run(
-        [*command, *options, "--out", str(tmp_path / "out")],
-        check=True,
-        capture_output=True,
-        encoding="utf-8",
-    )
+    command = ["benchmark_vs_trl.py", "--only", workload, *options, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark_vs_trl.main()
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     assert results.keys() == {"run", workload}
     assert results["run"][workload]["threads"] == "1"
@@ -280,7 +276,7 @@ def test_a_tiny_run(tmp_path, workload):
         assert len(side["seconds"]) == 2
         assert 0 < side["fixed_bytes"] < side["peak_bytes"]
     assert all(first <= 1e-4 for first, _ in entry["gaps"].values())
-    assert f"{entry['ratio']:.2f} times as fast" in found.stdout
+    assert f"{entry['ratio']:.2f} times as fast" in printed
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 0
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from recordings import FOLDER
 from tolerances import FP64, LEGACY_STEP
 
@@ -37,17 +38,26 @@ def section(title: str) -> str:
     return text
 
 
-def compare_with_trl(*options: str) -> list[Cells]:
-    """The table that the command prints."""
-    command = [sys.executable, str(ROOT / "examples/compare_with_trl.py"), *options]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    (table,) = tables(run.stdout)
-    return table
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[Cells]]:
+    """The tables that the command prints, by its option; both processes run at once."""
+    script = str(ROOT / "examples/compare_with_trl.py")
+    started = {
+        option: subprocess.Popen(
+            [sys.executable, script, option, *more], stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        for option, *more in (("--list",), ("--only", "masked_mean"))
+    }
+    found = {}
+    for option, process in started.items():
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        (found[option],) = tables(out)
+    return found
 
 
-def test_the_parity_table_lists_what_is_compared() -> None:
+def test_the_parity_table_lists_what_is_compared(printed: dict[str, list[Cells]]) -> None:
     # All but the digits of the differences, which another processor may round otherwise.
-    listed = compare_with_trl("--list")
     (told,) = tables(section("Checked against trl"))
     column = told[0].index("largest difference")
     for row in told[1:]:
@@ -55,11 +65,11 @@ def test_the_parity_table_lists_what_is_compared() -> None:
         is_step = row[:2] == ["`ppo.train`", "`PPOTrainer.step` 0.11.3"]
         assert float(row[column]) <= (LEGACY_STEP if is_step else FP64)
         row[column] = "-"
-    assert told == listed
+    assert told == printed["--list"]
 
 
-def test_the_command_prints_what_the_tests_find() -> None:
-    head, row = compare_with_trl("--only", "masked_mean")[:2]
+def test_the_command_prints_what_the_tests_find(printed: dict[str, list[Cells]]) -> None:
+    head, row = printed["--only"][:2]
     assert row[head.index("function")] == "`masked_mean`"
     assert GAP.fullmatch(row[head.index("largest difference")])
 
