@@ -574,6 +574,17 @@ REWARDS = [
     Case(
         "NaN", OWN, "…gave nan for the prompt …", reward("return [float('nan') for _ in prompts]")
     ),
+    Case(
+        "a dict", OWN, "…as a list; it returned a dict", reward("return {p: 1.0 for p in prompts}")
+    ),
+    Case("1e39", OWN, "…gave 1e+39 for …; scale it …", reward("return [1e39 for _ in prompts]")),
+    Case("exit 0", OWN, "reward own.py:f raised SystemExit: 0 (…", reward("raise SystemExit(0)")),
+    Case(
+        "exit 0 when imported",
+        OWN,
+        "--reward own.py: cannot be imported (it ends the process: SystemExit: 0 (…)); give …",
+        file("own.py", "raise SystemExit(0)\n"),
+    ),
     Case("a weight of x", f"{PPO} --reward 'x*bert'", "--reward x*bert: 'x' is not a weight; …"),
     Case("a weight of inf", f"{PPO} --reward 'inf*bert'", "--reward inf*bert: the weight must …"),
     Case("a weight alone", f"{PPO} --reward '2*'", "--reward '2*' names nothing; …"),

@@ -120,8 +120,8 @@ def test_sft_names(write, prompt, response):
 def test_ppo_keeps_further_columns(write, name):
     rows = [{"Query": "a", "Level": "1", "chosen": "x"}, {"Query": "a", "Level": "2", "chosen": ""}]
     assert load_rows(write(name, WRITERS[name](rows)), "ppo").rows == [
-        {"prompt": "a", "Level": "1", "chosen": "x"},
-        {"prompt": "a", "Level": "2", "chosen": ""},
+        {"prompt": "a", "Query": "a", "Level": "1", "chosen": "x"},
+        {"prompt": "a", "Query": "a", "Level": "2", "chosen": ""},
     ]
 
 
@@ -675,6 +675,7 @@ def test_named_columns_go_before_all_names(write):
     assert load_rows(path, "ppo", columns=named).rows[0] == {
         "id": 1,
         "prompt": "a",
+        "q": "a",  # a reward function may know it by either name
         "good": "b",
         "bad": "c",
     }

@@ -178,7 +178,7 @@ def test_messages():
     assert found["prompt"].messages == tuple(row["messages"])
     assert found["n"] == 7
     (found,) = rows({"messages": talk("u:1", "a:2")}, "ppo")
-    assert found == {"prompt": "1"}
+    assert found == {"prompt": "1", "messages": talk("u:1", "a:2")}
     (found,) = rows(row, "evaluation")
     assert found == {
         "prompt": "system: x\n\nuser: 1\n\nassistant: 2\n\nuser: 3",
@@ -281,7 +281,7 @@ def test_implicit_prompt(chosen, rejected, prompt, first, second):
     assert rows(row, "dpo") == [{"prompt": text, "chosen": first, "rejected": second}]
     assert rows(row, "sft") == [{"prompt": text, "response": first}]
     assert rows(row, "evaluation") == [{"prompt": text, "references": [first]}]
-    assert rows(row | {"n": 1}, "ppo") == [{"prompt": text, "n": 1}]
+    assert rows(row | {"n": 1}, "ppo") == [row | {"prompt": text, "n": 1}]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Rewards by name: functions, models, weighted sums."""
 
 import re
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 from tiny import bert, bert_words
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in
+from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in, unserved
 from rlhf_min.models import RewardModel
 from rlhf_min.rollout import call_reward
 
@@ -47,6 +49,33 @@ counts = Counts()
 def hangs(prompts, responses):
     import time
     time.sleep(60)
+def interrupts(prompts, responses):
+    raise KeyboardInterrupt
+class Odd:
+    def __float__(self):
+        return 1 / 0
+class Stops:
+    def __float__(self):
+        raise SystemExit(0)
+def odd(prompts, responses):
+    return [Odd()] * len(responses)
+def odder(prompts, responses):
+    return [Stops()] * len(responses)
+def keyed(prompts, responses):
+    return dict.fromkeys(range(len(responses)), 1.0)
+def defaults(prompts, responses, wanted=None, *, weight=2.0, **columns):
+    return [weight] * len(responses)
+def bends(prompts, responses):
+    import os, torch
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return [0.0] * len(responses)
+def handles(prompts, responses):
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return [0.0] * len(responses)
 def thread(prompts, responses):
     import threading
     return [float(threading.current_thread() is threading.main_thread())] * len(responses)
@@ -61,8 +90,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(CODE, encoding="utf-8")
     (tmp_path / "typo.py").write_text("def f(:", encoding="utf-8")
     (tmp_path / "stops.py").write_text("raise SystemExit(1 / 0)", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     return tmp_path
 
 
@@ -120,6 +151,10 @@ def test_a_tensor_sums_like_a_list():
         (["typo.py:f"], "--reward typo.py: cannot be imported"),
         ([":f"], "cannot be imported (Empty module name)"),
         (["stops:f"], "--reward stops: cannot be imported (division by zero)"),
+        (
+            ["leaves.py:f"],
+            "--reward leaves.py: cannot be imported (it ends the process: SystemExit:",
+        ),
     ],
 )
 def test_bad_names(specs, message):
@@ -184,6 +219,7 @@ def test_nan_names_the_function_and_the_prompt():
         ("generated", "raised ZeroDivisionError: division by zero", "    return 1 / 0"),
         ("quiet", "raised KeyError (", "    raise KeyError"),
         ("leaves", "raised SystemExit: 3", "    sys.exit(3)"),
+        ("odder", "raised SystemExit: 0", "        raise SystemExit(0)"),
         ("long_told", "raised ValueError: line 1 xxx", "    raise ValueError("),
         ("library", "raised JSONDecodeError: Expecting", "    return json.loads("),
     ],
@@ -198,6 +234,101 @@ def test_what_a_reward_raises_is_told_with_its_line(folder, name, says, line, ti
     assert told.endswith(f" ({folder.resolve() / 'my_rewards.py'}:{number})")
     assert "\n" not in told
     assert len(told) < 400
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_what_cannot_be_a_score_is_told_with_the_name_of_the_command_line(timeout):
+    for name, told in [
+        ("odd", "; row 0 of the batch: division by zero"),
+        ("keyed", ", in their order, as a list; it returned a dict"),
+    ]:
+        reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
+        with pytest.raises(BadInput) as caught:
+            call_reward(reward, PROMPTS, RESPONSES)
+        wanted = f"reward my_rewards.py:{name} must return one number per response"
+        assert str(caught.value) == wanted + told
+
+
+def test_an_interrupt_of_its_own_is_the_rewards_fault(capsys):
+    reward = load_reward(["my_rewards.py:interrupts"], model)
+    with pytest.raises(BadInput, match=r"interrupts raised KeyboardInterrupt \("):
+        call_reward(reward, PROMPTS, RESPONSES)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_belongs_to_the_process_is_put_back_and_told_once(folder, capsys):
+    reward = load_reward(["my_rewards:bends"], model, timeout=0)
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        call_reward(reward, PROMPTS, RESPONSES)
+        assert Path.cwd() == folder
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_num_threads() == threads
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == reward.notes
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"reward my_rewards:bends has changed {what}"
+        for what in (
+            "the working folder",
+            "PyTorch's default dtype",
+            "PyTorch's threads",
+            "PyTorch's precision of products",
+        )
+    ]
+    assert lines[1].endswith(" (torch.float32 to torch.float64); this was put back")
+
+
+def test_the_handlers_of_signals_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    reward = load_reward(["my_rewards:handles"], model, timeout=0)
+    call_reward(reward, PROMPTS, RESPONSES)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "has changed what SIGINT does" in reward.notes[0]
+    with pytest.raises(BadInput, match=r"main thread.*; --reward_timeout 0 calls it in the main t"):
+        call_reward(load_reward(["my_rewards:handles"], model), PROMPTS, RESPONSES)
+
+
+def test_a_module_that_bends_the_process_when_imported(folder):
+    code = "import os\nos.chdir('/')\ndef f(p, r): return [0.0] * len(r)"
+    (folder / "moves.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["moves.py:f"], model)
+    assert Path.cwd() == folder
+    assert reward.notes == [
+        f"--reward moves.py has changed the working folder ({folder} to /); this was put back"
+    ]
+
+
+def test_parameters_that_no_column_serves_are_told():
+    reward = load_reward(["my_rewards:length", "my_rewards:defaults", "my_rewards:hits"], model)
+    assert unserved(reward, ["prompt", "Wanted"]) == [
+        "reward defaults: its parameter wanted is no column of the data and keeps its default "
+        "None; the columns are prompt, Wanted",
+        "reward defaults: its parameter weight is no column of the data and keeps its default "
+        "2.0; the columns are prompt, Wanted",
+        "reward hits: its parameter wanted is no column of the data; the columns are prompt, "
+        "Wanted",
+    ]
+    assert len(unserved(reward, ["prompt", "wanted", "weight"])) == 0
+    assert unserved(length, ["prompt"]) == unserved(RewardModel(bert(), bert_words()), []) == []
+
+
+def test_a_module_has_dataclasses_and_late_neighbours(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/late_neighbour.py").write_text("factor = 3", encoding="utf-8")
+    code = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Weight:
+    value: float
+def f(p, r):
+    import late_neighbour
+    return [Weight(late_neighbour.factor).value] * len(r)
+"""
+    (folder / "sub/data_reward.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["sub/data_reward.py:f"], model)
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [3, 3]
 
 
 def test_a_reward_that_hangs_is_given_up():

@@ -1,7 +1,15 @@
 """Rollouts: what is scored is what was sampled, whatever the batching; rewards see plain text."""
 
+import itertools
 import math
+import sys
+import threading
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from strategies import assert_close
@@ -316,8 +324,19 @@ def give(result):
         torch.tensor([1.0, 2.5, 1.0]),
         torch.tensor([[1.0], [2.5], [1.0]]),
         (x for x in (1.0, 2.5, 1.0)),
+        np.array([1, 2.5, 1]),
+        np.array([[1], [2.5], [1]], dtype=np.float16),
+        pd.Series([1, 2.5, 1], index=[7, 8, 9]),
+        torch.tensor([1.0, 2.5, 1.0], dtype=torch.bfloat16, requires_grad=True),
+        [torch.tensor(1.0, requires_grad=True), torch.tensor([2.5]), np.float32(1)],
+        [Decimal("1.0"), Fraction(5, 2), np.bool_(True)],
+        {"a": 1.0, "b": 2.5, "c": True}.values(),
+        deque([1.0, 2.5, 1.0]),
     ],
-    ids=["list", "tuple", "tensor", "column", "generator"],
+    ids=(
+        "list tuple tensor column generator array array_column series half tensors numbers values "
+        "deque"
+    ).split(),
 )
 def test_any_sequence_of_numbers_will_do(result):
     found = call_reward(give(result), ["p"] * 3, ["r"] * 3)
@@ -359,7 +378,22 @@ def test_columns_go_to_those_who_name_them():
         (None, "one number per response"),
         (1.0, "one number per response"),
         (torch.tensor(1.0), "one number per response"),
-        (torch.zeros(3, 2), "one number per response"),
+        (torch.zeros(3, 2), r"one number per response; it returned a Tensor of shape \(3, 2\)"),
+        (pd.DataFrame({"a": [1.0] * 3}), r"a DataFrame of shape \(3, 1\), not \(3,\)"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "in their order, as a list; it returned a dict"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}.keys(), "as a list; it returned a dict_keys"),
+        ({1.0, 2.0, 3.0}, "as a list; it returned a set"),
+        ("123", "as a list; it returned a str"),
+        (b"123", "as a list; it returned a bytes"),
+        (["1", "2", "3"], "row 0 of the batch: '1' is a str, not a number"),
+        ([1.0, 1j, 2.0], "row 1 of the batch: .*complex"),
+        ([1.0, [2.0], 3.0], "row 1 of the batch: .*list"),
+        ([1.0, 2.0, {"score": 3.0}], "row 2 of the batch: .*dict"),
+        ([1.0, 2.0, torch.zeros(2)], "row 2 of the batch: .*2 elements"),
+        ([1.0, 10**400, 2.0], "row 1 of the batch: int too large"),
+        ([1.0, 1e39, 2.0], "gave 1e.39 for the prompt 'second .* in row 1 of the batch; scale it"),
+        ([1.0, 2.0, -1e20], "gave -1e.20 for the prompt 'third' in row 2 of the batch; scale it"),
+        (itertools.count(), "returned 4 scores for 3 responses"),
     ],
 )
 def test_what_is_no_score_is_refused_in_one_line(result, message):
@@ -368,6 +402,60 @@ def test_what_is_no_score_is_refused_in_one_line(result, message):
         call_reward(give(result), prompts, ["r"] * 3)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 200
+
+
+def test_a_reward_works_on_copies():
+    def greedy(prompts, responses, answers, prompt):
+        assert prompt == prompts == ["a", "b"]
+        answers[0]["right"].pop()
+        for given in (prompts, responses, answers, prompt):
+            given.clear()
+        return [0.0, 1.0]
+
+    prompts, responses = ["a", "b"], ["c", "d"]
+    columns = [{"answers": {"right": ["x", "y"]}}, {"answers": threading.Lock()}]
+    assert call_reward(greedy, prompts, responses, columns).tolist() == [0, 1]
+    assert (prompts, responses) == (["a", "b"], ["c", "d"])
+    assert columns[0] == {"answers": {"right": ["x", "y"]}}
+
+
+def test_a_reward_that_ends_the_process_is_refused():
+    def leaves(_prompts, _responses):
+        sys.exit(0)
+
+    def leaves_later(_prompts, _responses):
+        yield 0.0
+        sys.exit()
+
+    for reward in (leaves, leaves_later):
+        with pytest.raises(BadInput, match=rf"reward {reward.__name__} ends the process"):
+            call_reward(reward, ["p"] * 2, ["r"] * 2)
+
+
+def test_a_reward_cannot_turn_gradients_off():
+    def scores(_prompts, responses):
+        torch.set_grad_enabled(False)
+        return [0.0] * len(responses)
+
+    call_reward(scores, ["p"], ["r"])
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        call_reward(lambda _, r: [float(torch.is_grad_enabled())] * len(r), ["p"], ["r"])
+        assert not torch.is_grad_enabled()
+
+
+def test_a_reward_that_takes_responses_first_is_refused():
+    for reward in (lambda answers, question: answers + question, lambda a, prompts: a + prompts):
+        with pytest.raises(BadInput, match=r"takes an?\w* first; write def"):
+            call_reward(reward, ["p"], ["r"])
+
+
+def test_an_async_reward_is_refused():
+    async def reward(_prompts, _responses):
+        return [0.0]
+
+    with pytest.raises(BadInput, match="reward reward is async"):
+        call_reward(reward, ["p"], ["r"])
 
 
 def test_a_refused_score_stops_collect():

@@ -77,7 +77,8 @@ def load_rows(
     * sft: prompt, response
     * reward: prompt, chosen, rejected, and margin (float) if the file has such a column
     * dpo: prompt, chosen, rejected
-    * ppo: prompt, then all further columns of the file, unchanged and under their own names
+    * ppo: prompt, then all columns of the file, unchanged and under their own names: also the one
+      that serves as prompt
     * evaluation: prompt, references (list[str]; one text in the file is a list of one)
 
     Column names are compared without case and outer spaces. "question", "instruction" and "query"
@@ -113,7 +114,7 @@ def load_rows(
     found = list(dict.fromkeys(column for _, row in numbered for column in row))
     check_columns(found, columns or {}, numbered[0][1], source)
     used = find_columns(found, stage, source, columns or {})
-    further = [c for c in found if c not in used.values()] if stage == "ppo" else []
+    further = [c for c in found if c != "prompt"] if stage == "ppo" else []
 
     rows: list[Row] = []
     dropped: dict[str, list[int]] = {}

@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import math
+import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -17,11 +19,44 @@ import torch
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.stopping import SIGNALS
 from rlhf_min.models import RewardModel
-from rlhf_min.rollout import RewardFunction, call_reward
+from rlhf_min.rollout import RewardFunction, as_scores, call_reward, reward_parameters
 
 SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
+
+Tell = Callable[[str], None]
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _handle(number: signal.Signals, handler: Any) -> None:
+    if _in_main_thread() and handler is not None:  # None: not from Python, and cannot be put back
+        signal.signal(number, handler)
+
+
+# What belongs to the whole process, so that a user's code could bend the run: how to read it, and
+# how to put it back.
+_OF_THE_PROCESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the working folder": (os.getcwd, os.chdir),
+    "PyTorch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "PyTorch's default device": (
+        torch.get_default_device,
+        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+    ),
+    "PyTorch's threads": (torch.get_num_threads, torch.set_num_threads),
+    "PyTorch's precision of products": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    **{
+        f"what {number.name} does": (partial(signal.getsignal, number), partial(_handle, number))
+        for number in SIGNALS
+    },
+}
 
 
 class WeightedSum:
@@ -29,12 +64,15 @@ class WeightedSum:
 
     Args:
         parts: name -> (weight, reward).
+        notes: what there is to tell of them; it may still grow.
 
     Each part's own mean can be watched by `monitors`, which does not score anything twice.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[float, RewardFunction]]) -> None:
-        self.parts = dict(parts)
+    def __init__(
+        self, parts: Mapping[str, tuple[float, RewardFunction]], notes: Sequence[str] = ()
+    ) -> None:
+        self.parts, self.notes = dict(parts), notes
         self._texts: tuple[list[str], list[str]] | None = None
         self._scores: dict[str, Tensor] = {}
 
@@ -93,14 +131,45 @@ def load_reward(
         BadInput: if one cannot be found or is named twice.
     """
     parts: dict[str, tuple[float, RewardFunction]] = {}
+    notes: list[str] = []
+
+    def tell(note: str) -> None:
+        if note not in notes:
+            notes.append(note)
+            print(note)
+
     for spec in specs:
         weight, name = _split_weight(spec)
         require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
-        reward = _function(name, timeout) if ":" in name else load_model(name).score
+        reward = _function(name, timeout, tell) if ":" in name else load_model(name).score
         parts[name] = (weight, reward)
     require(bool(parts), f"--reward names nothing; {FORMS}")
-    return WeightedSum(parts)
+    return WeightedSum(parts, notes)
+
+
+def unserved(reward: RewardModel | RewardFunction, columns: Collection[str]) -> list[str]:
+    """A line for each parameter of a reward that no column of the data is called like.
+
+    Args:
+        columns: of the data, ``prompt`` among them.
+    """
+    functions = [reward]
+    if isinstance(reward, WeightedSum):
+        functions = [function for _, function in reward.parts.values()]
+    lines = []
+    for function in functions:
+        if isinstance(function, RewardModel):
+            continue
+        for p in reward_parameters(function)[2:]:
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in {"prompt", *columns}:
+                continue
+            kept = "" if p.default is p.empty else f" and keeps its default {p.default!r:.40}"
+            lines.append(
+                f"reward {getattr(function, '__name__', type(function).__name__)}: its parameter "
+                f"{p.name} is no column of the data{kept}; the columns are {', '.join(columns)}"
+            )
+    return lines
 
 
 def _split_weight(spec: str) -> tuple[float, str]:
@@ -115,7 +184,9 @@ def _split_weight(spec: str) -> tuple[float, str]:
     return weight, name
 
 
-def guarded(name: str, reward: RewardFunction, folder: Path, *, timeout: float) -> RewardFunction:
+def guarded(
+    name: str, reward: RewardFunction, folder: Path, *, timeout: float, tell: Tell = print
+) -> RewardFunction:
     """The same reward, but what it raises is `BadInput` with the line of the user's that raised it.
 
     Args:
@@ -125,25 +196,33 @@ def guarded(name: str, reward: RewardFunction, folder: Path, *, timeout: float) 
         timeout: seconds until a call is given up. The call has a thread of its own then, since
             nothing else can be left behind while it hangs. With 0 there is no limit, and none of
             this: it is called in the main thread, which some libraries insist on.
+        tell: is called with a line when the function has changed what belongs to the whole process.
     """
 
     @wraps(reward)
-    def call(*texts: list[str], **columns: list[Any]) -> Any:
+    def call(*texts: list[str], **columns: list[Any]) -> Sequence[float]:
         answer = _Answer()
-        if timeout > 0:
-            thread = threading.Thread(target=answer.ask, args=(reward, texts, columns), daemon=True)
-            thread.start()
-            thread.join(min(timeout, threading.TIMEOUT_MAX))
-            require(
-                not thread.is_alive(),
-                f"reward {name} has not returned after {timeout:g} s; make it faster, or give it "
-                "a longer --reward_timeout (0: no limit)",
-            )
-        else:
-            answer.ask(reward, texts, columns)
+        with _kept(f"reward {name}", tell):
+            if timeout > 0:
+                ask = partial(answer.ask, name, reward, texts, columns)
+                thread = threading.Thread(target=ask, daemon=True)
+                thread.start()
+                thread.join(min(timeout, threading.TIMEOUT_MAX))
+                require(
+                    not thread.is_alive(),
+                    f"reward {name} has not returned after {timeout:g} s; make it faster, or give "
+                    "it a longer --reward_timeout (0: no limit)",
+                )
+            else:
+                answer.ask(name, reward, texts, columns)
+        if answer.refused is not None:
+            raise answer.refused
         if answer.error is not None:
-            raise BadInput(f"reward {name} raised {_told(answer.error, folder)}") from answer.error
-        return answer.found
+            told = _told(answer.error, folder)
+            if timeout > 0 and isinstance(answer.error, ValueError) and "main thread" in told:
+                told += "; --reward_timeout 0 calls it in the main thread"
+            raise BadInput(f"reward {name} raised {told}") from answer.error
+        return answer.scores
 
     call.__name__ = getattr(reward, "__name__", type(reward).__name__)
     return call
@@ -153,19 +232,49 @@ class _Answer(AbstractContextManager[None]):
     """What a user's code gave, and what it raised inside, which may be anything."""
 
     found: Any = None
+    scores: Sequence[float] = ()
     error: BaseException | None = None
+    refused: BadInput | None = None
 
-    def ask(self, reward: RewardFunction, texts: Sequence[Any], columns: Mapping[str, Any]) -> None:
-        """Call the user's function; what it generates is generated here too."""
+    def ask(
+        self,
+        name: str,
+        reward: RewardFunction,
+        texts: Sequence[Any],
+        columns: Mapping[str, Any],
+    ) -> None:
+        """Call the user's function; what it generates, and turns into numbers, is so here too."""
         with self:
-            found = reward(*texts, **columns)
-            self.found = list(found) if isinstance(found, Iterator) else found
+            self.found = reward(*texts, **columns)
+            try:
+                self.scores = as_scores(self.found, name, len(texts[-1]))
+            except BadInput as refused:
+                self.refused = refused
 
     def __exit__(
         self, _: type | None, error: BaseException | None, __: TracebackType | None
     ) -> bool:
         self.error = error
-        return not isinstance(error, KeyboardInterrupt)
+        # Ctrl-C arrives in the main thread; anywhere else it is the user's code that raised it.
+        return not (isinstance(error, KeyboardInterrupt) and _in_main_thread())
+
+
+@contextmanager
+def _kept(name: str, tell: Tell) -> Iterator[None]:
+    """Inside runs a user's code; what belongs to the whole process is put back after it."""
+    before = {}
+    for what, (read, _) in _OF_THE_PROCESS.items():
+        with suppress(OSError):  # a working folder that is gone
+            before[what] = read()
+    try:
+        yield
+    finally:
+        for what, value in before.items():
+            read, put_back = _OF_THE_PROCESS[what]
+            with suppress(OSError):
+                if (now := read()) != value:
+                    put_back(value)
+                    tell(f"{name} has changed {what} ({value} to {now}); this was put back")
 
 
 def _told(error: BaseException, folder: Path) -> str:
@@ -177,13 +286,14 @@ def _told(error: BaseException, folder: Path) -> str:
     return f"{told} ({places[-1].filename}:{places[-1].lineno})" if places else told
 
 
-def _function(name: str, timeout: float) -> RewardFunction:
+def _function(name: str, timeout: float, tell: Tell) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
-    module = _module(where)
+    with _kept(f"--reward {where}", tell):
+        module = _module(where)
     found: Any = getattr(module, attribute, None)
     require(callable(found), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
     folder = Path(getattr(module, "__file__", None) or "").parent
-    return guarded(name, found, folder, timeout=timeout)
+    return guarded(name, found, folder, timeout=timeout, tell=tell)
 
 
 def _module(where: str) -> ModuleType:
@@ -196,9 +306,14 @@ def _module(where: str) -> ModuleType:
     imported = _Answer()
     with imported:
         imported.found = _from_file(file) if is_file else importlib.import_module(where)
-    sys.path.remove(beside)
+    with suppress(ValueError):  # the module may have done so
+        sys.path.remove(beside)
+    if beside not in sys.path:
+        sys.path.append(beside)  # a function may import a neighbour when it is called
     if imported.error is not None:
         told = " ".join(str(imported.error).split())
+        if isinstance(imported.error, SystemExit):
+            told = f"it ends the process: {_told(imported.error, Path(beside))}"
         raise BadInput(
             f"--reward {where}: cannot be imported ({told}); {FORMS}"
         ) from imported.error
@@ -211,5 +326,6 @@ def _from_file(file: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # where dataclasses look for their own
     spec.loader.exec_module(module)
     return module

@@ -28,7 +28,7 @@ from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
-from rlhf_min.harness.rewards import models_in
+from rlhf_min.harness.rewards import models_in, unserved
 from rlhf_min.harness.runs import REWARD_MODEL, TOKENS
 from rlhf_min.harness.tokens import token_records
 from rlhf_min.models import Critic, Policy, RewardModel
@@ -209,6 +209,7 @@ def run_ppo(
         ref_device = reward_model.device
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
+    _tell_unserved(reward_model, inputs)
     prompts, cut = codec.encode_prompts(inputs.prompts)
     print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
@@ -254,6 +255,11 @@ def run_ppo(
     for scorer in models_in(reward_model):
         print(f"scored by the reward model; {scorer.cuts}")
     return policy
+
+
+def _tell_unserved(reward_model: RewardModel | RewardFunction, inputs: Inputs) -> None:
+    for line in unserved(reward_model, list(inputs.prompts[0])):
+        print(line)
 
 
 def _tell_faults(state: ppo.State, config: ppo.PPOConfig, log: MetricsLog) -> None:
