@@ -40,7 +40,7 @@ LENGTHS = torch.tensor([len(response) for response in RESPONSES])
 WORTH = [1, 2, 1, 3, 4, 1, 2, 4, 3, 4, 1, 3, 2, 4, 1]
 REWARDS = torch.tensor(WORTH, dtype=torch.float64).log()
 BETA = 0.5
-SAMPLES = 200_000
+SAMPLES = 25_000
 ERRORS = 3  # standard errors that a seeded estimate may be off
 
 CONFIG = ppo.PPOConfig(
@@ -177,7 +177,7 @@ def _many_rows_at_once():
 
 @pytest.fixture(scope="module")
 def sampled():
-    """200,000 responses, charged with the KL of the whole vocabulary."""
+    """25,000 responses, charged with the KL of the whole vocabulary."""
     return collect(
         small_gpt2(0, critic="shared"),
         small_gpt2(1),
