@@ -88,10 +88,18 @@ def collate(
         pad_id: what stands in the padding; no result depends on it.
 
     Raises:
-        ValueError: if a prompt or a response has no token, since nothing could be predicted.
+        BadInput: if there is no row, or one without a prompt token or a response token.
     """
-    if not all(len(p) and len(r) for p, r in zip(prompt_ids, response_ids, strict=True)):
-        raise ValueError("every row needs at least one prompt token and one response token")
+    empty = [
+        row
+        for row, (p, r) in enumerate(zip(prompt_ids, response_ids, strict=True))
+        if not (len(p) and len(r))
+    ]
+    require(
+        len(prompt_ids) > 0 and not empty,
+        "every row needs at least one prompt token and one response token"
+        + (f", and row {empty[0]} has not" if empty else "; there is no row"),
+    )
     joined = [torch.cat([p, r]) for p, r in zip(prompt_ids, response_ids, strict=True)]
     lengths = torch.tensor([len(ids) for ids in joined])  # (B,)
     response_lengths = torch.tensor([len(ids) for ids in response_ids])  # (B,)

@@ -68,7 +68,11 @@ def new_state(
     """The state before the first step, with the reference's log-probabilities if they are cached.
 
     Dropout is switched off in the policy: it would make policy and reference differ at the start.
+
+    Raises:
+        BadInput: if the model has no room for a pair.
     """
+    _require_room(policy, examples)
     disable_dropout(policy)
     cursor = Cursor(examples, seed=config.seed)
     total_steps = total(cursor, config)
@@ -153,6 +157,7 @@ def train(
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
+    _require_room(policy, heldout)
     total_steps = total(state.cursor, config)
     if config.cache_reference and heldout:
         with state.optimizer.autocast():
@@ -232,6 +237,11 @@ def _add_means(
     metrics["loss"] = metrics.get("loss", 0.0) + float(loss) * n / pairs
     for name, values in per_pair.items():
         metrics[name] = metrics.get(name, 0.0) + float(values.sum()) / pairs
+
+
+def _require_room(policy: Policy, examples: Sequence[PreferenceExample]) -> None:
+    policy.require_room((x.prompt_ids, x.chosen_ids) for x in examples)
+    policy.require_room((x.prompt_ids, x.rejected_ids) for x in examples)
 
 
 def _length(example: PreferenceExample) -> int:

@@ -425,7 +425,18 @@ def evaluate_policies(
         max_new_tokens: longest response.
         max_tokens: padded tokens in one forward pass; a matter of memory only.
         seed: of the samples and of the bootstrap.
+
+    Raises:
+        BadInput: no prompts, other than one row of references for each, a baseline that is not
+            among the policies, a policy with another vocabulary or no room for a prompt and the
+            longest response, or what `bleu_statistics` refuses.
     """
+    require(baseline in policies, f"the baseline {baseline!r} is none of {list(policies)}")
+    require(len(prompts) > 0, "there is no prompt to evaluate on; give at least one")
+    if references:
+        _check_texts([prompt.text for prompt in prompts], references)
+    for policy in (*policies.values(), ref_policy):
+        policy.require_room(([prompt.ids] for prompt in prompts), new_tokens=max_new_tokens)
     samples = {}
     for name, policy in policies.items():
         require(

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 from .packing import Layout, packed, padded
 
 CHUNK_TOKENS = 1024  # rows of logits held at once
+UNKNOWN_POSITIONS = 512  # of a reward model that does not say
 SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes at once
 Critic = Literal["none", "shared", "separate"]
 
@@ -70,9 +72,54 @@ class Policy(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """Fills padding, where no result depends on it; EOS serves where there is no pad token."""
+        """Fills padding, where no result depends on it; EOS serves where there is no pad token, or
+        one that was added to the tokenizer alone."""
         pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        known = pad is not None and pad < self.vocabulary
+        return pad if known else self.tokenizer.eos_token_id
+
+    @property
+    def positions(self) -> float:
+        """How many tokens a row may have; infinite where the model does not say."""
+        return positions_of(self.lm)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the model has embeddings for."""
+        embeddings: Any = self.lm.get_input_embeddings()
+        return len(embeddings.weight)
+
+    def require_room(self, rows: Iterable[Sequence[Tensor]], *, new_tokens: int = 0) -> None:
+        """Raise `BadInput` unless the model has embeddings and positions for these rows.
+
+        Beyond them it would end in an IndexError, on a GPU in the end of the process; or compute
+        with positions that it was never trained on.
+
+        Args:
+            rows: the parts of each row, ``(P_b,)`` and perhaps ``(T_b,)``; none is empty.
+            new_tokens: how many are to be written after each row.
+        """
+        name, positions, vocabulary = type(self.lm).__name__, self.positions, self.vocabulary
+        for row, parts in enumerate(rows):
+            for ids in parts:
+                require(
+                    ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0,
+                    f"row {row}: ids of shape {tuple(ids.shape)} and {ids.dtype}; a prompt and a "
+                    "response are one row of whole numbers each, with at least one token",
+                )
+                low, high = (int(x) for x in ids.aminmax())
+                require(
+                    low >= 0 and high < vocabulary,
+                    f"row {row}: id {low if low < 0 else high} is none of the {vocabulary} that "
+                    f"{name} has embeddings for; encode with the model's own tokenizer",
+                )
+            length = sum(map(len, parts))
+            told = f"{length} tokens" + f" and {new_tokens} to be written" * (new_tokens > 0)
+            require(
+                length + new_tokens <= positions,
+                f"row {row}: {told} do not fit into the {positions} positions of {name}; shorten "
+                "the rows (of a Codec: max_prompt_tokens, max_response_tokens)",
+            )
 
     def decode(self, response_ids: Tensor) -> str:
         """A response as rewards and readers see it: no special tokens, no outer white space."""
@@ -84,7 +131,7 @@ class Policy(nn.Module):
         Only the positions that predict a real response token reach the vocabulary, which is most
         of the work of a small model.
         """
-        batch = batch.to(self.device)
+        batch = self._on_device(batch)
         layout = self._layout(batch)
         head = lm_head(self.lm)  # before the trunk: `lm_head` says why
         hidden = _hidden_states(self.lm.base_model, layout)  # (N, H), N real response tokens
@@ -108,7 +155,7 @@ class Policy(nn.Module):
 
     def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
         """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
-        batch = batch.to(self.device)
+        batch = self._on_device(batch)
         hidden = _hidden_states(self.lm.base_model, self._layout(batch))
         return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
 
@@ -185,6 +232,14 @@ class Policy(nn.Module):
             f"{type(self.lm).__name__} makes its logits in a way that is not known here, so its "
             "log-probabilities would be wrong; use another model",
         )
+
+    def _on_device(self, batch: Sequences) -> Sequences:
+        """The batch where the model is, once it is sure that the model can take it."""
+        low, high = batch.ids[batch.attention_mask.bool()].aminmax()
+        if low < 0 or high >= self.vocabulary or batch.ids.shape[1] > self.positions:
+            lengths = batch.attention_mask.sum(1)
+            self.require_room([ids[:n]] for ids, n in zip(batch.ids, lengths, strict=True))
+        return batch.to(self.device)
 
     def _layout(self, batch: Sequences) -> Layout:
         if not can_pack(self.lm):
@@ -264,7 +319,8 @@ class RewardModel(nn.Module):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        positions = _positions(model)
+        positions = positions_of(model)
+        positions = UNKNOWN_POSITIONS if math.isinf(positions) else int(positions)
         max_length = (
             min(positions, tokenizer.model_max_length) if max_length is None else max_length
         )
@@ -453,11 +509,21 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _positions(model: PreTrainedModel) -> int:
-    """How many tokens the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", 512)
+def positions_of(model: PreTrainedModel) -> float:
+    """How many tokens the model has positions for; infinite where its config does not say.
+
+    With rotary positions it could go on, but it was not trained for that. Where the frequencies
+    change beyond a length, they do so for all rows of a batch once its longest is beyond it.
+    """
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-        positions -= table.padding_idx + 1  # RoBERTa counts from behind its pad id
-    return positions
+        # RoBERTa counts from behind its pad id
+        limits.append(table.num_embeddings - table.padding_idx - 1)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:  # or one for each kind
+        if part.get("rope_type") == "longrope":
+            limits.append(part.get("original_max_position_embeddings"))
+    return min((n for n in limits if n is not None), default=math.inf)

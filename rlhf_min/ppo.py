@@ -199,7 +199,12 @@ class State:
 
 def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfig) -> State:
     """The state before the first step. Dropout is switched off in the policy, so that the same
-    tokens have the same probability in every pass."""
+    tokens have the same probability in every pass.
+
+    Raises:
+        BadInput: if there is no value head, or no room for a prompt and the longest response.
+    """
+    policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
     require(policy.value_head is not None, "PPO needs a value head: critic='shared' or 'separate'")
     disable_dropout(policy)
     total_steps = config.steps * config.epochs * config.minibatches
@@ -400,6 +405,8 @@ def train(
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     monitors = monitors or {}
+    for prompts in (state.cursor.examples, eval_prompts):
+        policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and keep what policy, value head and reference gave for them.
         prompts = state.cursor.take_across(config.batch_size)

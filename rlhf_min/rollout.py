@@ -136,7 +136,12 @@ def score_rollout(
         response_ids: one ``(T_b,)`` tensor for each row, at least one token long.
         scores: shape ``(B,)``.
         temperature, kl, max_tokens: as in `collect`.
+
+    Raises:
+        BadInput: if one of the models has no room for a row.
     """
+    for model in (policy, ref_policy):
+        model.require_room(zip(prompt_ids, response_ids, strict=True))
     sequences = collate(prompt_ids, response_ids, pad_id=policy.pad_id).to(policy.device)
     logprobs, ref_logprobs, kls, entropies, values = (
         torch.zeros(sequences.mask.shape, dtype=_at_least_float32(policy), device=policy.device)

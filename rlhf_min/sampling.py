@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import BadInput, BadNumbers
+from .errors import BadInput, BadNumbers, require
 from .models import Policy, evaluating, lm_head, lm_head_logits
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
@@ -36,7 +36,13 @@ def sample(
 
     Returns:
         For each row the sampled ids, ``(T_b,)`` on the CPU, ending in EOS if it was drawn.
+
+    Raises:
+        BadInput: if the model has no room for a prompt and the longest response.
     """
+    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    require(temperature > 0, f"the temperature is {temperature}; it must be above 0")
+    policy.require_room(([ids] for ids in prompt_ids), new_tokens=max_new_tokens)
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     responses: list[Tensor] = []
     longest = max(map(len, prompt_ids), default=0) + max_new_tokens

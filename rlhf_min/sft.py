@@ -55,7 +55,12 @@ class SFTConfig:
 
 
 def new_state(policy: Policy, examples: Sequence[SFTExample], config: SFTConfig) -> State:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+        BadInput: if the model has no room for an example.
+    """
+    policy.require_room((x.prompt_ids, x.response_ids) for x in examples)
     cursor = Cursor(examples, seed=config.seed)
     total_steps = total(cursor, config)
     optimizer = adamw(
@@ -102,6 +107,7 @@ def train(
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
+    policy.require_room((x.prompt_ids, x.response_ids) for x in heldout)
     total_steps = total(state.cursor, config)
     while state.step < total_steps:
         policy.train()

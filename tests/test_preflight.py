@@ -317,15 +317,19 @@ def test_eos_that_the_mask_leaves_out(monkeypatch):
 
 
 def test_rows_without_a_token():
+    def stage(name, examples, **options):  # new examples in a state that was made for others
+        stage = Stage(name, **options)
+        stage.state.cursor.examples = examples
+        return stage
+
     rows = [*DEMONSTRATIONS[:2], SFTExample(ids(RED), torch.zeros(0, dtype=torch.long))]
-    found = refused(Stage("sft", examples=rows))
+    found = refused(stage("sft", rows))
     assert "rows without a prompt or response token: 1" in found
     assert "row 2 " in found
     pair = PreferenceExample(ids(RED), ids(END), torch.zeros(0, dtype=torch.long))
-    stage = Stage("dpo", cache_reference=False, examples=[ENDED_PAIRS[0], pair])
-    assert "row 1 " in refused(stage)
+    assert "row 1 " in refused(stage("dpo", [ENDED_PAIRS[0], pair], cache_reference=False))
     prompts = [*PROMPTS, PromptExample("", torch.zeros(0, dtype=torch.long))]
-    assert "row 8 " in refused(Stage("ppo", examples=prompts))
+    assert "row 8 " in refused(stage("ppo", prompts))
 
 
 def test_pairs_that_are_equal():
@@ -453,7 +457,8 @@ def test_too_little_memory(monkeypatch, name):
 def test_the_cure_names_the_options_of_the_largest_part(monkeypatch, options, cure):
     policy, prompt = small_policy(critic="shared"), ids(*[RED] * 4)
     config = ppo.PPOConfig(batch_size=2**20, minibatch_size=2**19, **options)
-    state = ppo.new_state(policy, [PromptExample("red", prompt)], config)
+    short = replace(config, max_new_tokens=1)  # the model has 16 positions
+    state = ppo.new_state(policy, [PromptExample("red", prompt)], short)
     state.cursor.examples *= 2
     monkeypatch.setattr(preflight, "available_bytes", lambda _device: 1000.0)
     with pytest.raises(BadInput) as caught:

@@ -181,10 +181,9 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
         policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
         if policy.value_head is not None and not policy.value_head.weight.any():
             print(f"{options.model} has no value head; a new one starts at zero")
-        positions = getattr(policy.lm.config, "max_position_embeddings", options.max_length)
         require(
-            options.max_length <= positions,
-            f"--model {options.model} has {positions} positions; --max_length "
+            options.max_length <= policy.positions,
+            f"--model {options.model} has {policy.positions} positions; --max_length "
             f"{options.max_length} does not fit, lower it",
         )
     if options.gradient_checkpointing:
