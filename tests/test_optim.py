@@ -4,15 +4,19 @@ import pytest
 import torch
 from small import (
     DEMONSTRATIONS,
+    PREFERENCES,
+    PROMPTS,
     decayed,
     largest_difference,
     real_copy,
     small_policy,
+    small_reward_model,
     weights,
 )
 from tolerances import EXACT, FP32, FP64
 from torch import nn
 
+from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import collate
 from rlhf_min.errors import NonFinite
 from rlhf_min.optim import Optimizer, adamw, dropout_rng
@@ -356,3 +360,61 @@ def test_a_language_model_decays_its_matrices_only():
     ]
     assert groups == [{id(p) for p in decayed(policy, 0.3)[0]["params"]}]
     assert len(groups[0]) == 7  # wte, wpe, c_attn, 2 x c_proj, c_fc, value_head
+
+
+def sft_state(**options):
+    return sft.new_state(small_policy(), DEMONSTRATIONS, sft.SFTConfig(**options))
+
+
+def reward_state(**options):
+    model = small_reward_model()
+    rows = [{"prompt": "big", "chosen": "one", "rejected": "two"}] * 8
+    examples, _ = reward.prepare_pairs(model, rows)
+    return reward.new_state(model, examples, reward.RewardConfig(**options))
+
+
+def dpo_state(**options):
+    policy = small_policy()
+    return dpo.new_state(policy, policy, PREFERENCES, dpo.DPOConfig(**options))
+
+
+def ppo_state(*, epochs, batch_size, **options):
+    config = ppo.PPOConfig(
+        steps=epochs, epochs=3, batch_size=3, minibatch_size=batch_size, adam_eps=0.1, **options
+    )
+    return ppo.new_state(small_policy(critic="shared"), PROMPTS, config)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("new_state", [sft_state, reward_state, dpo_state, ppo_state])
+def test_what_a_config_says_reaches_the_optimizer(new_state, schedule):
+    state = new_state(
+        epochs=2,
+        batch_size=3,
+        learning_rate=0.3,
+        schedule=schedule,
+        warmup_share=0.5,
+        weight_decay=0.2,
+        max_grad_norm=0.7,
+        precision="bf16",
+        on_nonfinite="skip",
+        seed=5,
+    )
+    optimizer = state.optimizer
+    rates = []
+    for _ in range(6):  # two epochs of three batches
+        rates.append(optimizer.learning_rate)
+        optimizer.backward(sum(p.sum() for p in optimizer.parameters))
+        optimizer.step()
+    after = {
+        "constant": [1, 1, 1],
+        "linear": [1, 2 / 3, 1 / 3],
+        "cosine": [1, 0.75, 0.25],  # half of 1 + cos of 0, 60 and 120 degrees
+    }
+    expected = [0, 1 / 3, 2 / 3, *after[schedule]]
+    assert rates == pytest.approx([0.3 * share for share in expected], abs=FP64)
+    groups = optimizer.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    assert {group["eps"] for group in groups} == {0.1 if new_state is ppo_state else 1e-8}
+    assert (optimizer.max_grad_norm, optimizer.precision) == (0.7, "bf16")
+    assert (optimizer.on_nonfinite, state.cursor.seed) == ("skip", 5)
