@@ -217,14 +217,51 @@ def test_micro_batches_leave_the_gradient_as_it_is():
     assert largest_difference(together, small_policy()) > 1e-3
 
 
-def test_a_pass_holds_no_more_than_max_tokens():
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_pass_holds_no_more_than_max_tokens(cached):
     """A pair is two rows, each as wide as the longest of its batch."""
-    cells = []
-    policy = small_policy()
-    policy.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0].ids.numel()))
-    dpo.cache_reference(policy, PREFERENCES, max_tokens=40)
-    assert len(cells) > 1
-    assert max(cells) <= 40
+    cells = {}
+    policy, ref_policy = small_policy(), small_policy(seed=1)
+    for name, model in (("policy", policy), ("reference", ref_policy)):
+        model.register_forward_pre_hook(
+            lambda _, inputs, name=name: cells.setdefault(name, []).append(inputs[0].ids.numel())
+        )
+    config = replace(CONFIG, max_tokens=40, batch_size=8, eval_every=1, cache_reference=cached)
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    for _ in dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES):
+        pass
+    for sizes in cells.values():
+        assert 20 < max(sizes) <= 40
+    # A cached reference is asked once for each pair, a live one in each step and each look.
+    looks = len(cells["policy"])
+    assert len(cells["reference"]) == (looks / 2 if cached else looks)
+
+
+def test_evaluate_by_hand():
+    policy, ref_policy, modes = small_policy(), small_policy(seed=1), []
+    policy.train().register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    found = dpo.evaluate(policy, ref_policy, PREFERENCES[:5], CONFIG)
+    loss, reported = plain_batch(small_policy(), ref_policy, PREFERENCES[:5], 0.4, 0.1)
+    expected = {"loss": loss.item(), **reported}
+    assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=FP64)
+    assert modes == [False]
+    assert policy.training
+
+
+def test_what_is_counted_on_the_way_and_when_held_out_pairs_are_looked_at():
+    policy, ref_policy = small_policy(), small_policy(seed=1)
+    config = replace(CONFIG, batch_size=3, eval_every=4)
+    state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+    found = list(dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES[:2]))
+    assert ["eval/loss" in m for m in found] == [False, False, False, True, False, True]
+    assert [m["epoch"] for m in found] == [3 / 8, 6 / 8, 1.0, 11 / 8, 14 / 8, 2.0]
+    rows = shuffled(8, seed=1)[:3]
+    padded = [
+        len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids))
+        for x in (PREFERENCES[i] for i in rows)
+    ]
+    tokens = found[3]["time/tokens_per_second"] * found[3]["time/seconds"]
+    assert tokens == pytest.approx(2 * sum(padded))
 
 
 def test_training_prefers_what_was_chosen():

@@ -19,7 +19,7 @@ from torch import nn
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import collate
 from rlhf_min.errors import NonFinite
-from rlhf_min.optim import Optimizer, adamw, dropout_rng
+from rlhf_min.optim import SKIPS, Optimizer, adamw, dropout_rng
 
 OPTIONS = {
     "learning_rate": 0.1,
@@ -338,6 +338,26 @@ def test_fp16_scales_the_loss_and_skips_an_overflow():
     assert norms[0] == norms[1] == pytest.approx(math.sqrt(5.35), rel=FP32)
     assert largest_difference(toy, plain) == EXACT
     assert largest_difference(toy, start) > 0
+
+
+def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
+    def overflow(module, stepped):
+        stepped.backward(module.loss([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
+        stepped.step()
+
+    toy = Toy(torch.float32)
+    optimizer = optimizer_of(toy, precision="fp16")
+    scale = optimizer.scaler.get_scale()
+    for _ in range(SKIPS - 1):
+        overflow(toy, optimizer)
+    restored = optimizer_of(toy, precision="fp16")
+    restored.load_state_dict(real_copy(optimizer.state_dict()))
+    restored.backward(toy.loss(*GRADIENTS[0]))  # what it is scaled by is set at the first use
+    assert restored.scaler.get_scale() == scale / 2 ** (SKIPS - 1)
+    restored.optimizer.zero_grad()
+    overflow(toy, restored)
+    with pytest.raises(NonFinite):
+        overflow(toy, restored)
 
 
 def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():

@@ -1,3 +1,4 @@
+import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -189,6 +190,13 @@ def test_running_moments_by_hand():
     assert moments.normalise(f64([4.0, 17.0])).tolist() == pytest.approx(
         [0.0, math.sqrt(13)], abs=1e-8
     )
+
+
+@pytest.mark.eq("running_moments")
+def test_running_moments_of_float32_scores_are_sums_in_float64():
+    moments = ppo.RunningMoments()
+    moments.update(torch.tensor([2.0**24, 2.0**24 + 2]))  # float32 has no number between them
+    assert moments == ppo.RunningMoments(count=2, mean=2.0**24 + 1, squares=2.0)
 
 
 def test_a_single_score_is_0():
@@ -549,6 +557,49 @@ def test_the_coefficient_in_use_is_the_one_from_before(control):
         assert m["reward"] == pytest.approx(m["score"] - m["kl_coef"] * m["kl"], abs=FP64)
 
 
+@pytest.mark.parametrize("kl", ["abs", "k2", "k3", "full"])
+def test_the_coefficient_follows_the_estimate_in_the_rewards(kl):
+    """The KL that the rewards are charged with is steered, and no other."""
+    config = replace(CONFIG, steps=1, kl=kl, kl_control="adaptive", kl_horizon=12.0)
+    _, _, (metrics,) = run(config=config)
+    target = metrics["kl"] / 1.01  # k1 is elsewhere
+    _, state, (metrics,) = run(config=replace(config, kl_target=target))
+    assert state.kl_control.coef == pytest.approx(0.05 * (1 + 0.01 * 6 / 12), rel=1e-9)
+    assert abs(metrics["k1"] / metrics["kl"] - 1) > 0.01
+
+
+def test_a_fixed_coefficient_is_the_configs_after_a_resume_too():
+    policy, state, _ = run(config=replace(CONFIG, steps=1))
+    other = ppo.new_state(policy, PROMPTS, replace(CONFIG, kl_coef=0.7))
+    other.restore(state.state_dict())
+    assert other.kl_control.coef == 0.7
+
+
+def test_a_rollout_and_its_update_pass_no_more_than_max_tokens():
+    cells = {}
+    policy, ref_policy = small_policy(critic="separate"), small_policy(seed=1)
+    for name, model in (("policy", policy), ("reference", ref_policy)):
+        model.register_forward_pre_hook(
+            lambda _, inputs, name=name: cells.setdefault(name, []).append(inputs[0].ids.numel())
+        )
+    config = replace(CONFIG, steps=1, max_tokens=20)
+    state = ppo.new_state(policy, PROMPTS, config)
+    list(ppo.train(policy, ref_policy, uneven, config, state, eval_prompts=PROMPTS))
+    for sizes in cells.values():
+        assert 10 < max(sizes) <= 20
+
+
+@pytest.mark.parametrize("share", [0.999, 1.001])
+def test_stop_kl_is_a_limit_of_k1(share):
+    """Two minibatches: the second one of the first pass is already behind a step."""
+    config = replace(CONFIG, steps=1, warmup_share=0.0, learning_rate=0.02, schedule="constant")
+    _, _, (first,) = run(config=replace(config, epochs=1))
+    assert abs(first["update_k3"] / first["update_k1"] - 1) > 0.002
+    limit = share * first["update_k1"]
+    _, _, (metrics,) = run(config=replace(config, epochs=2, stop_kl=limit))
+    assert metrics["epochs"] == (1 if share < 1 else 2)
+
+
 def test_stop_kl_ends_the_update():
     config = replace(CONFIG, steps=1, epochs=6, learning_rate=0.02, warmup_share=0.0)
     _, state, (free,) = run(config=replace(config, stop_kl=100.0))
@@ -611,7 +662,7 @@ def test_monitors_are_reported_and_not_trained_on():
 
 
 def test_eval_prompts_are_looked_at_with_the_same_random_numbers():
-    config = replace(CONFIG, steps=3, eval_every=2)
+    config = replace(CONFIG, steps=3, eval_every=2, kl="k2")  # k1 is reported all the same
     plain, _, _ = run(config=config)
     policy, _, metrics = run(config=config, eval_prompts=PROMPTS[:4], monitors={"red": red_share})
     assert largest_difference(policy, plain) == EXACT  # looking changes nothing
@@ -629,7 +680,11 @@ def test_eval_prompts_are_looked_at_with_the_same_random_numbers():
             row_logprobs(m, prompt.ids, response).detach() for m in (policy, ref_policy)
         )
         kls.append(sum(float(ours[t, y] - theirs[t, y]) for t, y in enumerate(response.tolist())))
+    pairs = [p for x in texts for p in itertools.pairwise(x.split())]
+    fours = [list(zip(*(x.split()[i:] for i in range(4)), strict=False)) for x in texts]
     expected = {
+        "eval/distinct_2": len(set(pairs)) / len(pairs),
+        "eval/repeated_4": statistics.fmean(1 - len(set(x)) / len(x) if x else 0.0 for x in fours),
         "eval/score": statistics.fmean(scores),
         "eval/k1": statistics.fmean(kls),
         "eval/red": statistics.fmean(red_share([], texts)),
@@ -758,6 +813,15 @@ def test_explained_variance_of_perfect_and_useless_values():
         rollout = hand_rollout([2, 1], scores=[1.0, -1.0], ended=[True, True], values=values)
         found = ppo.report(ppo.judge(rollout, config, kl_coef=0.0))
         assert found["explained_variance"] == pytest.approx(expected, abs=FP64)
+
+
+def test_explained_variance_of_returns_that_are_all_equal():
+    """There is nothing to explain: 1 if the values are level too, else far below 0."""
+    rows = hand_rollout([2, 1], scores=[0.0] * 2, ended=[True] * 2, values=[[1.0, 1.0], [1.0]])
+    level = RolloutBuffer(rows, rows.values * 0, rows.values * 0, torch.where(rows.mask, 1.0, NAN))
+    assert ppo.report(level)["explained_variance"] == EXACT + 1
+    uneven_rows = replace(rows, values=rows.values * f64([[1.0, 2.0, 1.0], [3.0, 1.0, 1.0]]))
+    assert ppo.report(replace(level, rollout=uneven_rows))["explained_variance"] < -1000
 
 
 def test_scores_are_reported_as_they_were_before_normalising():

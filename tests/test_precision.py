@@ -102,6 +102,72 @@ def test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it(steps):
     assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=20 * BF16)
 
 
+def looked_at(stage):
+    """A run in bfloat16, what its last look said, and the same look once more."""
+    if stage == "sft":
+        policy = small_policy(dtype=torch.float32)
+        config = sft.SFTConfig(epochs=1, precision="bf16")
+        state = sft.new_state(policy, DEMONSTRATIONS, config)
+        steps = sft.train(policy, config, state, heldout=DEMONSTRATIONS)
+        return steps, state, lambda: sft.evaluate(policy, DEMONSTRATIONS, max_tokens=1024)
+    if stage == "reward":
+        model = small_reward_model(dtype=torch.float32)
+        config = reward.RewardConfig(epochs=1, precision="bf16")
+        pairs, _ = reward.prepare_pairs(model, PAIRS)
+        state = reward.new_state(model, pairs, config)
+        steps = reward.train(model, config, state, heldout=pairs)
+        return steps, state, lambda: reward.evaluate(model, pairs, config)
+    if stage == "dpo":
+        policy, ref_policy = (small_policy(seed=i, dtype=torch.float32) for i in (0, 1))
+        config = dpo.DPOConfig(precision="bf16", cache_reference=False)
+        state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
+        steps = dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES)
+        return steps, state, lambda: dpo.evaluate(policy, ref_policy, PREFERENCES, config)
+    policy = small_policy(critic="shared", dtype=torch.float32)
+    ref_policy = small_policy(seed=1, dtype=torch.float32)
+    config = ppo.PPOConfig(
+        steps=1, batch_size=4, minibatch_size=4, max_new_tokens=5, precision="bf16"
+    )
+    state = ppo.new_state(policy, PROMPTS, config)
+    steps = ppo.train(policy, ref_policy, lengths, config, state, eval_prompts=PROMPTS)
+    return steps, state, lambda: ppo.evaluate(policy, ref_policy, lengths, PROMPTS, config)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_look_has_the_precision_of_the_run(stage):
+    steps, state, look = looked_at(stage)
+    (metrics,) = steps
+    with state.optimizer.autocast():
+        expected = look()
+    assert {k: v for k, v in metrics.items() if k.startswith("eval/")} == expected
+    assert look() != expected
+
+
+def test_a_rollout_has_the_precision_of_the_run():
+    _, train = ppo_steps(torch.float32, "bf16")
+    sampler = small_policy(critic="shared", dtype=torch.float32)  # the policy before the step
+    state = train.gi_frame.f_locals["state"]
+    for _ in train:
+        pass
+    rollout = state.last.rollout
+    with torch.no_grad(), state.optimizer.autocast():
+        half = sampler(rollout.sequences).logprobs
+    with torch.no_grad():
+        full = sampler(rollout.sequences).logprobs
+    assert float((rollout.logprobs - half).abs().max()) < 1e-5 < float((half - full).abs().max())
+
+
+def test_a_cached_reference_of_held_out_pairs_has_the_precision_of_the_run():
+    policy = small_policy(dtype=torch.float32)
+    config = dpo.DPOConfig(precision="bf16", learning_rate=1e-30)  # the policy stays what it is
+    reference = policy.reference()
+    state = dpo.new_state(policy, reference, PREFERENCES, config)
+    (metrics,) = dpo.train(policy, reference, config, state, heldout=PREFERENCES)
+    for name in ("chosen_logprobs_change", "rejected_logprobs_change", "margin"):
+        assert metrics[name] == pytest.approx(0, abs=1e-6)
+        assert metrics[f"eval/{name}"] == pytest.approx(0, abs=1e-6)
+
+
 @STAGES
 def test_float64_stays_float64(steps):
     model, _, seen = losses(steps, torch.float64, "fp32")

@@ -14,6 +14,7 @@ from small import (
     shuffled,
     small_reward_model,
 )
+from tiny import gpt2_classifier, text, words
 from tolerances import FP32, FP64
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,6 +22,7 @@ from rlhf_min import reward
 from rlhf_min.data import Cursor
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_reward_model
+from rlhf_min.models import RewardModel
 from rlhf_min.optim import Optimizer, State
 
 PAIRS = [
@@ -169,6 +171,28 @@ def test_evaluate_is_over_all_pairs_and_without_dropout():
     assert reward_model.training  # as it was found
     for name in ("loss", "accuracy", "ties", "margin"):
         assert found[f"eval/{name}"] == pytest.approx(getattr(whole, name).item(), abs=FP64)
+
+
+def test_when_held_out_pairs_are_looked_at_and_in_which_mode():
+    reward_model, modes = small_reward_model().eval(), []  # as a loaded model is
+    reward_model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    config = replace(CONFIG, batch_size=3, eval_every=4)
+    state = reward.new_state(reward_model, examples(reward_model), config)
+    heldout = examples(reward_model)[:1]
+    found = list(reward.train(reward_model, config, state, heldout=heldout))
+    assert ["eval/loss" in m for m in found] == [False, False, False, True, False, True]
+    assert [m["epoch"] for m in found] == [3 / 7, 6 / 7, 1.0, 10 / 7, 13 / 7, 2.0]
+    assert modes == [True, True, True, True, False, True, True, False]
+
+
+def test_a_classifier_without_bias_keeps_its_mean():
+    reward_model = RewardModel(gpt2_classifier(), words())
+    prompts, responses = [text([i]) for i in range(6)], [text([i, i + 3]) for i in range(6)]
+    before = reward_model.score(prompts, responses)
+    mean, std = reward.normalise(reward_model, prompts, responses)
+    after = reward_model.score(prompts, responses)
+    assert (mean, std) == pytest.approx((float(before.mean()), float(before.std())))
+    assert after.tolist() == pytest.approx((before / std).tolist(), abs=FP64)
 
 
 def test_length_rules_by_hand():

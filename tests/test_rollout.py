@@ -187,11 +187,12 @@ def test_without_critic_values_are_zero():
 
 def test_scoring_is_without_dropout_and_the_modes_come_back():
     plain = scored(policy(gpt2()), policy(gpt2(seed=9)), kl="full")
-    model, ref_model = policy(gpt2(dropout=0.5)).train(), policy(gpt2(seed=9, dropout=0.5))
-    found = scored(model, ref_model.eval(), kl="full")
-    for name in FIELDS:
-        assert_close(getattr(found, name), getattr(plain, name), EXACT)
-    assert (model.training, ref_model.training) == (True, False)
+    for modes in ((True, False), (False, True)):
+        model, ref_model = policy(gpt2(dropout=0.5)), policy(gpt2(seed=9, dropout=0.5))
+        found = scored(model.train(modes[0]), ref_model.train(modes[1]), kl="full")
+        for name in FIELDS:
+            assert_close(getattr(found, name), getattr(plain, name), EXACT)
+        assert (model.training, ref_model.training) == modes
 
 
 # collect

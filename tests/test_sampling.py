@@ -7,16 +7,23 @@ from itertools import accumulate, product
 
 import pytest
 import torch
-from tiny import EOS, PAD, gpt2, llama, policy, token_rows
+from tiny import EOS, PAD, gpt2, llama, llama_like, policy, seeded, token_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.sampling import _inverse_cdf, rows_at_once, sample
+from rlhf_min.sampling import _inverse_cdf, cache_bytes, rows_at_once, sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
 FEW = 5  # tokens in the vocabulary, so that EOS comes now and then
 PROMPTS = token_rows([3, 1, 7, 2, 5, 1], seed=20, vocabulary=FEW)
+
+
+def wide_heads():
+    """Heads whose width is not the model's over their number."""
+    config = LlamaConfig(**llama_like(), head_dim=6)
+    return seeded(lambda: LlamaForCausalLM(config))
 
 
 def generator(seed=0):
@@ -199,6 +206,26 @@ def test_the_cache_takes_no_more_room_than_the_weights(monkeypatch):
     monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 2 * weights)
     assert rows_at_once(model, 5) == 2 * weights // row
     assert rows_at_once(model, 10**9) == 1
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, wide_heads], ids=lambda make: make.__name__)
+def test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them(make):
+    lm = make().float()
+    with torch.no_grad():
+        cache = lm(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+    kept = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert cache_bytes(policy(lm)) == kept / 3
+
+
+def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
+    model, sizes = policy(gpt2(vocabulary=FEW)), []
+    model.lm.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 0)
+    draw(model, PROMPTS * 6, tokens=7)
+    weights = sum(p.nbytes for p in model.lm.parameters())
+    assert max(sizes) == weights // (14 * cache_bytes(model)) < 20  # the longest prompt has 7 too
 
 
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():

@@ -136,6 +136,36 @@ def test_held_out_rows_are_looked_at_now_and_then_and_at_the_end():
     assert largest_difference(policy, unchanged) == EXACT
 
 
+def test_epochs_and_tokens_are_counted_on():
+    policy = small_policy()
+    config = replace(CONFIG, batch_size=5)
+    found = list(sft.train(policy, config, sft.new_state(policy, DEMONSTRATIONS, config)))
+    assert [m["epoch"] for m in found] == [5 / 8, 1.0, 13 / 8, 2.0]
+    lengths = [len(x.prompt_ids) + len(x.response_ids) for x in DEMONSTRATIONS]
+    for metrics, epoch, rows in zip(found, (0, 0, 1, 1), [slice(5), slice(5, 8)] * 2, strict=True):
+        tokens = sum(lengths[i] for i in shuffled(8, seed=epoch)[rows])
+        assert metrics["time/tokens_per_second"] * metrics["time/seconds"] == pytest.approx(tokens)
+
+
+def test_a_perplexity_beyond_any_float_is_a_large_number():
+    policy = small_policy()
+    with torch.no_grad():
+        policy.lm.transformer.ln_f.weight.mul_(10_000)
+    found = sft.evaluate(policy, DEMONSTRATIONS, max_tokens=1000)
+    assert found["eval/loss"] > 710
+    assert found["eval/perplexity"] == pytest.approx(math.exp(700))
+
+
+def test_a_pass_holds_no_more_than_max_tokens():
+    policy, cells = small_policy(), []
+    policy.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[0].ids.numel()))
+    config = replace(CONFIG, epochs=1, max_tokens=14, eval_every=1)
+    state = sft.new_state(policy, DEMONSTRATIONS, config)
+    for _ in sft.train(policy, config, state, heldout=DEMONSTRATIONS):
+        pass
+    assert 10 < max(cells) <= 14
+
+
 def test_dropout_acts_in_training_whatever_the_mode_was_and_not_in_a_look():
     policy = small_policy(dropout=0.5).eval()  # as a loaded model is
     config = replace(CONFIG, eval_every=1)
