@@ -691,6 +691,19 @@ MUTANTS = [
            "logits.to(uniforms.dtype).softmax(-1)", "logits.softmax(-1).to(uniforms.dtype)",
            "test_sampling.py::test_half_precision_of_the_logits_moves_no_edge[dtype0]"),
 
+    Mutant("a cache for heads that share theirs", "sampling.cache_bytes",
+           'getattr(config, "num_key_value_heads", None) or heads', "heads",
+           "test_sampling.py::test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them"
+           "[llama]"),
+    Mutant("heads are as wide as the model over their number", "sampling.cache_bytes",
+           'getattr(config, "head_dim", None) or config.hidden_size // heads',
+           "config.hidden_size // heads",
+           "test_sampling.py::test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them"
+           "[wide_heads]"),
+    Mutant("no room for the responses", "sampling.sample",
+           "default=0) + max_new_tokens", "default=0)",
+           "test_sampling.py::test_rows_at_once_have_room_for_prompt_and_response"),
+
     # rollout
     Mutant("the rollout's mask ignores lengths", "rollout.Rollout.mask",
            "self.sequences.mask", "self.sequences.mask | True",
@@ -762,6 +775,10 @@ MUTANTS = [
            "bool(ids[-1] == eos_id) for", "bool(len(ids) == 1 or ids[-1] == eos_id) for",
            "test_rollout.py::test_a_response_of_one_token_has_ended_only_if_that_is_eos"),
 
+    Mutant("a reference with dropout", "rollout.score_rollout",
+           "evaluating(policy, ref_policy)", "evaluating(policy)",
+           "test_rollout.py::test_scoring_is_without_dropout_and_the_modes_come_back"),
+
     # sft
     Mutant("prompts are imitated", "sft.batch_loss",
            "[x.prompt_ids for x in examples], [x.response_ids for x in examples]",
@@ -787,6 +804,26 @@ MUTANTS = [
     Mutant("the same dropout in each step", "sft.train",
            "dropout_rng(config.seed, state.step,", "dropout_rng(config.seed, 0,",
            "test_sft.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
+
+    Mutant("each seed has the same dropout", "sft.train",
+           "dropout_rng(config.seed, state.step,", "dropout_rng(0, state.step,",
+           "test_sft.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
+    Mutant("each look in float32", "sft.train",
+           "with state.optimizer.autocast():\n                metrics",
+           "if True:\n                metrics",
+           "test_precision.py::test_a_look_has_the_precision_of_the_run[sft]"),
+    Mutant("the epochs before are not counted", "sft.train",
+           "state.cursor.epoch + ", "",
+           "test_sft.py::test_epochs_and_tokens_are_counted_on"),
+    Mutant("a look in passes of any size", "sft.train",
+           "heldout, max_tokens=config.max_tokens)", "heldout, max_tokens=1024)",
+           "test_sft.py::test_a_pass_holds_no_more_than_max_tokens"),
+    Mutant("any schedule is a linear one", "sft.new_state",
+           "schedule=config.schedule", 'schedule="linear"',
+           "test_optim.py::test_what_a_config_says_reaches_the_optimizer[sft_state-cosine]"),
+    Mutant("gradients are clipped at 1 whatever is said", "sft.new_state",
+           "max_grad_norm=config.max_grad_norm", "max_grad_norm=1.0",
+           "test_optim.py::test_what_a_config_says_reaches_the_optimizer[sft_state-linear]"),
 
     # reward
     Mutant("chosen and rejected exchanged", "reward.batch_loss",
@@ -817,6 +854,17 @@ MUTANTS = [
     Mutant("the same dropout in each step", "reward.train",
            "dropout_rng(config.seed, state.step,", "dropout_rng(config.seed, 0,",
            "test_reward.py::test_dropout_differs_from_step_to_step_and_from_seed_to_seed"),
+
+    Mutant("trains without dropout", "reward.train",
+           "reward_model.train()", "pass",
+           "test_reward.py::test_when_held_out_pairs_are_looked_at_and_in_which_mode"),
+    Mutant("no look at the end", "reward.train",
+           " or state.step == total_steps", "",
+           "test_reward.py::test_when_held_out_pairs_are_looked_at_and_in_which_mode"),
+    Mutant("the reward model's look in float32", "reward.train",
+           "with state.optimizer.autocast():\n                metrics",
+           "if True:\n                metrics",
+           "test_precision.py::test_a_look_has_the_precision_of_the_run[reward]"),
 
     # dpo
     Mutant("dropout stays on", "dpo.new_state",
@@ -853,6 +901,22 @@ MUTANTS = [
     Mutant("a partly cached reference is a whole one", "dpo._reference",
            "len(cached) == len(examples)", "cached",
            "test_dpo.py::test_a_reference_that_is_cached_in_part_is_asked_for_all"),
+
+    Mutant("a cached reference in float32", "dpo.new_state",
+           "with optimizer.autocast():", "if True:",
+           "test_precision.py::test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it"
+           "[dpo_steps]"),
+    Mutant("a cached reference of held-out pairs in float32", "dpo.train",
+           "if config.cache_reference and heldout:\n        with state.optimizer.autocast():",
+           "if config.cache_reference and heldout:\n        if True:",
+           "test_precision.py::test_a_cached_reference_of_held_out_pairs_has_the_precision_of_the"
+           "_run"),
+    Mutant("held-out pairs are not cached", "dpo.train",
+           "if config.cache_reference and heldout:", "if False:",
+           "test_dpo.py::test_a_pass_holds_no_more_than_max_tokens[True]"),
+    Mutant("held-out means over a batch", "dpo.evaluate",
+           "len(heldout))", "config.batch_size)",
+           "test_dpo.py::test_evaluate_by_hand"),
 
     # ppo
     Mutant("sign of the step to the batch's mean", "ppo.RunningMoments",
@@ -1052,6 +1116,35 @@ MUTANTS = [
            'metrics["k1"] > config.max_kl', 'metrics["kl"] > config.max_kl',
            "test_ppo.py::test_max_kl_looks_at_k1_whatever_the_rewards_hold[k2]"),
 
+    Mutant("the coefficient follows k1 alone", "ppo.train",
+           'state.kl_control.update(metrics["kl"]', 'state.kl_control.update(metrics["k1"]',
+           "test_ppo.py::test_the_coefficient_follows_the_estimate_in_the_rewards[k2]"),
+    Mutant("stop_kl looks at k3", "ppo.ppo_update",
+           'epochs[-1]["update_k1"]', 'epochs[-1]["update_k3"]',
+           "test_ppo.py::test_stop_kl_is_a_limit_of_k1"),
+    Mutant("a look reports the estimate in the rewards", "ppo.evaluate",
+           "_per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask)",
+           "_per_response(rollout.kl, rollout.mask)",
+           "test_ppo.py::test_eval_prompts_are_looked_at_with_the_same_random_numbers"),
+    Mutant("single words are counted as pairs", "ppo.evaluate",
+           "distinct_n(rollout.responses, 2)", "distinct_n(rollout.responses, 1)",
+           "test_ppo.py::test_eval_prompts_are_looked_at_with_the_same_random_numbers"),
+    Mutant("a rollout in float32", "ppo._finite_rollout",
+           "with optimizer.autocast():", "if True:",
+           "test_precision.py::test_a_rollout_has_the_precision_of_the_run"),
+    Mutant("PPO's look in float32", "ppo.train",
+           "with state.optimizer.autocast():", "if True:",
+           "test_precision.py::test_a_look_has_the_precision_of_the_run[ppo]"),
+    Mutant("a fixed coefficient is the saved one", "ppo.State.restore",
+           "if isinstance(self.kl_control, AdaptiveKL):", "if True:",
+           "test_ppo.py::test_a_fixed_coefficient_is_the_configs_after_a_resume_too"),
+    Mutant("moments in the scores' own precision", "ppo.RunningMoments",
+           "scores.cpu().double()", "scores.cpu()",
+           "test_ppo.py::test_running_moments_of_float32_scores_are_sums_in_float64"),
+    Mutant("scoring passes of any size", "ppo._collect",
+           "max_tokens=config.max_tokens", "max_tokens=1024",
+           "test_ppo.py::test_a_rollout_and_its_update_pass_no_more_than_max_tokens"),
+
     # optim
     Mutant("a sparse gradient stays sparse", "optim.Optimizer.step",
            "p.grad = p.grad.to_dense()", "p.grad = None",
@@ -1109,6 +1202,12 @@ MUTANTS = [
     Mutant("dropout uses up global randomness", "optim.dropout_rng",
            'with torch.random.fork_rng([device] if device.type == "cuda" else []):', "if True:",
            "test_sft.py::test_dropout_acts_and_leaves_the_global_generator_alone"),
+    Mutant("a resume starts with fp16's first scale", "optim.Optimizer.load_state_dict",
+           'if state["scaler"]:', "if False:",
+           "test_optim.py::test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped"),
+    Mutant("a resume may skip as often again", "optim.Optimizer.state_dict",
+           '"skipped_in_a_row": self.skipped_in_a_row', '"skipped_in_a_row": 0',
+           "test_optim.py::test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped"),
     Mutant("Adam's moments are lost in a resume", "optim.State.restore",
            'self.optimizer.load_state_dict(state["optimizer"])', "pass",
            "test_dpo.py::test_resume"),
