@@ -58,6 +58,10 @@ class NonFinite(ArithmeticError):
         self.step, self.tensor, self.rows, self.batch = step, tensor, rows, batch
 
 
+class Diverged(ArithmeticError):
+    """An update has left weights, or what they give, infinite or NaN: no such model is kept."""
+
+
 def first_nonfinite(rows: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Fault | None:
     """The first name under which a row has a number that is not finite, and all such rows.
 

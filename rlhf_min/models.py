@@ -343,6 +343,7 @@ class RewardModel(nn.Module):
         self.tokenizer.model_max_length = max_length  # saved with the model
         self.cuts = CutReport()  # of all texts that were scored
         self.new_weights: list[str] = []  # what had to be drawn anew when it was loaded
+        self.rescaled = False  # since it was loaded
 
     @property
     def device(self) -> torch.device:
@@ -432,6 +433,7 @@ class RewardModel(nn.Module):
             bias == 0 or self._last_layer.bias is not None,
             f"the last layer of {type(self.model).__name__} has no bias to fold {bias:.3g} into",
         )
+        self.rescaled = True
         self._last_layer.weight.mul_(gain)
         if self._last_layer.bias is not None:
             self._last_layer.bias.mul_(gain).add_(bias)

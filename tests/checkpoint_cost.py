@@ -85,7 +85,7 @@ def dpo_run(folder: Path) -> tuple[Snapshot, Iterator[Any]]:
 
 
 def snapshot_of(stage: str, policy: Policy, ref_policy: Policy, state: Any, data: Any) -> Snapshot:
-    """With canaries of a few words."""
+    """With a few words that the model is tried on before it is kept."""
     models = {"policy": policy, "ref_policy": ref_policy}
     texts = ["w17 w18 w19 w20", "w21 w22 w23", "w24 w25"]
     return Snapshot(stage, policy, state, lambda _: None, models, texts, data, total=1000)

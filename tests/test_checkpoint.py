@@ -289,6 +289,16 @@ def test_a_failed_save_keeps_what_was_there(fail, tmp_path, monkeypatch):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["lm.transformer.wte.weight", "value_head.bias"])
+def test_weights_that_are_not_finite_are_not_saved(name, tmp_path):
+    save_policy(make_policy(seed=1), tmp_path / "out")
+    before, model = files(tmp_path), make_policy()
+    torch.nn.init.constant_(dict(model.named_parameters())[name], torch.nan)
+    with pytest.raises(BadInput, match=f"out: not saved, since {name} is infinite or NaN; train"):
+        save_policy(model, tmp_path / "out")
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_save_keeps_what_was_there(interrupt, tmp_path, monkeypatch):
     save_reward_model(RewardModel(bert(seed=1), bert_words()), tmp_path / "out")

@@ -14,19 +14,22 @@ import sys
 import threading
 from concurrent.futures import wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torture
-from small import small_policy, small_reward_model
+from small import small_policy, small_reward_model, word_tokenizer
+from tiny import llama
 from torture import ALGORITHMS, MODULES, command_line, prepare, result
 
 from rlhf_min.data import PreferenceExample, PromptExample
-from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.harness import resume, run
+from rlhf_min.errors import BadInput, Diverged, NonFinite
+from rlhf_min.harness import faults, resume, run
 from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.identity import weight_digests
 from rlhf_min.harness.metrics import MetricsLog, Saving
 from rlhf_min.harness.resume import (
     RECORD,
@@ -43,7 +46,9 @@ from rlhf_min.harness.resume import (
     latest,
 )
 from rlhf_min.harness.run import read_record, reopen_run
+from rlhf_min.harness.soundness import unsound
 from rlhf_min.harness.stopping import Stopped, catching_signals
+from rlhf_min.models import Policy
 from rlhf_min.reward import RewardExample
 
 
@@ -283,7 +288,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
 
 
 NEVER = [math.inf, "1e999", None, [[]], -1, 10**400]
-PLACES = ("step", "total", "sizes", "random", "files", "canaries")
+PLACES = ("step", "total", "sizes", "random", "files", "models")
 
 
 def _put(record, place, value):
@@ -383,17 +388,6 @@ def test_what_its_thread_cannot_write_does_not_hide_what_ended_the_stage(
     assert "step-000004: could not be saved: No such file" in told
 
 
-def test_a_model_that_answers_nan_does_not_replace_a_good_one(tmp_path, capsys):
-    shot = snapshot(step=2)
-    with Writer(tmp_path, shot, keep_last=1) as writer:
-        assert writer.write(finished=False, sizes={})
-        shot.state.step = 4
-        torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
-        assert not writer.write(finished=True, sizes={})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
-    assert "step-000004: not saved, since the model answers with" in capsys.readouterr().out
-
-
 def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, capsys):
     shot, rmtree = snapshot(step=2), shutil.rmtree
 
@@ -477,55 +471,289 @@ def test_the_data_is_all_that_was_given():
     assert fingerprint([reference]) == fingerprint([computed])
 
 
-# Canaries
+# The same models
 
 
-def test_canaries_know_another_reference_and_another_reward_model(tmp_path):
-    ref_policy, reward_model = small_policy(seed=1), small_reward_model(seed=1)
-    path = saved(tmp_path, ref_policy=ref_policy, reward_model=reward_model)
-    right = snapshot(ref_policy=ref_policy, reward_model=reward_model)
-    Checkpoint(path).restore(right)
-    for name, other in [
-        ("ref_policy", small_policy(seed=2)),
-        ("reward_model", small_reward_model(seed=2)),
+def frozen(**others):
+    """A reference and a reward model, or others in their place."""
+    models = {"ref_policy": small_policy(seed=1), "reward_model": small_reward_model(seed=1)}
+    return models | others
+
+
+def changed(model, change):
+    """The model, of which something was changed by hand."""
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+def rare_row(reward_model):
+    """A bit of a token that no text holds."""
+    embeddings = reward_model.model.bert.embeddings.word_embeddings.weight
+    embeddings[reward_model.tokenizer.convert_tokens_to_ids("[MASK]"), 3] *= 1 + 2**-20
+
+
+OTHERS = {
+    "another seed": ("ref_policy", lambda: small_policy(seed=2), "6 of its 16 weights differ"),
+    "another head, by a ten-thousandth": (
+        "reward_model",
+        lambda: changed(
+            small_reward_model(seed=1), lambda model: model.model.classifier.weight.mul_(1.0001)
+        ),
+        "1 of its 25 weights differ, such as model.classifier.weight",
+    ),
+    "a rare token": (
+        "reward_model",
+        lambda: changed(small_reward_model(seed=1), rare_row),
+        "1 of its 25 weights differ, such as model.bert.embeddings.word_embeddings.weight",
+    ),
+    "more heads of the same shape": (
+        "ref_policy",
+        lambda: changed(
+            small_policy(seed=1), lambda policy: setattr(policy.lm.config, "n_head", 4)
+        ),
+        "n_head in its config was 2, now 4",
+    ),
+    "fewer tokens": (
+        "reward_model",
+        lambda: changed(small_reward_model(seed=1), lambda model: setattr(model, "max_length", 9)),
+        "max_length in its config was 32, now 9",
+    ),
+    "another chat template": (
+        "ref_policy",
+        lambda: changed(
+            small_policy(seed=1), lambda policy: setattr(policy.tokenizer, "chat_template", "x")
+        ),
+        "its tokenizer or chat template is another",
+    ),
+    "a token more": (
+        "reward_model",
+        lambda: changed(
+            small_reward_model(seed=1), lambda model: model.tokenizer.add_tokens(["red ball"])
+        ),
+        "its tokenizer or chat template is another",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_frozen_model_that_is_another_is_refused(case, tmp_path):
+    name, make, what = OTHERS[case]
+    path = saved(tmp_path, **frozen())
+    models = frozen()
+    models["reward_model"].score(["red"], ["one"])  # its tokenizer notes how it was called
+    Checkpoint(path).restore(snapshot(**models))
+    with pytest.raises(BadInput, match=f"{path}: {name} is not what this was saved with: {what}"):
+        Checkpoint(path).restore(snapshot(**frozen(**{name: make()})))
+
+
+def rescaled(gain, seed=1):
+    model = small_reward_model(seed=seed)
+    model.rescale(gain=gain, bias=-gain)
+    return model
+
+
+def test_a_scale_that_was_measured_here_may_be_rounded_otherwise(tmp_path):
+    path = saved(tmp_path, **frozen(reward_model=rescaled(3.0)))
+    Checkpoint(path).restore(snapshot(**frozen(reward_model=rescaled(3.0 * (1 + 1e-6)))))
+    for other, what in [
+        (rescaled(3.0 * 1.01), "2 of its 25 weights differ, such as model.classifier.bias"),
+        (rescaled(3.0, seed=2), "11 of its 25 weights differ"),
     ]:
-        models = {"ref_policy": ref_policy, "reward_model": reward_model, name: other}
-        with pytest.raises(BadInput, match=f"{name} answers otherwise than when this was saved"):
-            Checkpoint(path).restore(snapshot(**models))
+        with pytest.raises(BadInput, match=f"reward_model is not what .*: {what}"):
+            Checkpoint(path).restore(snapshot(**frozen(reward_model=other)))
 
 
-def test_canaries_know_a_lost_value_head(tmp_path, monkeypatch):
-    path = saved(tmp_path)
-    load = resume._load_weights
-
-    def lose(module, file):
-        load(module, file)
-        torch.nn.init.zeros_(module.value_head.weight)
-
-    monkeypatch.setattr(resume, "_load_weights", lose)
-    with pytest.raises(BadInput, match="policy answers otherwise"):
-        Checkpoint(path).restore(snapshot())
-
-
-def test_canaries_know_nan(tmp_path, monkeypatch):
-    path = saved(tmp_path)
-    load = resume._load_weights
-
-    def lose(module, file):
-        load(module, file)
-        torch.nn.init.constant_(module.value_head.bias, math.nan)
-
-    monkeypatch.setattr(resume, "_load_weights", lose)
-    with pytest.raises(BadInput, match="policy answers otherwise"):
-        Checkpoint(path).restore(snapshot())
-
-
-def test_canaries_know_another_tokenizer(tmp_path):
+def test_another_tokenizer_of_the_trained_model_is_refused(tmp_path):
     path = saved(tmp_path)
     other = snapshot()
     other.module.tokenizer.add_tokens(["ball on"])
-    with pytest.raises(BadInput, match="the tokenizer of policy reads 'red ball' otherwise"):
+    with pytest.raises(BadInput, match="policy is not what this was saved with: its tokenizer"):
         Checkpoint(path).restore(other)
+
+
+def test_weights_of_nan_are_not_gone_on_with(tmp_path):
+    shot = snapshot()
+    torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
+    path = tmp_path / "step-000004"
+    begin(path, shot, finished=False, sizes={}).complete()
+    with pytest.raises(BadInput, match=r"step-000004: value_head.bias is not finite; start a new"):
+        Checkpoint(path).restore(snapshot())
+
+
+def test_a_checkpoint_without_digests_is_used_and_that_is_told(tmp_path, capsys):
+    path = saved(tmp_path, **frozen())
+    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    del record["models"], record["crc32"]
+    record["format"] = 3
+    record["crc32"] = crc32_of(record)
+    (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    shot = snapshot(step=0, **frozen(ref_policy=small_policy(seed=2)))
+    Checkpoint(path).restore(shot)
+    assert shot.state.step == 4
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert f"{path}: written before checkpoints held digests of the models, so whether" in told
+
+
+def test_digests_hold_each_weight_once_and_no_buffer_that_is_computed():
+    policy = Policy(llama(vocabulary=10), word_tokenizer(), critic="shared")
+    names = weight_digests(policy).keys()
+    assert names == dict(policy.named_parameters()).keys()
+    tied = weight_digests(small_policy())  # its head is the embedding
+    assert not any("lm_head" in name for name in tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.bool])
+def test_a_digest_is_of_all_bytes_of_any_type(dtype):
+    class Module(torch.nn.Module):
+        def __init__(self, x):
+            super().__init__()
+            self.register_buffer("x", x)
+
+    x = torch.arange(6).reshape(2, 3).to(dtype)
+    other = x.clone()
+    other[1, 2] = 0
+    digests = [weight_digests(Module(y))["x"] for y in (x, x.T.contiguous().T, other, x.T)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert weight_digests(Module(torch.tensor(1.0)))  # without a dimension
+
+
+# Diverged
+
+
+def at_fault(name, value):
+    """A model of which one tensor holds this value everywhere."""
+
+    def make(dtype=torch.float32):
+        reward = name.startswith("model.")
+        model = (small_reward_model if reward else partial(small_policy, critic="separate"))(
+            dtype=dtype
+        )
+        torch.nn.init.constant_(dict(model.named_parameters())[name], value)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm.transformer.wte.weight",
+        "critic_trunk.h.0.mlp.c_fc.weight",
+        "value_head.bias",
+        "model.classifier.weight",
+        "model.bert.embeddings.position_embeddings.weight",
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(name, value):
+    assert unsound(at_fault(name, value)()) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("lm.transformer.wte.weight", "the log-probability"),
+        ("value_head.bias", None),
+        ("value_head.weight", "the value"),
+        ("model.classifier.weight", "the score"),
+    ],
+)
+def test_weights_so_large_that_their_answers_are_not_finite(name, what, dtype):
+    model = at_fault(name, 3e38)(dtype)
+    found = unsound(model, ["red ball", "", "one two"])
+    if what is None:
+        assert found is None
+    else:
+        assert found == f"{what} (the largest weight is 3e+38, in {name})"
+    assert unsound(model) is None  # without a text to try it on
+    assert unsound(at_fault(name, 0.0)(dtype), ["red ball"]) is None
+
+
+def test_a_text_longer_than_the_positions_is_no_fault():
+    assert unsound(small_policy(), ["red ball " * 50]) is None
+
+
+HUGE = ["--learning_rate", "1e38", "--warmup_share", "0", "--skip_preflight"]
+ONE_STEP = {name: ["--epochs", "1", "--batch_size", "64"] for name in ALGORITHMS}
+ONE_STEP["ppo"] = ["--steps", "1", "--epochs", "1", "--minibatch_size", "8"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_model_that_the_last_step_breaks_is_not_published(
+    algorithm, work, tmp_path, monkeypatch, capsys
+):
+    options = [*command_line(algorithm, work), *ONE_STEP[algorithm], *HUGE]
+    options += ["--keep_best", "eval/score" if algorithm == "ppo" else "eval/loss"]
+    out = tmp_path / "run"
+    assert run_command(monkeypatch, algorithm, *options, "--out", out) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {algorithm}, step 1 of 1: " in told
+    assert "weight is not finite after the update" in told
+    assert "; this model is not kept; nothing was kept before it; start anew with a lower" in told
+    assert not list(out.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["eval/accuracy", "eval/ties"])
+def test_an_accuracy_of_0_of_a_broken_model_is_not_the_best(
+    name, work, tmp_path, monkeypatch, capsys
+):
+    options = [*command_line("reward_model", work), *HUGE, "--eval_every", "1", "--keep_best", name]
+    out = tmp_path / "run"
+    assert run_command(monkeypatch, "reward_model", *options, "--out", out) == 1
+    assert "reward_model, step 1 of 14: " in capsys.readouterr().err
+    assert not (out / "best").exists()
+
+
+def test_what_was_good_before_stays_and_is_named(stopped, monkeypatch, capsys):
+    before = bytes_of(stopped)
+    other = ["--allow_config_change", *HUGE, "--keep_best", "eval/loss"]
+    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    place = stopped / "checkpoints/sft/step-000005"
+    assert f"what was good before is in {place}; go on from there with a lower learning" in told
+    assert "step 6 of 14: the log-probability (the largest weight is 7.2e+37, in lm" in told
+    kept = [name for name in before if "checkpoints" in name.parts]
+    assert len(kept) == 8
+    assert all((stopped / name).read_bytes() == before[name] for name in kept)
+    assert not (stopped / "last_good").exists()  # it is not good
+    assert latest(place.parent).step == 5
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf])
+def test_final_metrics_are_finite(last, tmp_path):
+    shot = snapshot(step=0)
+
+    def steps():
+        for value in (last, 1.0, last):
+            shot.state.step += 1
+            yield {"loss": 1.0, "eval/loss": value, "learning_rate": 0.5}
+
+    log = MetricsLog(lambda: tmp_path, saving=Saving(every=2))
+    with pytest.raises(Diverged) as caught:
+        log.follow("ppo", steps(), total=3, show=(), snapshot=shot)
+    assert str(caught.value) == (
+        "ppo, step 3 of 10: eval/loss is not finite after the update (learning rate 0.5); this "
+        f"model is not kept; what was good before is in {tmp_path}/checkpoints/ppo/step-000002; go "
+        f"on from there with a lower learning rate (--resume {tmp_path} --allow_config_change)"
+    )
+
+
+def test_a_fault_whose_cause_lies_in_the_step_before_names_the_weights(tmp_path):
+    shot = snapshot(step=3)
+    torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
+    kept = []
+    object.__setattr__(shot, "save_model", kept.append)
+    with (
+        pytest.raises(Diverged, match=r"step 3 of 10: value_head.bias, and so loss of step 4"),
+        faults.saved(tmp_path, [{"learning_rate": 2.0}], shot),
+    ):
+        raise NonFinite(9, "loss", [], [])
+    assert kept == []
+    assert (tmp_path / "nonfinite-step-9.json").exists()
 
 
 # The run's folder
@@ -550,7 +778,7 @@ def stopped(work, tmp_path):
 
 def test_checkpoints_of_another_version_are_not_thrown_away(stopped, monkeypatch, capsys):
     for file in stopped.glob("checkpoints/*/*/checkpoint.json"):
-        file.write_text(file.read_text("utf-8").replace('"format": 3', '"format": 2'), "utf-8")
+        file.write_text(file.read_text("utf-8").replace('"format": 4', '"format": 2'), "utf-8")
     before = bytes_of(stopped)
     assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
     found = capsys.readouterr()
@@ -766,7 +994,7 @@ def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, cap
     ("name", "values", "best"),
     [
         ("eval/loss", [3.0, 1.0, 2.0, 1.0, 0.5], [1, 2, 5]),
-        ("eval/loss", [3.0, 1.0, math.nan, 2.0, math.inf], [1, 2]),
+        ("eval/loss", [3.0, 1.0, math.nan, math.inf, 2.0], [1, 2]),
         ("eval/score", [1.0, 3.0, math.nan, 2.0, 4.0], [1, 2, 5]),
         ("eval/k1", [3.0, 4.0, 2.0], [1, 3]),
     ],

@@ -14,13 +14,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.soundness import nonfinite_weight
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
 OLD = "-old"  # what a folder is called while another takes its name
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any."""
+    """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
+
+    Raises:
+        BadInput: for weights that are not finite, and for what the disk refuses. What was in the
+            folder stays.
+    """
+    _require_finite(policy, folder)
     with complete_folder(folder) as new:
         _save_model(policy.lm, new)
         policy.tokenizer.save_pretrained(new)
@@ -30,7 +37,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
-    """Write config, ``model.safetensors``, tokenizer and ``model.pt``."""
+    """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
+    _require_finite(reward_model, folder)
     with complete_folder(folder) as new:
         _save_model(reward_model.model, new)
         reward_model.tokenizer.save_pretrained(new)
@@ -39,6 +47,14 @@ def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
 def load_state(model: nn.Module, file: Path) -> None:
     """Load a ``model.pt`` into a model of the same shape. Reads tensors only, never code."""
     model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    name = nonfinite_weight(model)
+    require(
+        name is None,
+        f"{folder}: not saved, since {name} is infinite or NaN; train with a lower learning rate",
+    )
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import CHAT
-from rlhf_min.errors import BadInput, NonFinite, require
+from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.faults import out_of_memory
 from rlhf_min.harness.formats import parse_columns
 from rlhf_min.harness.page import html
@@ -247,7 +247,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except BadInput as error:
             _fail(str(error), 2)
-        except NonFinite as error:
+        except (Diverged, NonFinite) as error:
             _fail(str(error), 1)
         except OSError as error:
             if error.errno not in NOT_WRITABLE:

@@ -15,16 +15,50 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_min import ppo
-from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.harness.resume import Snapshot
+from rlhf_min.errors import BadInput, BadNumbers, Diverged, NonFinite
+from rlhf_min.harness.resume import Snapshot, checkpoints
+from rlhf_min.harness.runs import BEST, CHECKPOINTS, LAST_GOOD
+from rlhf_min.harness.soundness import unsound
 from rlhf_min.models import Policy
 
 RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little from its samples
-LAST_GOOD = "last_good"  # the folder of the models that were saved at a fault
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
 SAMPLES = 3  # shown where the KL is too large
 
 Decode = Callable[[Tensor], str]
+
+
+def require_kept(snapshot: Snapshot, metrics: Mapping[str, Any]) -> None:
+    """Raise `Diverged` unless the model may be published, or replace one that was kept.
+
+    Every step looks at its loss and gradient before it changes the weights; this looks after it.
+
+    Args:
+        snapshot: of the stage.
+        metrics: of the step; what begins with ``eval/`` was measured with these weights.
+    """
+    measured = (k for k, x in metrics.items() if k.startswith("eval/") and not math.isfinite(x))
+    if fault := unsound(snapshot.module, snapshot.texts) or next(measured, None):
+        raise _diverged(snapshot, fault, metrics)
+
+
+def _diverged(snapshot: Snapshot, fault: str, metrics: Mapping[str, Any]) -> Diverged:
+    names = {"learning rate": "learning_rate", "gradient norm": "grad_norm"}
+    size = ", ".join(f"{k} {metrics[name]:.3g}" for k, name in names.items() if name in metrics)
+    return Diverged(
+        f"{snapshot.stage}, step {snapshot.state.step} of {snapshot.total}: {fault} is not finite "
+        f"after the update{f' ({size})' if size else ''}; this model is not kept"
+    )
+
+
+def require_finite(stage: str, measured: Mapping[str, float]) -> None:
+    """Raise `Diverged` if what was measured of a trained model is not finite."""
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{stage}: {name} of the trained model is not finite, so it is not published; its "
+                "checkpoints are as they are; train with a lower learning rate, or in fp32"
+            )
 
 
 @contextmanager
@@ -32,6 +66,7 @@ def saved(
     folder: Path, metrics: Sequence[Mapping[str, Any]], snapshot: Snapshot | None
 ) -> Iterator[None]:
     """Inside, a `NonFinite` leaves its batch and the model in the run's folder and says where.
+    Where the weights are at fault it becomes `Diverged`, which says what was kept before.
 
     Args:
         folder: of the run.
@@ -42,16 +77,46 @@ def saved(
         yield
     except NonFinite as error:
         policy = snapshot.module if snapshot and isinstance(snapshot.module, Policy) else None
+        fault = unsound(snapshot.module, snapshot.texts) if snapshot else None
         try:
             file = save_nonfinite(error, folder, metrics, policy.decode if policy else None)
             told = f"the batch is in {file}"
-            if snapshot is not None:
+            if snapshot is not None and fault is None:
                 snapshot.save_model(folder / LAST_GOOD / snapshot.stage)
                 told += f", the model in {folder / LAST_GOOD / snapshot.stage}"
         except (OSError, SafetensorError, BadInput) as reason:  # the fault is what matters
             told = f"not all could be saved: {' '.join(str(reason).split())}"
+        if snapshot is not None and fault is not None:
+            what = f"{fault}, and so {error.tensor} of step {snapshot.state.step + 1},"
+            before = _diverged(snapshot, what, metrics[-1] if metrics else {})
+            raise _with_earlier(before, folder, snapshot, told) from error
         error.args = (f"{error}; {told}",)
         raise
+    except BadNumbers as error:
+        name, rows = error.fault
+        if name == "scores" or snapshot is None:  # the reward is at fault
+            raise
+        fault = unsound(snapshot.module, snapshot.texts) or f"{name} in row {rows[0]}"
+        raise _with_earlier(_diverged(snapshot, fault, {}), folder, snapshot) from error
+    except Diverged as error:
+        if snapshot is not None:
+            _with_earlier(error, folder, snapshot)
+        raise
+
+
+def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *told: str) -> Diverged:
+    """The error, which also says what was kept of the stage before, and what to do."""
+    saved = checkpoints(folder / CHECKPOINTS / snapshot.stage)[-1:]
+    best = [path for path in [folder / BEST / snapshot.stage] if path.is_dir()]
+    kept = " and ".join(map(str, saved + best))
+    before = f"what was good before is in {kept}" if kept else "nothing was kept before it"
+    cure = (
+        f"go on from there with a lower learning rate (--resume {folder} --allow_config_change)"
+        if saved
+        else "start anew with a lower learning rate, and with --save_every"
+    )
+    error.args = ("; ".join([str(error), *told, before, cure]),)
+    return error
 
 
 def save_nonfinite(

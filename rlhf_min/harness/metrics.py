@@ -19,11 +19,10 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import faults, resume
 from rlhf_min.harness.checkpoint import flush
 from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer, checkpoints
-from rlhf_min.harness.runs import METRICS, SAMPLES, TOKENS
+from rlhf_min.harness.runs import BEST, CHECKPOINTS, METRICS, SAMPLES, TOKENS
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
 
-CHECKPOINTS, BEST = "checkpoints", "best"
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
 DAMAGED = "damaged; put the file back as the run wrote it"
 LOWER_IS_BETTER = ("loss", "perplexity", "ties", "k1", "repeated_4")
@@ -181,14 +180,18 @@ class MetricsLog:
                     writer.check()
                     self._keep_best(snapshot, metrics)
                     due = self._due(step) or (stop and not self._unsaved)
-                    if not ended and due and self._save(writer):
+                    if not ended and due:
+                        faults.require_kept(snapshot, {})
+                        self._save(writer)
                         saved = step
                 if stop and not ended:
                     raise self._stopped(request, stage, step, total, saved)
             stop = request.signal is not None
-            if writer and step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
-                saved = step if self._save(writer, finished=True) else saved
-            if writer:
+            if snapshot and writer:
+                faults.require_kept(snapshot, self.rows[-1] if step > done else {})
+                if step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
+                    self._save(writer, finished=True)
+                    saved = step
                 writer.wait()  # a signal that comes meanwhile counts too
             self._unsaved = self._unsaved or (writer is not None and saved < step)
             if request.signal is not None:
@@ -248,12 +251,12 @@ class MetricsLog:
             return time.monotonic() - self._saved_at > SAVE_SECONDS
         return self._saving.every > 0 and step % self._saving.every == 0
 
-    def _save(self, writer: Writer, *, finished: bool = False) -> bool:
+    def _save(self, writer: Writer, *, finished: bool = False) -> None:
         # All lines until here must be on the disk before the checkpoint that counts on them.
         sizes = {name: _flushed_size(file) for name, file in self._growing() if file.exists()}
         flush(self.folder)
         self._saved_at = time.monotonic()
-        return writer.write(finished=finished, sizes=sizes)
+        writer.write(finished=finished, sizes=sizes)
 
     def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
         name = self._saving.keep_best
@@ -262,6 +265,7 @@ class MetricsLog:
         sign = -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
         *before, now = [sign * value for value in self.series(snapshot.stage, name)[1]]
         if not any(value >= now for value in before):
+            faults.require_kept(snapshot, {})
             snapshot.save_model(self.folder / BEST / snapshot.stage)
 
     def _stopped(

@@ -26,18 +26,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_min.data import collate
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.checkpoint import publish, saving
+from rlhf_min.harness.identity import difference, identity
+from rlhf_min.harness.soundness import unsound
 from rlhf_min.harness.stopping import Stopped
-from rlhf_min.models import Policy, RewardModel, evaluating
+from rlhf_min.models import Policy, RewardModel
 
-FORMAT = 3
+FORMAT, UNCOMPARED = 4, 3  # the older one says nothing of the models that can be compared here
 RECORD, WEIGHTS = "checkpoint.json", "weights.safetensors"
 STATES = ("state-1.safetensors", "state-2.safetensors")  # as large as the weights, with AdamW
-CANARY_TEXTS = 3
-CANARY_TOKENS = 32
-CANARY_TOLERANCE = 1e-3  # relative, beyond 1; another processor rounds otherwise, not so much
 
 # What values of the wrong kind, size or shape raise wherever they are used.
 _DAMAGED = (
@@ -62,8 +60,8 @@ class Snapshot:
         module: the model that is trained.
         state: of the algorithm, with `state_dict` and `restore`.
         save_model: writes the model as a finished folder.
-        models: all that the stage depends on by name, for the canaries.
-        texts: that the canaries are measured on; a few are taken.
+        models: all that the stage depends on by name; a run is continued with the same only.
+        texts: that the model is tried on before it is kept; a few are taken.
         examples: what it is trained on; a run is continued on the same only.
         total: steps of the stage.
     """
@@ -82,6 +80,15 @@ class Snapshot:
         """A digest of all that the examples hold, in their order."""
         return fingerprint(self.examples)
 
+    @cached_property
+    def identities(self) -> dict[str, Any]:
+        """What each model is. Computed once: of a frozen model nothing changes, and of the one
+        that is trained only the weights, which are left out."""
+        return {
+            name: identity(model, trained=model is self.module)
+            for name, model in self.models.items()
+        }
+
 
 class Checkpoint:
     """A complete checkpoint on the disk.
@@ -94,7 +101,11 @@ class Checkpoint:
         self.folder = folder
         try:
             self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            require(self.record["format"] == FORMAT, f"{folder}: written by another version")
+            require(
+                self.record["format"] in (FORMAT, UNCOMPARED),
+                f"{folder}: written by another version, in format {self.record['format']}; go on "
+                "with that version, or start a new run",
+            )
             require(
                 self.record.pop("crc32") == crc32_of(self.record),
                 f"{folder / RECORD}: changed since it was written",
@@ -127,37 +138,33 @@ class Checkpoint:
             "models, or start a new run",
         )
         try:
+            self._compare(snapshot)
             _load_weights(snapshot.module, self.folder / WEIGHTS)
             # Copies: what `load_file` returns would hold the files, long after they are deleted.
             files = [load_file(self.folder / name) for name in STATES]
             tensors = {name: x.clone() for file in files for name, x in file.items()}
             snapshot.state.restore(_joined(self.record["state"], tensors))
-            self._compare(snapshot.models)
+            fault = unsound(snapshot.module, snapshot.texts)
+            require(fault is None, f"{self.folder}: {fault} is not finite; start a new run")
             _set_random_states(_joined(self.record["random"], tensors))
         except BadInput:
             raise
         except _DAMAGED as error:
             raise BadInput(f"{self.folder}: cannot be restored ({_reason(error)})") from error
 
-    def _compare(self, models: Mapping[str, Policy | RewardModel]) -> None:
-        texts = self.record["canaries"]["texts"]
-        for name, model in models.items():
-            saved = self.record["canaries"][name]
-            ids = canary_ids(model, texts)
-            require(
-                saved["ids"] == ids,
-                f"{self.folder}: the tokenizer of {name} reads {texts[0][:40]!r} otherwise than "
-                "when this was saved; give the same models",
+    def _compare(self, snapshot: Snapshot) -> None:
+        if self.record["format"] == UNCOMPARED:
+            print(
+                f"{self.folder}: written before checkpoints held digests of the models, so whether "
+                "tokenizers and frozen models are the same was not looked at"
             )
-            gaps = [
-                abs(x - y) / max(1.0, abs(x))
-                for was, now in zip(saved["outputs"], canary_outputs(model, texts), strict=True)
-                for x, y in zip(was, now, strict=True)
-            ]
+            return
+        for name, now in snapshot.identities.items():
+            what = difference(self.record["models"][name], now)
             require(
-                all(gap <= CANARY_TOLERANCE for gap in gaps),  # False for NaN
-                f"{self.folder}: {name} answers otherwise than when this was saved, by up to "
-                f"{max(gaps, default=0):.1e}; give the same models",
+                what is None,
+                f"{self.folder}: {name} is not what this was saved with: {what}; give the same "
+                "models, or start a new run",
             )
 
 
@@ -173,25 +180,17 @@ class Writer:
         self._pool = ThreadPoolExecutor(1)
         self._underway: Future[None] | None = None
 
-    def write(self, *, finished: bool, sizes: Mapping[str, int]) -> bool:
-        """Begin a checkpoint of the present step, when the one before is complete; as `begin`.
-
-        Returns:
-            Whether there is one: a model that answers with NaN does not replace a good one.
-        """
+    def write(self, *, finished: bool, sizes: Mapping[str, int]) -> None:
+        """Begin a checkpoint of the present step, when the one before is complete; as `begin`."""
         self.wait()
         new = self._folder / f"step-{self._snapshot.state.step:06d}"
         unfinished = begin(new, self._snapshot, finished=finished, sizes=sizes)
-        if unfinished is None:
-            print(f"{new}: not saved, since the model answers with numbers that are not finite")
-            return False
 
         def then() -> None:
             unfinished.complete()
             keep(self._folder, new, self._keep_last)
 
         self._underway = self._pool.submit(then)
-        return True
 
     def check(self) -> None:
         """Raise what the thread raised, if it is done."""
@@ -224,7 +223,7 @@ class Writer:
 
 def begin(
     folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
-) -> "Unfinished | None":
+) -> "Unfinished":
     """Give the system all that a checkpoint holds; then training may go on.
 
     Args:
@@ -232,17 +231,12 @@ def begin(
         sizes: bytes of the run's growing files at this step; what follows belongs to later ones.
 
     Returns:
-        What is left to do; None, and nothing is written, if the model's answers are not finite.
+        What is left to do.
 
     Raises:
         BadInput: if it cannot be written; what was there before is left as it was.
     """
     tensors: dict[str, Tensor] = {}
-    texts = [_short(text) for text in snapshot.texts[:CANARY_TEXTS]]
-    canaries = measure_canaries(snapshot.models, texts)
-    answers = [x for name in snapshot.models for row in canaries[name]["outputs"] for x in row]
-    if not all(map(math.isfinite, answers)):
-        return None
     record = {
         "format": FORMAT,
         "stage": snapshot.stage,
@@ -251,7 +245,7 @@ def begin(
         "finished": finished,
         "sizes": dict(sizes),
         "data": snapshot.data,
-        "canaries": canaries,
+        "models": snapshot.identities,
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
     }
@@ -332,51 +326,6 @@ def fingerprint(examples: Sequence[Any]) -> str:
                 told = re.sub(r" at 0x[0-9a-f]+", "", told)  # of an object in another process
                 digest.update(f"{field.name}={told};".encode(errors="backslashreplace"))
     return digest.hexdigest()
-
-
-# Canaries
-
-
-def measure_canaries(
-    models: Mapping[str, Policy | RewardModel], texts: Sequence[str]
-) -> dict[str, Any]:
-    """How each model reads and answers a few texts."""
-    measured = {
-        name: {"ids": canary_ids(model, texts), "outputs": canary_outputs(model, texts)}
-        for name, model in models.items()
-    }
-    return {"texts": list(texts), **measured}
-
-
-def canary_ids(model: Policy | RewardModel, texts: Sequence[str]) -> list[list[int]]:
-    """The first tokens of each text."""
-    return [model.tokenizer(text).input_ids[:CANARY_TOKENS] for text in texts]
-
-
-def canary_outputs(model: Policy | RewardModel, texts: Sequence[str]) -> list[list[float]]:
-    """Log-probabilities of a policy, and its values if it has any; scores of a reward model."""
-    with evaluating(model):
-        if isinstance(model, Policy):
-            return _policy_outputs(model, canary_ids(model, texts))
-        return [[score] for score in model([""] * len(texts), texts).double().tolist()]
-
-
-def _policy_outputs(policy: Policy, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-    rows = [row for row in ids if len(row) > 1]  # the first token is the prompt
-    if not rows:
-        return []
-    batch = collate(
-        [torch.tensor(row[:1]) for row in rows],
-        [torch.tensor(row[1:]) for row in rows],
-        pad_id=policy.pad_id,
-    )
-    logprobs, _, values = policy(batch.to(policy.device))
-    answers = [logprobs] if values is None else [logprobs, values]
-    return [row for answer in answers for row in answer.double().tolist()]
-
-
-def _short(text: str) -> str:
-    return text[:400]
 
 
 # Tensors and JSON

@@ -12,6 +12,7 @@ Record = dict[str, Any]
 
 RUN, METRICS, RESULTS = "run.json", "metrics.jsonl", "results.json"
 SAMPLES, TOKENS, REWARD_MODEL = "samples.jsonl", "tokens.jsonl", "reward_model.json"
+CHECKPOINTS, BEST, LAST_GOOD = "checkpoints", "best", "last_good"  # with a folder for each stage
 # What is missing where a file is, and the stages that write it (none: all of them).
 _HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
     RUN: ("configuration and versions", ()),

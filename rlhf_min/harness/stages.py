@@ -127,6 +127,7 @@ def run_reward(
         "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
     )
     chosen, rejected = reward.pair_scores(reward_model, inputs.heldout_pairs)
+    faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
     report.write_json(log.folder / REWARD_MODEL, report.pairs_json(chosen, rejected))
     estimates = measure_reward(
         chosen,
@@ -393,8 +394,10 @@ def run_dpo(
         if pairs:
             shown = pairs[:HELDOUT_ROWS]
             with state.optimizer.autocast():
-                share = dpo.evaluate(policy, ref_policy, shown, config)["eval/accuracy"]
-            estimate = proportion_estimate(round(share * len(shown)), len(shown))
+                found = dpo.evaluate(policy, ref_policy, shown, config)
+            faults.require_finite("dpo", found)
+            right = round(found["eval/accuracy"] * len(shown))
+            estimate = proportion_estimate(right, len(shown))
             print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
     return policy
 
