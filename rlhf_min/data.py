@@ -407,7 +407,10 @@ class Codec:
             f"{text[:60]!r} holds half of a surrogate pair, which is no text; drop it",
         )
         return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split_special_tokens
+            text,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            verbose=False,  # it would warn of lengths; what is cut is counted here
         ).input_ids
 
 

@@ -5,8 +5,9 @@ import json
 import re
 import struct
 import textwrap
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from .errors import BadInput, require
 
@@ -72,6 +79,32 @@ class CausalLM(NamedTuple):
     value_head: dict[str, Tensor] | None
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, ``transformers`` shows no bar, table or warning of its own; a download keeps its bar.
+
+    What a caller has to act on is an error here, or said in our own words.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    loading = transformers_logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one comes where the environment forbids the Hub's bars
+        try:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()  # which disables the Hub's too
+            if downloads:
+                enable_progress_bars()
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if loading:
+                transformers_logging.enable_progress_bar()  # and this enables them
+            if not downloads:
+                disable_progress_bars()
+
+
+@quiet()
 def load_causal_lm(name_or_path: str | Path) -> CausalLM:
     """A causal language model in at least float32, with what belongs to it.
 
@@ -118,6 +151,7 @@ class Classifier(NamedTuple):
     new_weights: list[str]
 
 
+@quiet()
 def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
     """A one-label sequence classifier in at least float32, with what belongs to it.
 

@@ -224,9 +224,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         ids = torch.arange(2, device=self.device)[None]  # (1, 2), any two tokens
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden = self.lm.base_model(**inputs).last_hidden_state
         ours = lm_head_logits(hidden, temperature=1.0, **lm_head(self.lm))
-        theirs = at_least_float32(self.lm(input_ids=ids, use_cache=False).logits)
+        theirs = at_least_float32(self.lm(**inputs).logits)
         require(
             torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())),
             f"{type(self.lm).__name__} makes its logits in a way that is not known here, so its "
@@ -372,6 +373,7 @@ class RewardModel(nn.Module):
             truncation="only_first",
             max_length=self.max_length,
             padding=True,
+            verbose=False,
             # Where a model has no embeddings for them, as GPT-2, it would add those of two words.
             return_token_type_ids=getattr(self.model.config, "type_vocab_size", 0) > 1,
             return_tensors="pt",
@@ -425,6 +427,9 @@ class RewardModel(nn.Module):
     def checkpoint_gradients(self) -> None:
         """From now on keep only the layers' inputs for backward, and compute the rest again."""
         _checkpoint_gradients(self.model)
+        self.model.config.use_cache = (
+            False  # a score needs no cache, and the two exclude each other
+        )
 
     @torch.no_grad()
     def rescale(self, *, gain: float, bias: float) -> None:
@@ -478,12 +483,13 @@ class RewardModel(nn.Module):
         return (self.max_length - self._special_tokens) * 3 // 4
 
     def _count(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in found.input_ids]
 
     def cut(self, responses: Sequence[str]) -> list[str]:
         """The responses as `encode` sees them: without the end that there is no room for."""
         offsets = self.tokenizer(
-            list(responses), add_special_tokens=False, return_offsets_mapping=True
+            list(responses), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         ).offset_mapping
         room = self._response_room
         # A character may be several tokens: one that would be cut in two is left out.
@@ -506,9 +512,10 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
         model.supports_gradient_checkpointing,
         f"{type(model).__name__} has no gradient checkpointing; go without",
     )
-    # Renamed within version 5 of transformers.
-    new_name = getattr(model, "activation_checkpointing_enable", None)
-    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Renamed within version 5 of transformers; the older name goes in version 6.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
 
 
 def positions_of(model: PreTrainedModel) -> float:

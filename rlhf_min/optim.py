@@ -134,7 +134,10 @@ class Optimizer:
         if overflow:
             self.fault = self._gradient_at_fault(), []
         # Under fp16 an overflow is expected now and then: the scaler scales less after it.
-        if not self.refused(batch, expected=overflow and self.precision == "fp16"):
+        if self.refused(batch, expected=overflow and self.precision == "fp16"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()  # without gradients it changes nothing; the schedule waits for it
+        else:
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
         self.scaler.update()

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
 
-from .errors import BadInput, BadNumbers, require
+from .errors import BadNumbers, require
 from .models import Policy, evaluating, lm_head, lm_head_logits
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
 SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed
+CACHE_NAMES = frozenset({"cache", "past_key_values"})  # the newer name in transformers, the older
 NO_TOKEN = -1  # where the logits hold NaN, for which searchsorted would draw the last token
 
 
@@ -65,7 +69,8 @@ def rows_at_once(policy: Policy, tokens: int) -> int:
 def cache_bytes(policy: Policy) -> int:
     """Bytes of a token's keys and values in all layers."""
     config = policy.lm.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    _require_cache(policy, heads is not None)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept_heads = getattr(config, "num_key_value_heads", None) or heads
     return int(2 * config.num_hidden_layers * kept_heads * width * policy.lm.dtype.itemsize)
@@ -84,7 +89,7 @@ def _sample(
     ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
     responses: list[list[int]] = [[] for _ in prompt_ids]
     live = torch.arange(len(prompt_ids), device=device)  # rows that have not ended, (b,)
-    cache = None
+    cached: dict[str, DynamicCache] = {}
     for t in range(uniforms.shape[1]):
         # With padding on the left the position of a token is the number of real ones before it.
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -92,15 +97,10 @@ def _sample(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **cached,
         )
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise BadInput(
-                f"{type(policy.lm).__name__} has no key-value cache to sample with; "
-                "use an attention model, such as a GPT-2, Llama or Qwen"
-            )
+        cached = _cached(policy, output)
         logits = lm_head_logits(
             output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
         )  # (b, V)
@@ -118,11 +118,36 @@ def _sample(
         if len(going) == 0:
             break
         if len(going) < len(live):
-            cache.batch_select_indices(going)
+            for cache in cached.values():
+                cache.batch_select_indices(going)
             live, tokens, attention_mask = live[going], tokens[going], attention_mask[going]
         ids = tokens[:, None]  # (b, 1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
     return [torch.tensor(response) for response in responses]
+
+
+def _cached(policy: Policy, output: ModelOutput) -> dict[str, DynamicCache]:
+    """The keys and values so far, by the name under which the model hands them out and takes them.
+
+    Raises:
+        BadInput: if it keeps none, or keeps states of which single rows cannot be taken out.
+    """
+    cached = {name: output[name] for name in CACHE_NAMES & output.keys()}
+    _require_cache(policy, len(cached) == 1)
+    [cache] = cached.values()
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    _require_cache(
+        policy, type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
+    )
+    return cached
+
+
+def _require_cache(policy: Policy, there: bool) -> None:
+    require(
+        there,
+        f"{type(policy.lm).__name__} has no key-value cache to sample with; "
+        "use an attention model, such as a GPT-2, Llama or Qwen",
+    )
 
 
 def widest_float(device: torch.device) -> torch.dtype:

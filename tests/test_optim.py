@@ -360,6 +360,20 @@ def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
         overflow(toy, restored)
 
 
+@pytest.mark.filterwarnings("error")  # the schedule warns where it is ahead of the optimizer
+def test_a_first_step_that_is_skipped_moves_the_schedule_alone():
+    toy = Toy()
+    optimizer = optimizer_of(
+        toy, schedule="linear", warmup_steps=2, learning_rate=1.0, on_nonfinite="skip"
+    )
+    start = weights(toy)
+    optimizer.backward(toy.loss([[math.nan, 0.0], [0.0, 0.0]], [1.0, 1.0]))
+    optimizer.step()
+    assert largest_difference(toy, start) == EXACT  # no weight decay either
+    assert optimizer.optimizer.state_dict()["state"] == {}
+    assert (optimizer.learning_rate, optimizer.steps, optimizer.skipped) == (0.5, 1, 1)
+
+
 def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
     def kept(seed, step):
         with dropout_rng(seed, step, torch.device("cpu")):

@@ -182,6 +182,15 @@ def test_a_quickstart_stopped_in_its_third_stage(work, tmp_path, capsys):
 # Signals
 
 
+@pytest.fixture
+def interruptible():
+    """As from a terminal, also where the tests run in the background, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_is_noted_and_the_second_stops():
     with catching_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)
@@ -192,6 +201,28 @@ def test_the_first_signal_is_noted_and_the_second_stops():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_each_signal_is_noted_and_ignored_ones_stay_so(number, code):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with catching_signals() as request:
+            os.kill(os.getpid(), number)
+        assert request.exit_code == code
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with catching_signals() as request:
+            assert signal.getsignal(number) == signal.SIG_IGN
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+        assert request.signal is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
     stop_at(monkeypatch, 2, signal.SIGINT)
     log = MetricsLog(lambda: tmp_path)
@@ -1069,6 +1100,7 @@ def test_an_earlier_checkpoint_of_an_earlier_stage_does_not_cost_the_later_ones(
     assert run_quickstart(monkeypatch, "--resume", out) == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_fewer_steps_than_are_done_are_done(in_ppo, tmp_path, capsys):
     shutil.copytree(in_ppo, out := tmp_path / "run")
     fewer = ["--sft_epochs", "1", "--allow_config_change"]

@@ -1,18 +1,32 @@
 """The sampler against full forward passes without cache and padding, one row at a time."""
 
 import copy
+import inspect
 import math
-from collections import Counter
+import warnings
+from collections import Counter, OrderedDict
 from itertools import accumulate, product
 
 import pytest
 import torch
 from tiny import EOS, PAD, gpt2, llama, llama_like, policy, seeded, token_rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    OpenAIGPTConfig,
+    RwkvConfig,
+)
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.sampling import _inverse_cdf, cache_bytes, rows_at_once, sample
+from rlhf_min.sampling import CACHE_NAMES, _inverse_cdf, cache_bytes, rows_at_once, sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
@@ -284,3 +298,97 @@ def test_a_policy_that_gives_nan_is_refused():
         lm.transformer.wte.weight[5] = float("nan")  # one token, which no prompt holds
     with pytest.raises(BadInput, match="the policy gives NaN while sampling"):
         draw(made, [torch.tensor([2, 3])])
+
+
+# Names that transformers has changed, and models that keep something else
+
+
+class Renamed(torch.nn.Module):
+    """A trunk as another version of transformers has it: one name for the cache, and no other."""
+
+    def __init__(self, trunk, name):
+        super().__init__()
+        self.trunk, self.name = trunk, name
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, **cached):
+        assert cached.keys() <= {self.name}
+        found = self.trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{name: cached[self.name] for name in CACHE_NAMES & OWN_NAMES if cached},
+        )
+        [cache] = [found[name] for name in CACHE_NAMES & found.keys()]
+        return Output(last_hidden_state=found.last_hidden_state, **{self.name: cache})
+
+
+class Output(OrderedDict):
+    """Like that of a model."""
+
+    @property
+    def last_hidden_state(self):
+        return self["last_hidden_state"]
+
+
+# What the installed version calls it.
+OWN_NAMES = set(inspect.signature(LlamaModel.forward).parameters)
+
+
+@pytest.mark.parametrize("name", sorted(CACHE_NAMES))
+def test_the_cache_is_found_by_its_old_and_its_new_name(name, monkeypatch):
+    model = policy(llama(vocabulary=FEW))
+    expected = draw(model, PROMPTS)
+    renamed = Renamed(model.lm.model, name)
+    monkeypatch.setattr(type(model.lm), "base_model", property(lambda _: renamed))
+    assert draw(model, PROMPTS) == expected
+
+
+def test_no_name_is_used_that_will_go():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for make in (gpt2, llama):
+            draw(policy(make(vocabulary=FEW)), PROMPTS)
+
+
+SMALL = {"vocab_size": FEW, "hidden_size": 16, "bos_token_id": EOS, "eos_token_id": EOS}
+STATES = {"num_hidden_layers": 2, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(**SMALL, **STATES),
+        FalconMambaConfig(**SMALL, **STATES),
+        RwkvConfig(**SMALL, num_hidden_layers=2, attention_hidden_size=16),
+        OpenAIGPTConfig(vocab_size=FEW, n_embd=16, n_layer=2, n_head=2),
+        # some layers of attention, some with states of which no row can be taken out
+        Lfm2Config(
+            **SMALL,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            layer_types=["conv", "full_attention"],
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_without_keys_and_values_is_refused(config):
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    name = type(lm).__name__
+    with pytest.raises(BadInput, match=f"^{name} has no key-value cache to sample with; use an "):
+        draw(policy(lm), PROMPTS)
+
+
+def test_a_sliding_window_leaves_the_right_keys():
+    # Prompts of up to 7 tokens and responses of 9, of which a token sees itself and two others.
+    config = MistralConfig(**llama_like(FEW), sliding_window=3)
+    lm = seeded(lambda: MistralForCausalLM(config))
+    uniforms = torch.rand(6, 9, generator=generator(), dtype=torch.float64).tolist()
+    expected = [
+        drawn_by_hand(lm, prompt.tolist(), row, 1.0)
+        for prompt, row in zip(PROMPTS, uniforms, strict=True)
+    ]
+    assert draw(policy(lm), PROMPTS, tokens=9) == expected
+    assert len(set(map(len, expected))) > 1

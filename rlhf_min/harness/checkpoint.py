@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.soundness import nonfinite_weight
+from rlhf_min.loading import quiet
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
 OLD = "-old"  # what a folder is called while another takes its name
@@ -57,6 +58,7 @@ def _require_finite(model: nn.Module, folder: Path) -> None:
     )
 
 
+@quiet()
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "model.pt")

@@ -236,7 +236,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run a command's main function; turn its errors into one line and an exit code.
 
     Exit code 2 for bad input, 1 for numbers that went wrong and for too little memory, 130 for
-    Ctrl-C, 143 for SIGTERM.
+    Ctrl-C, 143 for SIGTERM, 129 for a closed terminal (SIGHUP).
     """
 
     @functools.wraps(main)

@@ -152,7 +152,7 @@ class MetricsLog:
             snapshot: what checkpoints are taken of.
 
         Raises:
-            Stopped: after the step in which SIGINT or SIGTERM came; it says whether that is saved.
+            Stopped: after the step in which a signal came; it says whether that is saved.
         """
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules

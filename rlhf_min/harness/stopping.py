@@ -1,4 +1,5 @@
-"""Stopping well: Ctrl-C and a scheduler's SIGTERM end a run after the step that it is at."""
+"""Stopping well: Ctrl-C, a scheduler's SIGTERM and a terminal that is closed end a run after the
+step that it is at."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Stopped(Exception):
@@ -26,13 +30,17 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT and 143 for SIGTERM, as shells have it."""
+        """130 for SIGINT, 143 for SIGTERM and 129 for SIGHUP, as shells have it."""
         return 128 + (self.signal or 0)
 
 
 @contextmanager
 def catching_signals() -> Iterator[StopRequest]:
-    """Inside, the first signal is only noted; a second SIGINT stops at once as it always did."""
+    """Inside, the first signal is only noted; a second SIGINT stops at once as it always did.
+
+    A signal that is ignored stays so: ``nohup`` starts a program without SIGHUP, and a shell a job
+    in the background without SIGINT.
+    """
     request = StopRequest()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -41,7 +49,8 @@ def catching_signals() -> Iterator[StopRequest]:
         request.signal = request.signal or number
 
     try:
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heeded}
     except ValueError:  # not in the main thread, where signals never arrive
         yield request
         return
