@@ -28,7 +28,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import small_policy, small_reward_model
-from test_cli import EXAMPLES, example, pairs, write_rows
+from test_cli import EXAMPLES, example, our_line, pairs, write_rows
 from tiny import bert, bert_words
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -791,7 +791,10 @@ def prepared(case: Case, base: Path, models: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_of_stderr() -> Iterator[list[str]]:
-    """A list that has, in the end, what anyone wrote there: also loggers and other languages."""
+    """A list that has, in the end, what anyone wrote there: also loggers and other languages.
+
+    Warnings stand first.
+    """
     loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
     handlers = [h for x in loggers for h in x.handlers if type(h) is logging.StreamHandler]
     kept, said = os.dup(2), list[str]()
@@ -805,7 +808,7 @@ def all_of_stderr() -> Iterator[list[str]]:
                     warnings.simplefilter("ignore", silent)
                 yield said
             file.seek(0)
-            said += [file.read(), *(f"{w.category.__name__}: {w.message}\n" for w in warned)]
+            said += [*(f"{w.category.__name__}: {w.message}\n" for w in warned), file.read()]
         finally:
             for handler, stream in zip(handlers, streams, strict=True):
                 handler.setStream(stream or sys.stderr)
@@ -870,9 +873,7 @@ def test_it_is_said_in_one_line_and_leaves_nothing(case, tmp_path, models):
     assert found.code == case.code
     if case.code:
         assert found.changed == []
-        assert found.err.startswith("error: ")
-        assert found.err.endswith("\n")
-        message = found.err.removeprefix("error: ").removesuffix("\n")
+        message = our_line(found.err)
         assert message.isprintable()
         assert fits(case.says, message), message
     else:
@@ -901,7 +902,7 @@ def test_the_scripts_themselves_say_it(tmp_path, models):
     for case, base, before, process in started:
         out, err = process.communicate("y\n" * 99, timeout=120)
         assert process.returncode == 2
-        assert fits(f"error: {case.says}\n", err), err
+        assert fits(case.says, our_line(err)), err
         assert listing(base) == before, out
 
 
@@ -927,7 +928,7 @@ def main() -> None:
                 except pytest.skip.Exception as reason:
                     print(f"| {case.given} | not tried: {reason} |")
                     continue
-                lines = [found.err] if case.code else found.out.splitlines()
+                lines = [f"error: {our_line(found.err)}"] if case.code else found.out.splitlines()
                 shown = next(line for line in lines if case.code or fits(case.says, line))
                 print(markdown(case.given, shown.strip()))
 

@@ -364,7 +364,7 @@ def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
 def test_a_first_step_that_is_skipped_moves_the_schedule_alone():
     toy = Toy()
     optimizer = optimizer_of(
-        toy, schedule="linear", warmup_steps=2, learning_rate=1.0, on_nonfinite="skip"
+        toy, schedule="linear", warmup_share=0.2, learning_rate=1.0, on_nonfinite="skip"
     )
     start = weights(toy)
     optimizer.backward(toy.loss([[math.nan, 0.0], [0.0, 0.0]], [1.0, 1.0]))
