@@ -57,7 +57,8 @@ def main() -> None:
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)
-    log = start_log(out, options, sft_config, reward_config, ppo_config, dpo_config)
+    configs = (sft_config, reward_config, ppo_config, dpo_config)
+    log = start_log(out, options, *configs, monitors=inputs.monitors)
 
     stages.run_sft(sft_policy, codec, inputs, sft_config, log)
     save_policy(sft_policy, out / "sft")

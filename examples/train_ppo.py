@@ -67,7 +67,7 @@ def main() -> None:
     if isinstance(given, WeightedSum) and len(given.parts) > 1:
         inputs.monitors |= given.monitors
 
-    log = start_log(out, options, config)
+    log = start_log(out, options, config, monitors=inputs.monitors)
     if options.model is None:
         stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
     if given is None:

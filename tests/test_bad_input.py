@@ -375,6 +375,17 @@ OPTIONS = [
     Case(
         "a model twice", "evaluate_models --models sft,sft", "--models sft,sft names a model twice"
     ),
+    Case(
+        "a best of what no stage measures",
+        f"{SFT} --keep_best eval/nope",
+        "--keep_best eval/nope is measured by no stage of this run; give one of eval/loss, "
+        "eval/perplexity",
+    ),
+    Case(
+        "a best of what another stage would measure",
+        f"{PPO} --reward_model bert --keep_best eval/loss",
+        "--keep_best eval/loss is measured by no stage of this run; give one of eval/distinct_2, …",
+    ),
 ]
 
 BART = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=30)
@@ -611,9 +622,15 @@ OUT = [
         folder("mine", "run.json", "a.jsonl"),
     ),
     Case(
+        "a run with the reward",
+        f"{PPO} --reward 0.5*mine/a.py:f --out mine --overwrite",
+        "--out mine would be emptied, and mine/a.py lies in it; give another folder",
+        folder("mine", "run.json", "a.py"),
+    ),
+    Case(
         "a link to a run",
         f"{SFT} --out a --overwrite",
-        "--out a: cannot be written: Cannot call rmtree on a symbolic link",
+        "--out a is a link to a run; give its own folder",
         both(folder("mine", "run.json"), link("a", "mine")),
     ),
     Case("a link to nothing", f"{SFT} --out a", "--out a: …", link("a", "b/c")),

@@ -191,12 +191,25 @@ def test_the_files_of_a_folder(tmp_path):
 def test_saving_again_replaces_everything(tmp_path):
     folder = tmp_path / "out"
     save_policy(make_policy(critic="separate"), folder)
-    (folder / "left over").write_text("", encoding="utf-8")
+    (folder / "left_over.json").write_text("", encoding="utf-8")
     second = make_policy(critic="none", seed=1)
     save_policy(second, folder)
-    assert {"left over", VALUE_FILE}.isdisjoint(names(folder))
+    assert {"left_over.json", VALUE_FILE}.isdisjoint(names(folder))
     loaded = Policy.from_pretrained(folder, critic="none")
     assert_close(loaded(BATCH).logprobs, second(BATCH).logprobs, EXACT)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_the_user_has_put_beside_a_model_stays(tmp_path):
+    folder = tmp_path / "out"
+    save_policy(make_policy(), folder)
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    (folder / "onnx").mkdir()
+    (folder / "onnx/model.json").write_text("mine", encoding="utf-8")
+    save_policy(make_policy(critic="none", seed=1), folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == "mine"
+    assert (folder / "onnx/model.json").read_text(encoding="utf-8") == "mine"
+    assert VALUE_FILE not in names(folder)
     assert names(tmp_path) == ["out"]
 
 

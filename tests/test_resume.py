@@ -26,11 +26,13 @@ from tiny import llama
 from torture import ALGORITHMS, MODULES, command_line, prepare, result
 
 from rlhf_min.data import PreferenceExample, PromptExample
+from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness import faults, resume, run
+from rlhf_min.harness.belongings import clear
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.identity import weight_digests
-from rlhf_min.harness.metrics import MetricsLog, Saving
+from rlhf_min.harness.metrics import MEASURED, MetricsLog, Saving
 from rlhf_min.harness.resume import (
     RECORD,
     STATES,
@@ -49,7 +51,11 @@ from rlhf_min.harness.run import read_record, reopen_run
 from rlhf_min.harness.soundness import unsound
 from rlhf_min.harness.stopping import Stopped, catching_signals
 from rlhf_min.models import Policy
-from rlhf_min.reward import RewardExample
+from rlhf_min.ppo import PPOConfig
+from rlhf_min.reward import RewardConfig, RewardExample
+from rlhf_min.sft import SFTConfig
+
+PPOOptions = MODULES["ppo"].PPOOptions
 
 
 @pytest.fixture(scope="module")
@@ -988,6 +994,77 @@ def test_links_out_of_a_run_are_refused(whole, tmp_path, monkeypatch, capsys):
     assert "run/best is a link, and no run writes any" in capsys.readouterr().err
 
 
+USERS = [
+    *("checkpoints/good-model/model.pt", "checkpoints/ppo-good/step-000100/weights.safetensors"),
+    *("checkpoints/notes.txt", "checkpoints/sft/step-000006-good/a", "checkpoints/sft/step-42/a"),
+    *("checkpoints/sft/.mine-123/a", ".cache-123/a", "mine/.sft-123/a", "best/mine/model.pt"),
+    *("checkpoints/ppo/mine/a", "notes.md"),
+]
+
+
+def with_files(run, names=USERS):
+    for name in names:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine", encoding="utf-8")
+
+
+def test_what_the_user_has_put_into_a_run_stays_when_it_is_resumed(stopped, monkeypatch, capsys):
+    with_files(stopped)
+    (stopped / "checkpoints/ppo/step-000002").mkdir()  # of a later stage, half deleted
+    noted = stopped / "checkpoints/sft/step-000004/notes.md"
+    noted.write_text("mine", encoding="utf-8")
+    assert run_command(monkeypatch, "sft", "--resume", stopped, "--keep_last", "1") == 2
+    assert "there are some of ppo, which would be lost" in capsys.readouterr().err
+    shutil.rmtree(stopped / "checkpoints/ppo/step-000002")
+    assert run_command(monkeypatch, "sft", "--resume", stopped, "--keep_last", "1") == 0
+    assert {(stopped / name).read_text(encoding="utf-8") for name in USERS} == {"mine"}
+    assert noted.read_text(encoding="utf-8") == "mine"
+    found = [path.name for path in checkpoints(stopped / "checkpoints/sft")]
+    assert found == ["step-000004", "step-000014"]
+    told = capsys.readouterr().out
+    for name in ("good-model", "ppo-good", "notes.txt", "ppo/mine", "sft/step-42", "sft/.mine-123"):
+        assert f"left alone, since no run wrote it: {stopped}/checkpoints/{name}\n" in told
+    assert f"{noted}\n" in told
+    assert f"{stopped}/mine" not in told
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "ppo"])
+def test_overwriting_removes_what_the_run_wrote_and_leaves_what_the_user_did(
+    algorithm, work, whole, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(whole[algorithm], out := tmp_path / "run")
+    (out / "best/sft").mkdir(parents=True)
+    shutil.copy(out / "run.json", out / "best/sft/config.json")
+    (out / ".sft-77-old").mkdir()
+    (out / ".sft-77-old/model.pt").touch()
+    (out / "empty").mkdir()
+    users = [*USERS, f"{algorithm}/README.md", "checkpoints/sft/step-000012/notes.md"]
+    with_files(out, users)
+    kept = clear(out)
+    assert sorted(str(path.relative_to(out)) for path in kept) == sorted([*users, ".lock"])
+    assert (out / "empty").is_dir()
+    assert not any((out / name).exists() for name in ("best/sft", ".sft-77-old", "metrics.jsonl"))
+    (out / "run.json").touch()
+    options = [*command_line(algorithm, work), *ONE_STEP[algorithm], "--out", out, "--overwrite"]
+    assert run_command(monkeypatch, algorithm, *options) == 0
+    assert f"left in {out}, since no run wrote it: {out}/.cache-123/a, " in capsys.readouterr().out
+    assert {(out / name).read_text(encoding="utf-8") for name in users} == {"mine"}
+    assert (out / algorithm / "model.safetensors").exists()
+
+
+def test_what_the_user_has_put_beside_a_model_survives_a_kill_while_it_is_replaced(stopped):
+    for name in ("model.pt", "config.json"):
+        with_files(stopped, [f".sft-4711-old/{name}", f"sft/{name}"])
+    with_files(stopped, [".sft-4711-old/README.md"])
+    reopen_run(stopped)
+    assert not (stopped / ".sft-4711-old").exists()
+    assert sorted(x.name for x in (stopped / "sft").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.pt",
+    ]
+
+
 def test_what_a_kill_left_is_removed(whole, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole["sft"], tmp_path / "run")
     left = tmp_path / "run/checkpoints/sft/.step-000012-4711"
@@ -1032,7 +1109,12 @@ def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, cap
 )
 def test_the_best_model_is_kept(name, values, best, tmp_path):
     kept, shot = [], snapshot(step=0)
-    object.__setattr__(shot, "save_model", lambda folder: kept.append((folder, shot.state.step)))
+
+    def save(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.append((folder, shot.state.step))
+
+    object.__setattr__(shot, "save_model", save)
 
     def steps():
         for value in values:
@@ -1042,6 +1124,8 @@ def test_the_best_model_is_kept(name, values, best, tmp_path):
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best=name))
     log.follow("ppo", steps(), total=len(values), show=(), snapshot=shot)
     assert kept == [(tmp_path / "best/ppo", step) for step in best]
+    told = json.loads((tmp_path / "best/ppo/best.json").read_text(encoding="utf-8"))
+    assert told == {"metric": name, "step": best[-1], "value": values[best[-1] - 1]}
     assert not list(Path(tmp_path).glob("checkpoints/*"))
 
 
@@ -1049,6 +1133,107 @@ def test_a_metric_that_never_came_is_told(tmp_path, capsys):
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/scores"))
     log.follow("ppo", [{"eval/score": 1.0}], total=1, show=(), snapshot=snapshot(step=0))
     assert "--keep_best eval/scores: ppo never measured it" in capsys.readouterr().out
+
+
+def follow_with(folder, name, values, *, done=0):
+    """Steps with these values of a metric; at which the best model was kept."""
+    kept, shot = [], snapshot(step=done)
+
+    def save(best):
+        best.mkdir(parents=True, exist_ok=True)
+        kept.append(shot.state.step)
+
+    object.__setattr__(shot, "save_model", save)
+
+    def steps():
+        for value in values:
+            shot.state.step += 1
+            yield {name: value}
+
+    log = MetricsLog(lambda: folder, saving=Saving(every=0, keep_best=name))
+    log.follow("ppo", steps(), total=done + len(values), show=(), snapshot=shot)
+    return kept
+
+
+def test_what_was_best_before_a_resume_stays_the_best_of_its_metric(tmp_path):
+    assert follow_with(tmp_path, "eval/score", [1.0, 4.0, 3.0]) == [1, 2]
+    assert follow_with(tmp_path, "eval/score", [3.5, 5.0], done=3) == [5]
+    assert follow_with(tmp_path, "eval/score", [4.5], done=4) == [5]  # step 5 was given up
+    assert follow_with(tmp_path, "eval/k1", [9.0, 8.0], done=5) == [6, 7]  # no score counts
+    (tmp_path / "best/ppo/best.json").write_text("{", encoding="utf-8")
+    assert follow_with(tmp_path, "eval/k1", [9.0], done=7) == [8]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_may_be_the_best_is_what_the_stages_measure(algorithm, whole):
+    rows = (whole[algorithm] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = {name for row in rows for name in json.loads(row) if name.startswith("eval/")}
+    assert measured == {f"eval/{name}" for name in MEASURED[algorithm]}
+
+
+SUM = ["0.5*a.py:f", "b.py:g"]
+
+
+@pytest.mark.parametrize(
+    ("given", "configs", "name", "fine"),
+    [
+        ({}, [SFTConfig], "eval/perplexity", True),
+        ({}, [SFTConfig], "eval/score", False),
+        ({}, [SFTConfig], "eval/loss ", False),
+        ({}, [DPOConfig], "eval/perplexity", True),  # SFT comes first
+        ({"model": "sft"}, [DPOConfig], "eval/perplexity", False),
+        ({}, [PPOConfig], "eval/ties", True),  # the reward model too
+        ({"reward": SUM}, [PPOConfig], "eval/ties", False),
+        ({"reward_model": "bert"}, [PPOConfig], "eval/ties", False),
+        ({"reward_model": "bert"}, [PPOConfig], "eval/gold_reward", True),
+        ({"reward_model": "bert"}, [PPOConfig], "eval/reward/a.py:f", False),
+        ({"reward_model": "bert"}, [SFTConfig], "eval/gold_reward", False),
+        ({"model": "sft"}, [SFTConfig, RewardConfig, PPOConfig, DPOConfig], "eval/loss", True),
+        ({"model": "sft"}, [SFTConfig, RewardConfig, PPOConfig, DPOConfig], "eval/nope", False),
+        ({}, [SFTConfig], None, True),
+    ],
+)
+def test_the_best_of_what_no_stage_measures_is_refused_at_the_start(
+    given, configs, name, fine, tmp_path
+):
+    options = (PPOOptions if "reward" in given else RunOptions)(**given, keep_best=name)
+    log = partial(
+        run.start_log,
+        tmp_path / "run",
+        options,
+        *(config() for config in configs),
+        monitors=["gold_reward"],
+    )
+    if fine:
+        log()
+    else:
+        with pytest.raises(BadInput, match=f"--keep_best {name} is measured by no stage of this r"):
+            log()
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_can_be_the_best_without_held_out_rows(tmp_path, capsys):
+    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/score"))
+    shot = replace(snapshot(step=0), heldout=[])
+    with pytest.raises(BadInput, match="--keep_best eval/score: ppo has no held-out rows to measu"):
+        log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)
+    assert log.rows == []
+    log.follow("sft", [{"loss": 1.0}], total=1, show=(), snapshot=replace(shot, stage="sft"))
+    log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)  # too late to refuse it
+    assert "ppo has no held-out rows to measure it on" in capsys.readouterr().out
+
+
+def test_other_held_out_rows_are_told(tmp_path, capsys):
+    red, blue = (PromptExample(text, torch.tensor([2])) for text in ("red", "blue"))
+    path = tmp_path / "step-000004"
+    shot = replace(snapshot(), heldout=[red])
+    begin(path, shot, finished=False, sizes={}).complete()
+    Checkpoint(path).restore(shot)
+    assert capsys.readouterr().out == ""
+    Checkpoint(path).restore(replace(shot, heldout=[red, blue]))
+    assert "ppo: the held-out rows are others than until step 4, so what eval/ says before and" in (
+        capsys.readouterr().out
+    )
 
 
 # Several stages

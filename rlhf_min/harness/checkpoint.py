@@ -14,11 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.belongings import OLD, discard
 from rlhf_min.harness.soundness import nonfinite_weight
 from rlhf_min.loading import quiet
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
-
-OLD = "-old"  # what a folder is called while another takes its name
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -97,7 +96,10 @@ def saving(folder: Path) -> Iterator[Path]:
 
 
 def publish(new: Path, folder: Path) -> None:
-    """Flush everything in a folder to the disk, and give it its name in the place of another."""
+    """Flush everything in a folder to the disk, and give it its name in the place of another.
+
+    Files of the user's that lay in the other move on into it.
+    """
     old = new.with_name(f"{new.name}{OLD}")
     for path in [*new.rglob("*"), new]:
         if path.is_file():
@@ -112,7 +114,8 @@ def publish(new: Path, folder: Path) -> None:
             os.rename(old, folder)
         raise
     flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        discard(old, folder)
 
 
 def flush(path: Path) -> None:

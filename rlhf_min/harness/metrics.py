@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,15 +16,31 @@ from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import faults, resume
+from rlhf_min.harness.belongings import foreign, remove
 from rlhf_min.harness.checkpoint import flush
 from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer, checkpoints
-from rlhf_min.harness.runs import BEST, CHECKPOINTS, METRICS, SAMPLES, TOKENS
+from rlhf_min.harness.runs import BEST, CHECKPOINTS, METRICS, SAMPLES, STAGES, TOKENS
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
 from rlhf_min.harness.trackers import Track, start_tracker
 
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
 DAMAGED = "damaged; put the file back as the run wrote it"
-LOWER_IS_BETTER = ("loss", "perplexity", "ties", "k1", "repeated_4")
+# What each stage measures on held-out rows; PPO also what its monitors are called.
+MEASURED = {
+    "sft": ("loss", "perplexity"),
+    "reward_model": ("loss", "accuracy", "ties", "margin"),
+    "ppo": ("score", "k1", "response_length", "distinct_2", "repeated_4"),
+    "dpo": (
+        *("loss", "accuracy", "margin", "chosen_rewards", "rejected_rewards"),
+        *("chosen_logprobs", "rejected_logprobs"),
+        *("chosen_logprobs_change", "rejected_logprobs_change"),
+    ),
+}
+LOWER_IS_BETTER = (
+    *("loss", "perplexity", "ties", "k1", "repeated_4"),
+    *("rejected_rewards", "rejected_logprobs", "rejected_logprobs_change"),
+)
+BEST_FILE = "best.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class MetricsLog:
         self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
         self._restored: set[str] = set()
         self._saved_at = 0.0
+        self._best: float | None = None  # of the stage that runs, the larger the better
         self._unsaved = False  # a stage is over of which there is no checkpoint
         self.rows: list[dict[str, Any]] = []
 
@@ -164,6 +180,9 @@ class MetricsLog:
         )
         shown: dict[str, str] = {}
         self._saved_at, saved, step = time.monotonic(), done, done
+        if snapshot is not None:
+            self._require_heldout(stage, snapshot)
+            self._best = self._best_before(stage, done)
         with ExitStack() as stack:
             request = stack.enter_context(catching_signals())
             stack.enter_context(faults.saved(folder, self.rows, snapshot))
@@ -197,7 +216,7 @@ class MetricsLog:
             if request.signal is not None:
                 raise self._stopped(request, stage, step, total, saved)
         best = self._saving.keep_best if snapshot is not None and step > done else None
-        if best is not None and not self.series(stage, best)[0]:
+        if best is not None and _measures(stage, best) and not self.series(stage, best)[0]:
             print(f"--keep_best {best}: {stage} never measured it, so none was kept")
 
     def add_samples(
@@ -262,11 +281,36 @@ class MetricsLog:
         name = self._saving.keep_best
         if name is None or not math.isfinite(metrics.get(name, math.nan)):
             return
-        sign = -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
-        *before, now = [sign * value for value in self.series(snapshot.stage, name)[1]]
-        if not any(value >= now for value in before):
+        value = _sign(name) * metrics[name]
+        if self._best is None or value > self._best:
             faults.require_kept(snapshot, {})
-            snapshot.save_model(self.folder / BEST / snapshot.stage)
+            folder = self.folder / BEST / snapshot.stage
+            snapshot.save_model(folder)
+            told = {"metric": name, "step": snapshot.state.step, "value": metrics[name]}
+            report = json.dumps(told) + "\n"
+            (folder / BEST_FILE).write_text(report, encoding="utf-8")
+            self._best = value
+
+    def _best_before(self, stage: str, done: int) -> float | None:
+        """How good the kept model is, if it is of this run: of the same metric, and of a step that
+        the run did not go back behind."""
+        try:
+            file = self.folder / BEST / stage / BEST_FILE
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if told["metric"] != self._saving.keep_best or told["step"] > done:
+                return None
+            return _sign(told["metric"]) * float(told["value"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+
+    def _require_heldout(self, stage: str, snapshot: Snapshot) -> None:
+        """Nothing can be the best without held-out rows. Once other stages are trained it is only
+        told."""
+        name = self._saving.keep_best
+        if name is not None and snapshot.heldout == [] and _measures(stage, name):
+            told = f"--keep_best {name}: {stage} has no held-out rows to measure it on"
+            require(bool(self.rows), f"{told}; give more rows, or a larger --heldout_share")
+            print(told)
 
     def _stopped(
         self, request: StopRequest, stage: str, step: int, total: int, saved: int
@@ -291,9 +335,8 @@ class MetricsLog:
 
     def _require_nothing_later(self, stage: str) -> None:
         """A stage that goes on before its end would delete the checkpoints of those after it."""
-        others = sorted(path.name for path in self.folder.glob(f"{CHECKPOINTS}/*"))
-        done = {stage, *self._restored}
-        later = [x for x in others if x not in done and checkpoints(self._checkpoints(x))]
+        others = sorted(set(STAGES) - {stage, *self._restored})
+        later = [x for x in others if checkpoints(self._checkpoints(x))]
         require(
             not later,
             f"--resume {self.folder}: {stage} has no checkpoint of its end, but there are some of "
@@ -325,9 +368,38 @@ class MetricsLog:
         for name, file in self._growing():
             if file.exists():
                 os.truncate(file, self._sizes.get(name, 0))
-        for later in self.folder.glob(f"{CHECKPOINTS}/*"):
-            if later.is_dir() and later.name not in self._restored:
-                shutil.rmtree(later)
+        for stage in set(STAGES) - self._restored:
+            for later in checkpoints(self._checkpoints(stage)):
+                remove(later)
+        for path in foreign(self.folder / CHECKPOINTS):
+            print(f"left alone, since no run wrote it: {path}")
+
+
+def _measures(stage: str, name: str) -> bool:
+    """Whether a stage would measure this; what no stage is known for may be a monitor of PPO."""
+    bare = name.removeprefix("eval/")
+    known = bare in {metric for metrics in MEASURED.values() for metric in metrics}
+    return bare in MEASURED.get(stage, ()) or (not known and stage == "ppo")
+
+
+def require_measured(name: str | None, stages: Iterable[str], monitors: Iterable[str]) -> None:
+    """Raise `BadInput` for a ``--keep_best`` that none of these stages will measure.
+
+    Args:
+        name: what is given, if anything is.
+        stages: that the command trains.
+        monitors: the rewards that PPO reports beside its own.
+    """
+    names = {
+        f"eval/{name}"
+        for stage in stages
+        for name in (*MEASURED[stage], *(monitors if stage == "ppo" else ()))
+    }
+    require(
+        name is None or name in names,
+        f"--keep_best {name} is measured by no stage of this run; give one of "
+        f"{', '.join(sorted(names))}",
+    )
 
 
 def _last_rows(file: Path) -> dict[str, int]:
@@ -362,6 +434,10 @@ def _flushed_size(file: Path) -> int:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         return os.fstat(opened.fileno()).st_size
+
+
+def _sign(name: str) -> int:
+    return -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
 
 
 def _json_number(value: Any) -> Any:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.belongings import STEP, remove
 from rlhf_min.harness.checkpoint import publish, saving
 from rlhf_min.harness.identity import difference, identity
 from rlhf_min.harness.soundness import unsound
@@ -64,6 +65,8 @@ class Snapshot:
         texts: that the model is tried on before it is kept; a few are taken.
         examples: what it is trained on; a run is continued on the same only.
         total: steps of the stage.
+        heldout: what it is measured on, if that is known; a run may be continued with others, but
+            what was measured before cannot be compared then.
     """
 
     stage: str
@@ -74,11 +77,17 @@ class Snapshot:
     texts: Sequence[str]
     examples: Sequence[Any]
     total: int
+    heldout: Sequence[Any] | None = None
 
     @cached_property
     def data(self) -> str:
         """A digest of all that the examples hold, in their order."""
         return fingerprint(self.examples)
+
+    @cached_property
+    def measured_on(self) -> str:
+        """The same of the held-out rows."""
+        return fingerprint(self.heldout or ())
 
     @cached_property
     def identities(self) -> dict[str, Any]:
@@ -139,6 +148,11 @@ class Checkpoint:
         )
         try:
             self._compare(snapshot)
+            if self.record.get("heldout", snapshot.measured_on) != snapshot.measured_on:
+                print(
+                    f"{snapshot.stage}: the held-out rows are others than until step {self.step}, "
+                    "so what eval/ says before and after it cannot be compared"
+                )
             _load_weights(snapshot.module, self.folder / WEIGHTS)
             # Copies: what `load_file` returns would hold the files, long after they are deleted.
             files = [load_file(self.folder / name) for name in STATES]
@@ -245,6 +259,7 @@ def begin(
         "finished": finished,
         "sizes": dict(sizes),
         "data": snapshot.data,
+        "heldout": snapshot.measured_on,
         "models": snapshot.identities,
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
@@ -300,17 +315,18 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sound or not, by their steps."""
-    found = [x for x in folder.glob("step-*") if x.name[5:].isdigit() and x.is_dir()]
+    found = [x for x in folder.glob("step-*") if re.fullmatch(STEP, x.name) and x.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def keep(folder: Path, newest: Path, n: int) -> None:
-    """Delete all checkpoints but the newest and the n - 1 before it."""
+    """Delete all checkpoints but the newest and the n - 1 before it, and those that hold files of
+    the user's."""
     found = checkpoints(folder)
     place = found.index(newest)
     for path in [*found[: max(0, place + 1 - n)], *found[place + 1 :]]:
         try:
-            shutil.rmtree(path)
+            remove(path)
         except OSError as error:  # there is one too many, which harms nobody
             print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
 

@@ -5,10 +5,9 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.checkpoint import OLD
-from rlhf_min.harness.metrics import MetricsLog, Saving
+from rlhf_min.harness.belongings import LEFT_OVER, clear, discard
+from rlhf_min.harness.metrics import MetricsLog, Saving, require_measured
+from rlhf_min.harness.runs import BEST, CHECKPOINTS, CONFIGS, LAST_GOOD, STAGES
 
 try:
     import fcntl
@@ -37,7 +37,6 @@ OF_THE_START = frozenset({"out", "overwrite", "resume", "allow_config_change"})
 # What JSON that is damaged, or is not what was written, raises.
 _UNREADABLE = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 _NEW = f".{RUN_FILE}"  # until it is complete
-_LEFT_OVER = re.compile(rf"\.(.+)-\d+({OLD})?")  # of `saving` and `publish`
 _held: dict[Path, Any] = {}  # the run that this process is at, and its file, locked
 
 
@@ -69,9 +68,9 @@ def check_out(options: Any, default: str) -> Path:
             options.overwrite,
             f"--out {out} exists; give another folder, --overwrite, or --resume to go on with it",
         )
-        for used in (options.model, options.reward_model, options.data):
+        for used in _files_used(options):
             require(
-                used is None or not Path(used).resolve().is_relative_to(out.resolve()),
+                not Path(used).resolve().is_relative_to(out.resolve()),
                 f"--out {out} would be emptied, and {used} lies in it; give another folder",
             )
         require(
@@ -81,12 +80,24 @@ def check_out(options: Any, default: str) -> Path:
     return out
 
 
-def start_log(out: Path, options: Any, *configs: Any) -> MetricsLog:
+def _files_used(options: Any) -> list[str]:
+    names = ("model", "reward_model", "data", "heldout_data")
+    rewards = [spec.rpartition("*")[2].partition(":")[0] for spec in getattr(options, "reward", [])]
+    return [path for path in (*(getattr(options, name, None) for name in names), *rewards) if path]
+
+
+def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = ()) -> MetricsLog:
     """The log of a new run, or of one that is resumed.
 
+    Args:
+        configs: of the stages. Those that only train what is not given have none.
+        monitors: the names of the rewards that PPO reports beside its own.
+
     Raises:
-        BadInput: if it is resumed with another configuration, without ``--allow_config_change``.
+        BadInput: if it is resumed with another configuration, without ``--allow_config_change``,
+            or no stage measures what ``--keep_best`` names.
     """
+    require_measured(options.keep_best, _stages(options, configs), monitors)
     changed = None if options.resume is None else _check_same(out, options, configs)
     seed_all((options, *configs))
     return MetricsLog(
@@ -97,6 +108,18 @@ def start_log(out: Path, options: Any, *configs: Any) -> MetricsLog:
         on_resume=None if changed is None else lambda: _write_record(out, changed),
         preflight=not options.skip_preflight,
     )
+
+
+def _stages(options: Any, configs: Sequence[Any]) -> set[str]:
+    """The stages that a command trains."""
+    stages = {
+        stage for config in configs for stage in STAGES if CONFIGS[stage] == type(config).__name__
+    }
+    if stages & {"ppo", "dpo"} and options.model is None:
+        stages.add("sft")
+    if "ppo" in stages and options.reward_model is None and not getattr(options, "reward", ()):
+        stages.add("reward_model")
+    return stages
 
 
 def seed_all(configs: Sequence[Any]) -> None:
@@ -123,10 +146,10 @@ def open_run(out: Path, *configs: Any) -> Path:
                 any(getattr(config, "overwrite", False) for config in configs),
                 f"--out {out}: another run has begun there; give another folder, or --overwrite",
             )
-            if not out.is_symlink():  # which is refused by the next line
-                _lock(out)
-            shutil.rmtree(out)
-            _held.clear()
+            require(not out.is_symlink(), f"--out {out} is a link to a run; give its own folder")
+            _lock(out)
+            if kept := [path for path in clear(out) if path.name != LOCK]:
+                print(f"left in {out}, since no run wrote it: {', '.join(map(str, kept))}")
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
         _write_record(out, {"config": _config_values(configs), **_circumstances()})
@@ -144,8 +167,9 @@ def reopen_run(out: Path) -> Path:
     """
     try:
         _lock(out)
-        for path in [*out.glob(".*"), *out.glob("*/.*"), *out.glob("checkpoints/*/.*")]:
-            left = _LEFT_OVER.fullmatch(path.name) if path.is_dir() else None
+        places = ("", f"{BEST}/", f"{LAST_GOOD}/", f"{CHECKPOINTS}/*/")
+        for path in [path for place in places for path in out.glob(f"{place}.*")]:
+            left = LEFT_OVER.fullmatch(path.name) if path.is_dir() else None
             if left is None:
                 continue
             if left[2] and not path.with_name(left[1]).exists():  # killed between two renames
@@ -153,7 +177,10 @@ def reopen_run(out: Path) -> Path:
                 path.rename(path.with_name(left[1]))
                 continue
             print(f"removed, since it was only half written: {path}")
-            shutil.rmtree(path)
+            if left[2]:
+                discard(path, path.with_name(left[1]))
+            else:
+                shutil.rmtree(path)
         record, now = read_record(out), _circumstances()
         for name in now:
             if record.get(name) != now[name]:

@@ -12,6 +12,7 @@ Record = dict[str, Any]
 
 RUN, METRICS, RESULTS = "run.json", "metrics.jsonl", "results.json"
 SAMPLES, TOKENS, REWARD_MODEL = "samples.jsonl", "tokens.jsonl", "reward_model.json"
+STAGES = ("sft", "reward_model", "ppo", "dpo")
 CHECKPOINTS, BEST, LAST_GOOD = "checkpoints", "best", "last_good"  # with a folder for each stage
 # What is missing where a file is, and the stages that write it (none: all of them).
 _HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -22,7 +23,7 @@ _HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
     TOKENS: ("token view", ("ppo",)),
     REWARD_MODEL: ("calibration and margins of the reward model", ("reward_model",)),
 }
-_CONFIGS = {
+CONFIGS = {
     "sft": "SFTConfig",
     "reward_model": "RewardConfig",
     "ppo": "PPOConfig",
@@ -60,7 +61,7 @@ class Run:
 
     def config(self, stage: str) -> Record:
         """A stage's options; none if the run has not noted any."""
-        return self.record.get("config", {}).get(_CONFIGS.get(stage), {})
+        return self.record.get("config", {}).get(CONFIGS.get(stage), {})
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of one stage, where it was measured and finite."""

@@ -61,6 +61,7 @@ def run_sft(
         models={"policy": policy},
         texts=[row["prompt"] for row in inputs.demonstrations],
         examples=examples,
+        heldout=heldout,
         total=total,
     )
     if log.preflight and not log.has_checkpoint("sft"):
@@ -117,6 +118,7 @@ def run_reward(
         models={"reward_model": reward_model},
         texts=responses,
         examples=examples,
+        heldout=heldout,
         total=total,
     )
     if log.preflight and not log.has_checkpoint("reward_model"):
@@ -229,6 +231,7 @@ def run_ppo(
         models=_named(policy, ref_policy, models_in(reward_model)),
         texts=[row["prompt"] for row in inputs.prompts],
         examples=prompts,
+        heldout=eval_prompts,
         total=config.steps,
     )
     log.resume(snapshot)
@@ -243,12 +246,9 @@ def run_ppo(
         monitors=inputs.monitors,
         eval_prompts=eval_prompts,
     )
+    steps = looks.write_down(steps, log, state)
     log.follow(
-        "ppo",
-        looks.write_down(steps, log, state),
-        total=config.steps,
-        show=("score", "kl", "gold_reward"),
-        snapshot=snapshot,
+        "ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
     )
     _tell_faults(state, config, log)
     if eval_prompts:
@@ -383,6 +383,7 @@ def run_dpo(
         models=_named(policy, ref_policy),
         texts=[pair["prompt"] for pair in inputs.pairs],
         examples=examples,
+        heldout=heldout,
         total=total,
     )
     if log.preflight and not log.has_checkpoint("dpo"):
