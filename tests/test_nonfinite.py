@@ -229,11 +229,12 @@ def overflow_in_row_1(_prompts, _responses):
 
 
 def test_a_score_beyond_float32_is_named():
-    policy, _, _, steps = ppo_run(score=overflow_in_row_1)
+    policy, _, state, steps = ppo_run(score=overflow_in_row_1)
     before = weights(policy)
-    with pytest.raises(NonFinite, match=r"step 0: scores .* in batch row\(s\) 1;") as caught:
+    with pytest.raises(BadNumbers, match=r"gave 1e\+39 for the prompt .* in row 1 ") as caught:
         next(steps)
-    assert caught.value.batch.scores.tolist() == [1.0, math.inf, 2.0]
+    assert caught.value.fault == ("scores", [1])
+    assert state.step == 0
     assert_untouched(policy, before)
 
 
