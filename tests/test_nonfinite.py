@@ -415,6 +415,9 @@ def test_a_reward_that_gives_nan_is_bad_input_or_skipped():
     assert [m["skipped"] for m in steps] == [0, 1, 1, 1]
     assert state.optimizer.steps == 3
 
+    *_, steps = ppo_run(score=lambda _, responses: [math.nan] * len(responses), on_nonfinite="skip")
+    assert list(steps) == [{"skipped": n} for n in (1, 2, 3, 4)]
+
 
 @RUNS
 def test_skipping_ends_where_nothing_is_left_to_learn(run):

@@ -328,10 +328,14 @@ def test_micro_batches_leave_the_gradient_of_a_wider_value_mask_as_it_is():
     # a row of one token has two values, one of five has six: each loss has weights of its own
     wider = widened(judged_rollout(small_policy(critic="shared", seed=2)))
     whole, split = small_policy(critic="shared"), small_policy(critic="shared")
+    found = []
     for policy, max_tokens in ((whole, 1000), (split, 12)):
         config = replace(CONFIG, max_tokens=max_tokens)
-        ppo.minibatch_step(policy, descent(policy, 0.1), wider, [3, 5, 0, 2, 1], config)
+        optimizer = descent(policy, 0.1)
+        found.append(ppo.minibatch_step(policy, optimizer, wider, [3, 5, 0, 2, 1], config))
     assert largest_difference(split, whole) < FP64
+    assert found[1] == pytest.approx(found[0], abs=FP64)
+    assert 0 < found[0]["value_clip_fraction"] < 1
     assert largest_difference(whole, small_policy(critic="shared")) > 1e-3
 
 
@@ -535,6 +539,14 @@ def test_dropout_is_off():
     _, _, (metrics,) = run(policy, config)
     assert metrics["ratio"] == pytest.approx(1.0, abs=FP64)
     assert policy.lm.config.resid_pdrop == 0.5
+
+
+def test_gradients_are_recorded_in_train_mode_and_rollouts_in_eval_mode():
+    """Gradient checkpointing acts in train mode only."""
+    policy, modes = small_policy(critic="separate").eval(), set()
+    policy.register_forward_pre_hook(lambda m, _: modes.add((m.training, torch.is_grad_enabled())))
+    run(policy, replace(CONFIG, steps=1), eval_prompts=PROMPTS[:2])
+    assert modes == {(True, True), (False, False)}
 
 
 def test_a_policy_without_critic_is_refused():

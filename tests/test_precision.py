@@ -157,6 +157,12 @@ def test_a_rollout_has_the_precision_of_the_run():
     assert float((rollout.logprobs - half).abs().max()) < 1e-5 < float((half - full).abs().max())
 
 
+def test_an_update_has_the_precision_of_its_rollout():
+    """At the first pass nothing has moved, so the same pass gives the same probabilities."""
+    (metrics,) = ppo_steps(torch.float32, "bf16")[1]
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_cached_reference_of_held_out_pairs_has_the_precision_of_the_run():
     policy = small_policy(dtype=torch.float32)
     config = dpo.DPOConfig(precision="bf16", learning_rate=1e-30)  # the policy stays what it is

@@ -12,6 +12,7 @@ from small import (
     END,
     GREEN,
     ONE,
+    PROMPTS,
     RED,
     SMALL,
     TWO,
@@ -57,7 +58,7 @@ def updated():
         responses=[text(row) for row in RESPONSE_IDS],
     )
     buffer = ppo.judge(rollout, CONFIG, kl_coef=KL_COEF)
-    state = ppo.new_state(policy, [None], CONFIG)
+    state = ppo.new_state(policy, PROMPTS, CONFIG)
     ppo.ppo_update(policy, state.optimizer, buffer, CONFIG, rng=state.minibatch_rng)
     return policy, buffer, ref_policy
 
