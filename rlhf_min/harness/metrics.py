@@ -85,9 +85,9 @@ class MetricsLog:
         self._open_run, self._report_to = open_run, report_to
         self._saving = saving or Saving()
         self.resuming, self.preflight = resumed, preflight
-        self._on_resume = on_resume
+        self._on_resume, self._changed = on_resume, on_resume is not None
         self._folder: Path | None = None
-        self._trackers: list[Track] = []
+        self._trackers: list[Track] | None = None  # until there is a step to send
         self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
         self._restored: set[str] = set()
         self._saved_at = 0.0
@@ -100,7 +100,6 @@ class MetricsLog:
         """The run's folder, made when it is first asked for."""
         if self._folder is None:
             self._folder = self._open_run()
-            self._trackers = [start_tracker(name, self._folder) for name in self._report_to]
         return self._folder
 
     def has_checkpoint(self, stage: str) -> bool:
@@ -249,6 +248,10 @@ class MetricsLog:
         row = {"stage": stage, "step": step, **metrics}
         self.rows.append(row)
         self.append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
+        if self._trackers is None:
+            self._trackers = [
+                start_tracker(name, self.folder, anew=self._changed) for name in self._report_to
+            ]
         for track in self._trackers:
             track(stage, step, metrics)
 
