@@ -13,7 +13,7 @@ from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import report
 from rlhf_min.harness.cli import RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.harness.inputs import encoded, load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, open_run, run_seed
 from rlhf_min.models import RewardModel
@@ -47,7 +47,6 @@ def main() -> None:
     folders = model_folders(options.models, options.run)
     seed = run_seed(Path(options.run)) if options.seed is None else options.seed
     inputs = load_inputs(options, "evaluation", seed=seed)
-    test = inputs.test[: options.test_prompts]
     policies = {
         name: start_policy(replace(options, model=folder), [], critic="none", seed=seed)
         for name, folder in folders.items()
@@ -68,8 +67,9 @@ def main() -> None:
             f"{name} reads the template {codec.template!r}, {baseline} reads "
             f"{codecs[baseline].template!r}; --template gives all of them one",
         )
-    prompts, cut = codecs[baseline].encode_prompts(test)
-    print(f"{len(prompts)} prompts from {options.data or 'the world'}; {cut}")
+    prompts, cut = codecs[baseline].encode_prompts(inputs.test[: options.test_prompts])
+    told = encoded(cut, codecs[baseline])
+    print(f"{len(prompts)} prompts from {options.data or 'the world'}; {told}")
 
     open_run(out, options)
     evaluations = evaluate_policies(
@@ -77,7 +77,7 @@ def main() -> None:
         first.reference(reward_model.device),
         reward_model.score,
         prompts,
-        [row["references"] for row in test],
+        [prompt.columns["references"] for prompt in prompts],
         baseline=baseline,
         monitors=inputs.monitors,
         max_new_tokens=options.max_response_tokens,
@@ -86,7 +86,7 @@ def main() -> None:
     )
     results = report.results_json(evaluations, reward_model={}, seed=seed)
     report.write_json(out / "results.json", results)
-    report.write_samples(out / "samples.md", evaluations, [row["prompt"] for row in test])
+    report.write_samples(out / "samples.md", evaluations, [prompt.text for prompt in prompts])
     html.write_report(out)
     print(report.results_table(evaluations, baseline=baseline))
     print(f"report.html, results.json and samples.md are in {out}")

@@ -15,32 +15,25 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .chat import MARKS, Refused, doubts, holds, render, require_content
 from .errors import BadInput, require
 from .masking import response_mask
 
 Example = TypeVar("Example")
+Place: TypeAlias = int | str  # of a row: its number, or a number in a file
 
 CHAT = "chat"  # the template of a Codec that leaves the work to the tokenizer's own
+AS_IS = "as_is"  # ... of one that adds nothing, for texts that have been through a template
+MOST_NAMED = 5  # of rows, reasons and special tokens
+READ_AT_ONCE = 2**18  # characters of a text, at least; more are read only if they may be needed
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-# What a chat template, which is a program of its own, can raise.
-_TEMPLATE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TemplateError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -150,6 +143,36 @@ class Conversation(str):
         return (self.messages,)
 
 
+class PlacedRow(dict[str, Any]):
+    """A row that knows its place in the user's file, which reports then name.
+
+    >>> PlacedRow({"prompt": "Hi"}, 3) == {"prompt": "Hi"}
+    True
+    """
+
+    def __init__(self, columns: Mapping[str, Any], place: Place) -> None:
+        super().__init__(columns)
+        self.place = place
+
+
+class Unencodable(BadInput):
+    """A text that is no use to the policy. `reason` says why, without the text."""
+
+    def __init__(self, reason: str, text: str, cure: str, *, why: str = "") -> None:
+        why = f" ({why})" if why else ""
+        super().__init__(f"{reason} {text[:60]!r}{why}; {cure}")
+        self.reason = reason + why
+
+
+class Spelled(NamedTuple):
+    """A text that spells special tokens, or what are special tokens of other tokenizers."""
+
+    what: str  # prompts or responses
+    known: bool  # to this tokenizer
+    marks: tuple[str, ...]
+    place: Place
+
+
 @dataclass(frozen=True)
 class PromptExample:
     """A prompt to sample from: its text before template and cut, its ids, its other columns."""
@@ -184,7 +207,9 @@ class PreferenceExample:
 class CutReport:
     """How much of the text did not fit, counted while encoding. Nothing is cut silently.
 
-    The lengths are in tokens and before any cut, template and EOS included.
+    The lengths are in tokens and before any cut, template and EOS included. `dropped` holds the
+    reason and the place of rows that are no use; `changed` the places of prompts of which a chat
+    template leaves out or changes a message.
     """
 
     prompts: int = 0
@@ -196,6 +221,11 @@ class CutReport:
     equal_after_cut: int = 0
     responses_with_eos: int = field(default=0, compare=False)
     eos_in_text: int = field(default=0, compare=False)
+    without_bos: int = field(default=0, compare=False)
+    read_in_part: int = field(default=0, compare=False)
+    dropped: list[tuple[str, Place]] = field(default_factory=list)
+    changed: list[Place] = field(default_factory=list, compare=False)
+    spelled: list[Spelled] = field(default_factory=list, compare=False)
     prompt_lengths: list[int] = field(default_factory=list, compare=False, repr=False)
     response_lengths: list[int] = field(default_factory=list, compare=False, repr=False)
 
@@ -213,12 +243,31 @@ class CutReport:
                 parts.append(f"{cut} of {total} {name}s cut ({tokens} tokens lost)")
         if self.equal_after_cut:
             parts.append(f"{self.equal_after_cut} pairs dropped: equal after the cut")
+        if self.dropped:
+            parts.append(f"{len(self.dropped)} rows dropped: {self.reasons()}")
+        if self.read_in_part:
+            parts.append(
+                f"{self.read_in_part} texts were read only as far as they may fit, so they lose "
+                "more than is counted"
+            )
         if self.eos_in_text:
             parts.append(
                 f"{self.eos_in_text} of {self.responses} responses hold an EOS that their text "
                 "spells; this tokenizer cannot read it as text"
             )
         return "; ".join(parts)
+
+    def reasons(self) -> str:
+        """Why rows were dropped, with the number of the rows for each reason and the first places.
+
+        >>> CutReport(dropped=[("too long", 2), ("empty", 4), ("too long", 7)]).reasons()
+        'too long (2: rows 2, 7), empty (1: row 4)'
+        """
+        places: dict[str, list[Place]] = {}
+        for reason, place in self.dropped:
+            places.setdefault(reason, []).append(place)
+        parts = [f"{reason} ({len(at)}: {_rows(at)})" for reason, at in places.items()]
+        return ", ".join(parts[:MOST_NAMED]) + ", ..." * (len(parts) > MOST_NAMED)
 
     def lengths(self) -> str:
         """The median, the 95th percentile and the maximum of the lengths; "" if none are known.
@@ -237,21 +286,39 @@ class CutReport:
         return "; ".join(parts)
 
 
+def _rows(places: Sequence[Place]) -> str:
+    first = ", ".join(map(str, places[:MOST_NAMED])) + ", ..." * (len(places) > MOST_NAMED)
+    return f"row{'s' * (len(places) > 1)} {first}"
+
+
+class _Read(NamedTuple):
+    """The ids of a text; whether they are those of a part of it, and whether it was changed."""
+
+    ids: list[int]
+    in_part: bool = False
+    changed: bool = False
+
+
 @dataclass(frozen=True)
 class Codec:
     """Text to ids and back for one tokenizer. The only place where a prompt gets its template.
 
     A long response loses its end but keeps EOS; a long prompt loses its beginning, but not a BOS.
     What the user's text spells like a special token is read as text, if the tokenizer can do so;
-    where a response still has an EOS inside it, `CutReport.eos_in_text` counts it. Only in a chat
-    template are all special tokens what they spell.
+    where a response still has an EOS inside it, `CutReport.eos_in_text` counts it. In a chat
+    template all special tokens are what they spell. `CutReport.spelled` has the texts that spell
+    some.
+
+    With the template ``as_is`` prompt and response are exactly the ids that the tokenizer makes of
+    them: special tokens are what they spell, and no template, BOS or EOS is added.
 
     Args:
         tokenizer: with an EOS token.
         max_prompt_tokens: a longer prompt is cut on the left.
         max_response_tokens: a longer response is cut on the right, EOS counted in.
         template: holds ``{prompt}`` once, or is the word ``chat``, for the chat template of the
-            tokenizer. A tokenizer that starts its texts with BOS starts the prompt with it too.
+            tokenizer, or ``as_is``. A tokenizer that starts its texts with BOS starts a prompt in a
+            template of text with it too.
 
     Raises:
         BadInput: if a limit leaves no room, or the template has no place for the prompt.
@@ -269,10 +336,7 @@ class Codec:
             f"{self.max_response_tokens} for the response; raise max_length or lower "
             "max_response_tokens",
         )
-        require(
-            self.template == CHAT or str(self.template).count("{prompt}") == 1,
-            f"template {self.template!r} must hold {{prompt}} exactly once",
-        )
+        require_template(self.template)
         require(
             self.template != CHAT or bool(getattr(self.tokenizer, "chat_template", None)),
             "template is chat, but the tokenizer has no chat template; give a text with {prompt}",
@@ -281,119 +345,243 @@ class Codec:
             self.tokenizer.eos_token_id is not None,
             "the policy's tokenizer has no EOS token, so no response could end; set one",
         )
+        if self.template == CHAT:
+            require_content(self.tokenizer)
 
-    def encode_prompt(self, text: str, report: CutReport) -> Tensor:
+    def encode_prompt(self, text: str, report: CutReport, place: Place = 0) -> Tensor:
         """Ids of the templated prompt, ``(P,)``; its beginning is cut off if it is too long.
+
+        Args:
+            text: before the template.
+            report: what the prompt is counted in.
+            place: of its row, for the report.
 
         Raises:
             BadInput: if there is no id, or the text is none that has ids.
         """
-        ids = self._chat_ids(text) if self.template == CHAT else self._prompt_ids(text)
-        require(
-            len(ids) > 0,
-            f"the tokenizer makes no token of the prompt {text[:60]!r}; drop this prompt, or give "
-            "a template with words of its own",
-        )
-        lost = max(0, len(ids) - self.max_prompt_tokens)
-        report.prompts += 1
-        report.prompts_cut += lost > 0
-        report.prompt_tokens_cut += lost
-        report.prompt_lengths.append(len(ids))
-        first = int(ids[:1] == [self.tokenizer.bos_token_id])
-        return torch.tensor(ids[:first] + ids[first + lost :], dtype=torch.long)
+        return self._cut_prompt(text, self._read_prompt(text), report, place)
 
-    def encode_response(self, text: str, report: CutReport) -> Tensor:
+    def encode_response(self, text: str, report: CutReport, place: Place = 0) -> Tensor:
         """Ids of the response and EOS, ``(T,)``; its end is cut off if it is too long."""
-        ids, room, eos = self._ids(text), self.max_response_tokens - 1, self.tokenizer.eos_token_id
-        kept = [*ids[:room], eos]
-        report.responses += 1
-        report.responses_cut += len(ids) > room
-        report.response_tokens_cut += max(0, len(ids) - room)
-        report.response_lengths.append(len(ids) + 1)
-        report.responses_with_eos += kept[-1] == eos
-        report.eos_in_text += eos in kept[:-1]
-        return torch.tensor(kept)
+        return self._cut_response(text, self._read_response(text), report, place)
 
     def encode_prompts(
         self, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[list[PromptExample], CutReport]:
         """PPO and evaluation: rows with ``prompt`` and any further columns."""
-        report = CutReport()
-        examples = [
-            PromptExample(
-                row["prompt"],
-                self.encode_prompt(row["prompt"], report),
-                {name: value for name, value in row.items() if name != "prompt"},
-            )
-            for row in rows
-        ]
-        return examples, report
+
+        def encode(row: Mapping[str, Any], report: CutReport, place: Place) -> list[PromptExample]:
+            ids = self.encode_prompt(row["prompt"], report, place)
+            columns = {name: value for name, value in row.items() if name != "prompt"}
+            return [PromptExample(row["prompt"], ids, columns)]
+
+        return _encode(rows, encode)
 
     def encode_demonstrations(
         self, rows: Sequence[Mapping[str, str]]
     ) -> tuple[list[SFTExample], CutReport]:
         """SFT: rows with ``prompt`` and ``response``."""
-        report = CutReport()
-        examples = [
-            SFTExample(
-                self.encode_prompt(row["prompt"], report),
-                self.encode_response(row["response"], report),
-            )
-            for row in rows
-        ]
-        return examples, report
+
+        def encode(row: Mapping[str, str], report: CutReport, place: Place) -> list[SFTExample]:
+            prompt, response = row["prompt"], row["response"]
+            read = self._read_prompt(prompt), self._read_response(response)
+            return [
+                SFTExample(
+                    self._cut_prompt(prompt, read[0], report, place),
+                    self._cut_response(response, read[1], report, place),
+                )
+            ]
+
+        return _encode(rows, encode)
 
     def encode_preferences(
         self, rows: Sequence[Mapping[str, str]]
     ) -> tuple[list[PreferenceExample], CutReport]:
         """DPO: rows with ``prompt``, ``chosen`` and ``rejected``. Both share the prompt's ids."""
-        report, examples = CutReport(), []
-        for row in rows:
-            prompt_ids = self.encode_prompt(row["prompt"], report)
-            chosen_ids = self.encode_response(row["chosen"], report)
-            rejected_ids = self.encode_response(row["rejected"], report)
+
+        def encode(
+            row: Mapping[str, str], report: CutReport, place: Place
+        ) -> list[PreferenceExample]:
+            sides = row["chosen"], row["rejected"]
+            prompt, read = self._read_prompt(row["prompt"]), [*map(self._read_response, sides)]
+            prompt_ids = self._cut_prompt(row["prompt"], prompt, report, place)
+            chosen_ids, rejected_ids = (
+                self._cut_response(text, ids, report, place)
+                for text, ids in zip(sides, read, strict=True)
+            )
             if torch.equal(chosen_ids, rejected_ids):
                 report.equal_after_cut += 1
-            else:
-                examples.append(PreferenceExample(prompt_ids, chosen_ids, rejected_ids))
-        return examples, report
+                return []
+            return [PreferenceExample(prompt_ids, chosen_ids, rejected_ids)]
 
-    def _chat_ids(self, text: str) -> list[int]:
-        if isinstance(text, Conversation):
-            messages = [dict(message) for message in text.messages]
-        else:
-            messages = [{"role": "user", "content": text}]
-        begun = messages[-1]["role"] == "assistant"  # the response then goes on from there
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
+        return _encode(rows, encode)
+
+    def notes(self, report: CutReport) -> list[str]:
+        """What the template and the tokenizer make of texts that may not be meant so, by the line.
+
+        Those that are so in a tenth of the texts or more begin with ``warning:``.
+        """
+        found = doubts(self.tokenizer) if self.template == CHAT else []
+        if report.changed:
+            found.append(
+                f"{_share(report.changed, report.prompts)}the chat template leaves out or changes "
+                f"a message of {len(report.changed)} of {report.prompts} prompts "
+                f"({_rows(report.changed)})"
             )
-        except _TEMPLATE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise BadInput(
-                f"the tokenizer's chat template does not take the prompt {text[:60]!r} ({reason}); "
-                "change this prompt, or give a template with {prompt}"
-            ) from error
-        # The template has written BOS where there is to be one.
-        return self._ids(str(rendered), split_special_tokens=False)
+        for what, total in (("prompts", report.prompts), ("responses", report.responses)):
+            for known in (True, False):
+                spelled = [s for s in report.spelled if (s.what, s.known) == (what, known)]
+                if spelled and not (known and self.template == AS_IS):
+                    marks = list(dict.fromkeys(mark for s in spelled for mark in s.marks))
+                    named = ", ".join(marks[:MOST_NAMED]) + ", ..." * (len(marks) > MOST_NAMED)
+                    found.append(
+                        f"{_share(spelled, total)}{len(spelled)} of {total} {what} spell "
+                        f"{'special tokens' if known else 'marks of another chat template'} "
+                        f"({named}; {_rows([s.place for s in spelled])}), "
+                        f"{self._reading(what, known=known)}"
+                    )
+        if self.template == AS_IS:
+            found += self._notes_as_is(report)
+        return found
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def _reading(self, what: str, *, known: bool) -> str:
+        if not known:
+            other = f", or --template {AS_IS}, which adds no second one"
+            return (
+                "letters to this tokenizer; if they come from a template, give the model that has "
+                f"it{other * (self.template != AS_IS)}"
+            )
+        if what == "prompts" and self.template == CHAT:
+            told = "and go through the chat template once more"
+        else:
+            told = "which are read as text"
+        return f"{told}; --template {AS_IS} reads rows that went through a template before"
+
+    def _notes_as_is(self, report: CutReport) -> list[str]:
+        found = []
+        if not any(spelled.known for spelled in report.spelled):
+            found.append(
+                f"warning: --template {AS_IS} adds nothing, and no text spells a special token"
+            )
+        if report.without_bos:
+            found.append(
+                f"warning: {report.without_bos} of {report.prompts} prompts do not begin with "
+                f"{self.tokenizer.bos_token}, as this tokenizer's texts do; {AS_IS} adds none"
+            )
+        if endless := report.responses - report.responses_with_eos:
+            found.append(
+                f"warning: {endless} of {report.responses} responses do not end with "
+                f"{self.tokenizer.eos_token}, so they teach no end; {AS_IS} adds none"
+            )
+        return found
+
+    def _read_prompt(self, text: str) -> _Read:
+        if self.template == AS_IS:
+            if isinstance(text, Conversation):
+                raise Unencodable(
+                    f"--template {AS_IS} takes texts, no messages",
+                    text,
+                    f"--template {CHAT} writes them with the tokenizer's chat template",
+                )
+            read = self._read(text, special=True)
+        elif self.template == CHAT:
+            read = self._read_chat(text)
+        else:
+            read = self._read_in_template(text)
+        if not read.ids:
+            raise Unencodable(
+                "the tokenizer makes no token of the prompt",
+                text,
+                "drop this prompt, or give a template with words of its own",
+            )
+        return read
+
+    def _read_chat(self, text: str) -> _Read:
+        messages: Sequence[Mapping[str, str]] = [{"role": "user", "content": text}]
+        if isinstance(text, Conversation):
+            messages = text.messages
+        try:
+            rendered = render(self.tokenizer, messages)
+        except Refused as refusal:
+            raise Unencodable(
+                "the tokenizer's chat template does not take the prompt",
+                text,
+                "change this prompt, or give a template with {prompt}",
+                why=str(refusal),
+            ) from refusal
+        # The template has written BOS where there is to be one.
+        read = self._read(rendered, special=True)
+        return read._replace(changed=not holds(rendered, messages))
+
+    def _read_in_template(self, text: str) -> _Read:
         ids: list[int] = []
+        in_part = False
         for piece in self._template_pieces:
-            ids += [piece] if isinstance(piece, int) else self._ids(piece.replace("{prompt}", text))
-        return ids if ids[:1] == self._bos else self._bos + ids
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                read = self._read(piece.replace("{prompt}", text))
+                ids, in_part = ids + read.ids, in_part or read.in_part
+        return _Read(ids if ids[:1] == self._bos else self._bos + ids, in_part)
+
+    def _read_response(self, text: str) -> _Read:
+        read = self._read(text, special=self.template == AS_IS, from_start=True)
+        if self.template != AS_IS:
+            return read._replace(ids=[*read.ids, self.tokenizer.eos_token_id])
+        if not read.ids:
+            raise Unencodable("the tokenizer makes no token of the response", text, "drop this row")
+        return read
+
+    def _cut_prompt(self, text: str, read: _Read, report: CutReport, place: Place) -> Tensor:
+        ids, lost = read.ids, max(0, len(read.ids) - self.max_prompt_tokens)
+        first = int(ids[:1] == [self.tokenizer.bos_token_id])
+        report.prompts += 1
+        report.prompts_cut += lost > 0
+        report.prompt_tokens_cut += lost
+        report.prompt_lengths.append(len(ids))
+        report.read_in_part += read.in_part
+        report.without_bos += ids[:1] != self._bos and len(self._bos) > 0
+        report.changed += [place] * read.changed
+        report.spelled += self._spelled("prompts", text, place)
+        return torch.tensor(ids[:first] + ids[first + lost :], dtype=torch.long)
+
+    def _cut_response(self, text: str, read: _Read, report: CutReport, place: Place) -> Tensor:
+        ids, room, eos = read.ids, self.max_response_tokens, self.tokenizer.eos_token_id
+        ended = int(ids[-1] == eos)  # always, unless the text is taken as it is
+        kept = ids[: room - ended] + ids[-1:] * ended if len(ids) > room else ids
+        report.responses += 1
+        report.responses_cut += len(ids) > room
+        report.response_tokens_cut += len(ids) - len(kept)
+        report.response_lengths.append(len(ids))
+        report.read_in_part += read.in_part
+        report.responses_with_eos += kept[-1] == eos
+        report.eos_in_text += eos in kept[:-1]
+        report.spelled += self._spelled("responses", text, place)
+        return torch.tensor(kept)
+
+    def _spelled(self, what: str, text: str, place: Place) -> Iterator[Spelled]:
+        special = set(self._special.findall(text)) if self._special else set()
+        foreign = set(MARKS.findall(text)) - special
+        foreign -= {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        for known, marks in ((True, special), (False, foreign)):
+            if marks:
+                yield Spelled(what, known, tuple(sorted(marks, key=text.index)), place)
 
     @cached_property
     def _template_pieces(self) -> list[int | str]:
         """The template as the texts between its special tokens, and the ids of these."""
-        added = self.tokenizer.added_tokens_decoder.items()
-        ids = {token.content: i for i, token in added if token.special}
-        pattern = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
-        pieces = re.split(f"({pattern})", self.template) if ids else [self.template]
+        if self._special is None:
+            return [self.template]
+        ids = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
+        pieces = re.split(f"({self._special.pattern})", self.template)
         return [ids.get(piece, piece) for piece in pieces if piece]
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """What spells a special token; None without one."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        spellings = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, spellings))) if spellings else None
 
     @cached_property
     def _bos(self) -> list[int]:
@@ -401,17 +589,65 @@ class Codec:
         first = self.tokenizer("x").input_ids[:1]
         return first if first == [self.tokenizer.bos_token_id] else []
 
-    def _ids(self, text: str, *, split_special_tokens: bool = True) -> list[int]:
-        require(
-            not _SURROGATE.search(text),
-            f"{text[:60]!r} holds half of a surrogate pair, which is no text; drop it",
-        )
+    def _read(self, text: str, *, special: bool = False, from_start: bool = False) -> _Read:
+        """The ids of a text; of one that is far too long, those of the end that is kept.
+
+        Args:
+            special: whether special tokens are what they spell.
+            from_start: whether the beginning is kept.
+        """
+        if _SURROGATE.search(text):
+            raise Unencodable(
+                "half of a surrogate pair, which is no text, stands in", text, "drop it"
+            )
+        room = self.max_response_tokens if from_start else self.max_prompt_tokens
+        most = max(READ_AT_ONCE, 64 * room)
+        if len(text) > most:
+            near = text[:most] if from_start else text[-most:]
+            if len(ids := self._ids(near, special)) > 2 * room:  # it will be cut for certain
+                if not from_start and special:  # where BOS is part of the text
+                    ids = [*self._ids(text[:100], special)[:1], *ids]
+                return _Read(ids, in_part=True)
+        return _Read(self._ids(text, special))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(
             text,
             add_special_tokens=False,
-            split_special_tokens=split_special_tokens,
+            split_special_tokens=not special,
             verbose=False,  # it would warn of lengths; what is cut is counted here
         ).input_ids
+
+
+def require_template(template: str) -> None:
+    """Raise `BadInput` unless a `Codec` could take this template."""
+    require(
+        template in (CHAT, AS_IS) or str(template).count("{prompt}") == 1,
+        f"template {template!r} must hold {{prompt}} exactly once",
+    )
+    require(
+        not _SURROGATE.search(template),
+        f"template {template!r} holds half of a surrogate pair, which is no text; write it anew",
+    )
+
+
+def _encode(
+    rows: Sequence[Mapping[str, Any]],
+    encode: Callable[[Mapping[str, Any], CutReport, Place], list[Example]],
+) -> tuple[list[Example], CutReport]:
+    """Examples of the rows; a row that is no use is dropped and reported."""
+    report, examples = CutReport(), []
+    for number, row in enumerate(rows, 1):
+        place = row.place if isinstance(row, PlacedRow) else number
+        try:
+            examples += encode(row, report, place)
+        except Unencodable as error:
+            report.dropped.append((error.reason, place))
+    return examples, report
+
+
+def _share(places: Sequence[Any], total: int) -> str:
+    return "warning: " if len(places) * 10 >= total else ""
 
 
 def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:

@@ -284,9 +284,9 @@ DATA = [
     Case(
         "a prompt that no token is made of",
         f"{SFT}{BRIEF} --data a.jsonl",
-        r"the tokenizer makes no token of the prompt '\u200b'; drop this prompt, or give …",
+        "no row is left: the tokenizer makes no token of the prompt (7: rows 1, 2, …); change …",
         both(
-            rows(*pairs(8), {**PAIR, "prompt": "\u200b"}),
+            rows(*({**PAIR, "prompt": "\u200b" * n, "chosen": f"x{n}"} for n in range(1, 9))),
             edited(TOKENIZER, normalizer=WITHOUT_SPACES),
         ),
     ),
@@ -365,7 +365,11 @@ OPTIONS = [
     Case("a split of a file", f"{SFT} --split test", "pairs.jsonl: a file has no split 'test'; …"),
     Case("no place for the prompt", f"{SFT} --template Hi", "template 'Hi' must hold {prompt} …"),
     Case("two places", f"{SFT} --template '{{prompt}} {{prompt}}'", "template …exactly once"),
-    Case("no Unicode", f"{SFT} --template '\udcff{{prompt}}'", r"'\udcff…' holds half of a …"),
+    Case(
+        "no Unicode",
+        f"{SFT} --template '\udcff{{prompt}}'",
+        r"template '\udcff…' holds half of a …",
+    ),
     Case("no chat template", f"{SFT} --template chat", "template is chat, but the tokenizer has …"),
     Case("half a column mapping", f"{SFT} --columns prompt", "--columns prompt: prompt does not …"),
     Case("no such column", f"{SFT} --columns prompt=q", "pairs.jsonl: --columns says prompt=q, …"),
@@ -516,11 +520,29 @@ MODELS = [
     ),
     model("a template outside", templates("../../a"), "sft: the chat template '../../a' is no …"),
     model("… at the root", templates("/tmp/a"), "sft: the chat template '/tmp/a' is no text, or …"),
+    model(
+        "a chat template without the content",
+        edited(TOKENIZER_CONFIG, chat_template="{% for m in messages %}{{ m.role }}{% endfor %}"),
+        "the tokenizer's chat template leaves out what the user says: of 'Which …' it makes …",
+    ),
+    Case(
+        "texts of another template",
+        f"{SFT}{BRIEF} --data a.jsonl",
+        "  warning: 7 of 7 prompts spell marks of another chat template (<|im_start|>; rows 1, …",
+        rows(*({**PAIR, "prompt": f"<|im_start|>{n}"} for n in range(8))),
+        code=0,
+    ),
+    Case(
+        "as_is without EOS",
+        f"{SFT}{BRIEF} --data a.jsonl --template as_is",
+        "none of the 7 responses ends with EOS, so the policy …; end them with the tokenizer's …",
+        rows(*({**PAIR, "prompt": f"{n}"} for n in range(8))),
+    ),
     model("a chat template of 7", edited(TOKENIZER_CONFIG, chat_template=7), "sft: the chat …"),
     model(
         "a broken chat template",
         edited(TOKENIZER_CONFIG, chat_template="{% for %}"),
-        "the tokenizer's chat template does not take the prompt 'red …' (…); change this prompt, …",
+        "no row is left: the tokenizer's chat template does not take the prompt (…); …",
     ),
     model(
         "settings that cannot be saved",

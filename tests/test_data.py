@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assert_close
 from tiny import EOS, PAD, StubTokenizer, gpt2, policy, token_rows, words
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tolerances import EXACT
 
+from rlhf_min import data
 from rlhf_min.data import (
     Codec,
     Conversation,
     Cursor,
     CutReport,
+    PlacedRow,
     Sequences,
     collate,
     in_groups,
@@ -300,8 +302,10 @@ def chat_words(*, bos: bool = False, template: str | None = CHATML):
     return tokenizer
 
 
-def chat_codec(prompt: int = 20, template: str = "chat", **how) -> Codec:
-    return Codec(chat_words(**how), prompt, 8, template)
+def chat_codec(
+    prompt: int = 20, template: str = "chat", chat_template: str = CHATML, **how
+) -> Codec:
+    return Codec(chat_words(template=chat_template, **how), prompt, 8, template)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -353,6 +357,224 @@ def test_a_chat_template_that_refuses_a_prompt(template):
         Codec(chat_words(template=template), 8, 8, "chat").encode_prompt("ba be", CutReport())
     assert str(caught.value).isprintable()
     assert str(caught.value).endswith("change this prompt, or give a template with {prompt}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m.role }}> <end> {% endfor %}",
+        "{% for m in messages %}<{{ m.role }}> {{ m.text }} <end> {% endfor %}",
+        "{% for m in messages %}<{{ m.role }}> {{ m.content[0].text }} <end> {% endfor %}",
+        "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}<s>",
+        "{% for m in messages %}<{{ m.role }}> {{ m.content[:9] }} <end> {% endfor %}",
+    ],
+    ids=["none", "another key", "parts", "system alone", "cut"],
+)
+def test_a_chat_template_that_leaves_the_content_out(template):
+    with pytest.raises(BadInput, match="chat template leaves out what the user says") as caught:
+        Codec(chat_words(template=template), 9, 9, "chat")
+    assert str(caught.value).isprintable()
+
+
+REFUSES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+
+
+def test_rows_that_the_chat_template_refuses_are_dropped_with_their_places():
+    codec = chat_codec(chat_template=REFUSES)
+    talks = [["user"], ["system", "user"], ["user", "user"], ["user", "assistant", "user"]]
+    prompts = [Conversation([{"role": r, "content": "ba"} for r in roles]) for roles in talks]
+    rows = [
+        PlacedRow({"prompt": prompt, "response": "be", "chosen": "be", "rejected": "bi"}, place)
+        for prompt, place in zip(prompts, (2, 30, "b.csv:4", 50), strict=True)
+    ]
+    for encode in (codec.encode_prompts, codec.encode_demonstrations, codec.encode_preferences):
+        examples, report = encode(rows)
+        assert len(examples) == report.prompts == 2
+        assert str(report).endswith(
+            "2 rows dropped: the tokenizer's chat template does not take the prompt (roles must "
+            "alternate) (2: rows 30, b.csv:4)"
+        )
+        plain = [dict(row) for row in rows]
+        assert [place for _, place in encode(plain)[1].dropped] == [2, 3]
+    # what belongs to a prompt goes with it
+    examples, _ = codec.encode_prompts([row | {"n": n} for n, row in enumerate(rows)])
+    assert [example.columns["n"] for example in examples] == [0, 3]
+
+
+def test_messages_that_the_chat_template_leaves_out_or_changes_are_counted():
+    codec = chat_codec(
+        chat_template="{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}> "
+        "{{ m.content.split('/')[-1] | trim }} <end> {% endif %}{% endfor %}<assistant>"
+    )
+    system = [{"role": "system", "content": "bu"}]
+    prompts = ["ba", " ba\n", Conversation([*system, *TALK]), "be / bi", Conversation(TALK)]
+    report = codec.encode_prompts([{"prompt": prompt} for prompt in prompts])[1]
+    assert report.changed == [3, 4]
+    assert codec.notes(report)[-1] == (
+        "warning: the chat template leaves out or changes a message of 2 of 5 prompts (rows 3, 4)"
+    )
+
+
+def test_what_a_chat_template_does_otherwise_is_told():
+    # EOS is <eos>; what is before and after the assistant's turn are the templates' own words
+    assert "strftime" not in CHATML
+    ends = "ends an assistant's turn with ' <end> ', but a response ends with EOS, '<eos>'"
+    (note,) = chat_codec().notes(CutReport())
+    assert note.endswith(ends)
+    good = CHATML.replace("<end>", "<eos>")
+    assert chat_codec(chat_template=good).notes(CutReport()) == []
+    (note,) = chat_codec(chat_template=good + "bo").notes(CutReport())
+    assert "begins a response with ' <eos> <assistant> bo'" in note
+    assert "in a conversation with ' <eos> <assistant> '" in note
+    dated = "{{ strftime_now('%d') }} " + good
+    assert "writes today's date" in " ".join(chat_codec(chat_template=dated).notes(CutReport()))
+
+
+# Texts that went through a template before
+
+
+def test_as_is_are_exactly_the_ids_of_the_tokenizer():
+    for bos in (False, True):
+        codec, report = chat_codec(template="as_is", bos=bos), CutReport()
+        for text in ("<s> <user> ba <end> <assistant>", "ba", "<s> <s> be", "<user> bu <eos>"):
+            expected = codec.tokenizer(text, add_special_tokens=False).input_ids
+            assert codec.encode_prompt(text, report).tolist() == expected
+            assert codec.encode_response(text, report).tolist() == expected
+        assert (report.responses, report.responses_with_eos) == (4, 1)
+
+
+def test_a_long_text_as_it_is_keeps_its_bos_and_its_eos():
+    codec, report = Codec(chat_words(), 3, 3, "as_is"), CutReport()
+    assert codec.encode_prompt("<s> ba be <end> bi", report).tolist() == [BOS, END, 5]
+    assert codec.encode_response("ba be bi bo <eos>", report).tolist() == [3, 4, EOS]
+    assert codec.encode_response("ba be bi bo", report).tolist() == [3, 4, 5]
+    assert codec.encode_response("ba be <eos>", report).tolist() == [3, 4, EOS]
+    assert (report.responses_cut, report.response_tokens_cut) == (2, 2 + 1)
+    assert report.responses_with_eos == 2
+
+
+def test_what_as_is_cannot_take_is_dropped():
+    rows = [
+        {"prompt": Conversation(TALK), "response": "ba"},
+        {"prompt": "ba", "response": "\u200b"},
+        {"prompt": "\u200b", "response": "ba"},
+        {"prompt": "ba", "response": "be <eos>"},
+    ]
+    bpe = train_bpe(["ba be bi"], 300)
+    bpe.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    examples, report = Codec(bpe, 9, 9, "as_is").encode_demonstrations(rows)
+    assert (len(examples), report.prompts, report.responses) == (1, 1, 1)
+    assert report.reasons() == (
+        "--template as_is takes texts, no messages (1: row 1), "
+        "the tokenizer makes no token of the response (1: row 2), "
+        "the tokenizer makes no token of the prompt (1: row 3)"
+    )
+
+
+def test_what_as_is_does_not_add_is_told():
+    codec = chat_codec(template="as_is", bos=True)
+    rows = [("<s> <user> ba", "be <eos>"), ("ba", "be"), ("<s> ba", "be <eos>")]
+    report = codec.encode_demonstrations([{"prompt": p, "response": r} for p, r in rows])[1]
+    assert codec.notes(report) == [
+        "warning: 1 of 3 prompts do not begin with <s>, as this tokenizer's texts do; as_is adds "
+        "none",
+        "warning: 1 of 3 responses do not end with <eos>, so they teach no end; as_is adds none",
+    ]
+    report = codec.encode_prompts([{"prompt": "ba"}])[1]
+    assert codec.notes(report)[0] == (
+        "warning: --template as_is adds nothing, and no text spells a special token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "reading"),
+    [
+        ("chat", "and go through the chat template once more"),
+        ("{prompt} bu", "which are read as text"),
+    ],
+)
+def test_texts_that_spell_special_tokens_are_told_with_their_rows(template, reading):
+    codec = chat_codec(template=template)
+    rows = [("<user> ba <end>", "be <end>"), *[("ba", "be")] * 20, ("<user> bu", "be")]
+    report = codec.encode_demonstrations([{"prompt": p, "response": r} for p, r in rows])[1]
+    assert codec.notes(report)[-2:] == [
+        f"2 of 22 prompts spell special tokens (<user>, <end>; rows 1, 22), {reading}; --template "
+        "as_is reads rows that went through a template before",
+        "1 of 22 responses spell special tokens (<end>; row 1), which are read as text; --template "
+        "as_is reads rows that went through a template before",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|im_start|>user ba<|im_end|>",
+        "<|begin_of_text|>ba",
+        "[INST] ba [/INST]",
+        "<<SYS>> be <</SYS>> ba",
+        "### Human: ba\n### Assistant:",
+        "### Instruction:\nba",
+        "<start_of_turn>user ba<end_of_turn>",
+        "ba</s>",
+        "<｜User｜>ba",
+    ],
+)
+def test_marks_of_the_template_of_another_model_are_told(text):
+    codec = Codec(words(), 50, 50)
+    rows = [{"prompt": text, "response": "ba"}, {"prompt": "ba", "response": text}]
+    marks = [n.partition(" spell marks of another chat template (")[0::2]
+             for n in codec.notes(codec.encode_demonstrations(rows)[1])]  # fmt: skip
+    assert [told for told, _ in marks] == ["warning: 1 of 2 prompts", "warning: 1 of 2 responses"]
+    assert [named.partition("; ")[2].partition(")")[0] for _, named in marks] == ["row 1", "row 2"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a < b | c > d", "x <|> y", "a[i] <s", "# Human", "I said: ### no", "<br> <b>", "||"]
+)
+def test_other_texts_have_no_marks(text):
+    report = CutReport()
+    Codec(words(), 50, 50).encode_prompt(text, report)
+    assert report.spelled == []
+
+
+# Texts of megabytes
+
+
+@pytest.mark.parametrize("template", ["{prompt}\n", "chat", "as_is"])
+def test_a_text_of_megabytes_is_read_only_as_far_as_it_may_fit(monkeypatch, template):
+    tokenizer = train_bpe(["ba be bi bo bu"] * 3, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    codec = Codec(tokenizer, 7, 7, template)
+    start = "<s>" if template == "as_is" else ""
+    texts = [start + "ba be bi bo bu " * 40, start + "abc" * 400, start + "é😀" * 300]
+    reports = []
+    found = []
+    for most in (10**6, 450):
+        monkeypatch.setattr(data, "READ_AT_ONCE", most)
+        reports.append(CutReport())
+        found.append(
+            [codec.encode_prompt(text, reports[-1]).tolist() for text in texts]
+            + [codec.encode_response(text, reports[-1]).tolist() for text in texts]
+        )
+    assert found[0] == found[1]
+    whole, part = reports
+    assert (whole.read_in_part, part.read_in_part) == (0, 6)
+    assert part.prompt_tokens_cut < whole.prompt_tokens_cut
+    assert (part.prompts_cut, part.responses_cut) == (3, 3)
+    assert "6 texts were read only as far as they may fit" in str(part)
+
+
+def test_a_long_text_of_few_tokens_is_read_whole(monkeypatch):
+    monkeypatch.setattr(data, "READ_AT_ONCE", 10)
+    report, codec = CutReport(), Codec(words(), 4, 4, "{prompt}")
+    text = f"{'x' * 1000} ba"  # two words, the first of them unknown
+    assert codec.encode_prompt(text, report).tolist() == [2, 3]
+    assert codec.encode_response(text, report).tolist() == [2, 3, EOS]
+    assert report.read_in_part == 0
 
 
 # BOS and special tokens in a text template

@@ -11,7 +11,13 @@ from rlhf_min.data import Codec, CutReport
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import encoded, encoded_pairs, load_inputs, make_codec
+from rlhf_min.harness.inputs import (
+    encoded,
+    encoded_heldout,
+    encoded_pairs,
+    load_inputs,
+    make_codec,
+)
 from rlhf_min.models import Policy
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -161,3 +167,37 @@ def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
     kept = [*inputs.prompts, *inputs.eval_prompts]
     assert sorted(kept, key=lambda row: row["wanted"]) == given
     assert len(inputs.eval_prompts) == 2
+
+
+def test_a_report_names_what_was_dropped_and_refuses_if_nothing_is_left():
+    codec = small_codec(4)
+    report = codec.encode_demonstrations([*DEMONSTRATIONS, {"prompt": "", "response": "one"}])[1]
+    lines = encoded(report, codec).splitlines()
+    assert lines[0].endswith(
+        "; 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
+    )
+    assert encoded_heldout(report) == (
+        "\n  held out: 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
+    )
+    assert encoded_heldout(CutReport(prompts=3)) == ""
+    report = codec.encode_prompts([{"prompt": ""}])[1]
+    with pytest.raises(BadInput, match=r"no row is left: the tokenizer .*\(1: row 1\); change"):
+        encoded(report, codec)
+
+
+def test_a_report_has_the_notes_of_its_codec():
+    codec = small_codec(4)
+    report = codec.encode_demonstrations([{"prompt": "red <end>", "response": "one"}])[1]
+    assert encoded(report, codec).splitlines()[2:] == [
+        "  warning: 1 of 1 prompts spell special tokens (<end>; row 1), which are read as text; "
+        "--template as_is reads rows that went through a template before"
+    ]
+
+
+def test_texts_as_they_are_without_an_end():
+    codec = Codec(small_policy().tokenizer, 3, 4, "as_is")
+    report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
+    with pytest.raises(BadInput, match=r"end them with the tokenizer's <end> .* adds none"):
+        encoded(report, codec)
+    ended = [{**row, "response": f"{row['response']} <end>"} for row in DEMONSTRATIONS]
+    assert "EOS is supervised in 100.0%" in encoded(codec.encode_demonstrations(ended)[1], codec)

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min.config import option, require_not_negative, require_positive
-from rlhf_min.data import CHAT
+from rlhf_min.data import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.faults import out_of_memory
 from rlhf_min.harness.formats import parse_columns
@@ -69,8 +69,10 @@ class RunOptions:
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
     template: str | None = option(
         None,
-        "What the policy reads, with {prompt} in it and \\n for a new line; or chat, for the "
-        "tokenizer's chat template. Default: the one it was trained with, else chat if there is.",
+        "What the policy reads, with {prompt} in it and \\n for a new line; chat, for the "
+        "tokenizer's chat template; or as_is, for rows that went through a template before: "
+        "nothing is added, not even EOS. Default: the one it was trained with, else chat if there "
+        "is.",
     )
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...; auto is cuda where there is one.")
     policy_device: str | None = option(None, "Where the policy is. Default: --device.")
@@ -109,10 +111,8 @@ class RunOptions:
         require(self.out != "", "--out is empty; give a folder")
         require(self.model != "", "--model is empty; give a folder or a name")
         require(self.reward_model != "", "--reward_model is empty; give a folder or a name")
-        require(
-            self.template in (None, CHAT) or self.template.count("{prompt}") == 1,
-            f"template {self.template!r} must hold {{prompt}} exactly once",
-        )
+        if self.template is not None:
+            require_template(self.template)
         require(
             self.max_length <= 2**20,
             f"max_length is {self.max_length}; it must be at most {2**20}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_min.data import CHAT, Codec, CutReport
+from rlhf_min.data import AS_IS, CHAT, Codec, CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.datafile import load_rows, split_rows
@@ -137,15 +137,36 @@ def encoded(cut: CutReport, codec: Codec) -> str:
         BadInput: if no response ends with EOS, so that none could be learned to end.
     """
     cure = f"raise --max_response_tokens, now {codec.max_response_tokens}, and --max_length with it"
+    require_some(cut)
     if not cut.responses:
-        return _with_lengths(cut, "", cure)
+        return _with_lengths(cut, "", cure, codec.notes(cut))
     share = cut.responses_with_eos / cut.responses
+    cure_of_eos = f"end them with the tokenizer's {codec.tokenizer.eos_token}"
+    if codec.template == AS_IS:
+        cure_of_eos += f" (--template {AS_IS} adds none), or let what they end with be its EOS"
     require(
         share > 0,
         f"none of the {cut.responses} responses ends with EOS, so the policy would not learn to "
-        "stop; look at the tokenizer's EOS token",
+        f"stop; {cure_of_eos}",
     )
-    return _with_lengths(cut, f"; EOS is supervised in {share:.1%} of the responses", cure)
+    supervised = f"; EOS is supervised in {share:.1%} of the responses"
+    return _with_lengths(cut, supervised, cure, codec.notes(cut))
+
+
+def encoded_heldout(cut: CutReport) -> str:
+    """A line on the held-out rows if some are dropped, else nothing."""
+    return f"\n  held out: {len(cut.dropped)} rows dropped: {cut.reasons()}" if cut.dropped else ""
+
+
+def require_some(cut: CutReport) -> None:
+    """Raise `BadInput` if no row is left.
+
+    A row that is dropped was counted nowhere else.
+    """
+    require(
+        cut.prompts > 0 or not cut.dropped,
+        f"no row is left: {cut.reasons()}; change these rows, or look at --template",
+    )
 
 
 def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
@@ -154,17 +175,17 @@ def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
         f"the reward model reads {reward_model.max_length} tokens of prompt and response; give a "
         "--reward_model with more positions (a small new one: raise --max_length)"
     )
-    return _with_lengths(cut, "", cure)
+    return _with_lengths(cut, "", cure, [])
 
 
-def _with_lengths(cut: CutReport, supervised: str, cure: str) -> str:
+def _with_lengths(cut: CutReport, supervised: str, cure: str, notes: Sequence[str]) -> str:
     lines = [str(cut)]
     if lengths := cut.lengths():
         lines.append(f"  tokens before the cut (median, p95, max): {lengths}{supervised}")
     if cut.responses_cut > MANY_CUT * cut.responses:
         share = cut.responses_cut / cut.responses
         lines.append(f"  warning: {share:.0%} of the responses lose their end; {cure}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:

@@ -24,7 +24,14 @@ from rlhf_min.evaluation import (
 )
 from rlhf_min.harness import faults, report
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
-from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, encoded, encoded_pairs
+from rlhf_min.harness.inputs import (
+    HELDOUT_ROWS,
+    Inputs,
+    encoded,
+    encoded_heldout,
+    encoded_pairs,
+    require_some,
+)
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
@@ -49,8 +56,9 @@ def run_sft(
 ) -> None:
     """Fine-tune the policy on the demonstrations."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
-    heldout, _ = codec.encode_demonstrations(inputs.heldout_demonstrations)
-    print(f"SFT on {len(examples)} demonstrations; {encoded(cut, codec)}")
+    heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
+    told = encoded(cut, codec) + encoded_heldout(heldout_cut)
+    print(f"SFT on {len(examples)} demonstrations; {told}")
     state = sft.new_state(policy, examples, config)
     total = sft.total(state.cursor, config)
     snapshot = Snapshot(
@@ -214,12 +222,12 @@ def run_ppo(
     check_room(config, codec.max_response_tokens)
     _tell_unserved(reward_model, inputs)
     prompts, cut = codec.encode_prompts(inputs.prompts)
-    print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}")
+    eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
+    print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}{encoded_heldout(eval_cut)}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
     if log.preflight and not log.has_checkpoint("ppo"):
         check_ppo(policy, ref_policy, reward_model, config, state)
-    eval_prompts = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])[0]
     gold = inputs.monitors.get("gold_reward")
     looks = _Looks(policy, reward_function, eval_prompts, config, gold)
     before, responses = looks.look() if eval_prompts else (torch.empty(0), [])
@@ -365,8 +373,8 @@ def run_dpo(
 ) -> Policy:
     """Train a copy of the policy on the preference pairs; the start stays as its reference."""
     examples, cut = codec.encode_preferences(inputs.pairs)
-    heldout, _ = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
-    print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}")
+    heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
+    print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}{encoded_heldout(heldout_cut)}")
     require(
         len(examples) > 0,
         "no pair is left to train on: all are equal after the cut; raise --max_response_tokens, "
@@ -419,9 +427,8 @@ def run_evaluation(
     Some responses of each are written into the run's folder.
     """
     log.note_changes()
-    test = inputs.test[:n]
-    texts = [row["prompt"] for row in test]
-    prompts, cut = codec.encode_prompts(test)
+    prompts, cut = codec.encode_prompts(inputs.test[:n])
+    require_some(cut)
     print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
     baseline, first = next(iter(policies.items()))
     evaluations = evaluate_policies(
@@ -429,13 +436,14 @@ def run_evaluation(
         first.reference(reward_model.device),
         reward_model.score,
         prompts,
-        [row["references"] for row in test],
+        [prompt.columns["references"] for prompt in prompts],
         baseline=baseline,
         monitors=inputs.monitors,
         max_new_tokens=codec.max_response_tokens,
         max_tokens=max_tokens,
         seed=seed,
     )
+    texts = [prompt.text for prompt in prompts]
     report.write_samples(log.folder / "samples.md", evaluations, texts)
     gold = inputs.monitors.get("gold_reward")
     log.add_samples("test", 0, report.sample_rows(evaluations, texts, gold=gold), anew=True)
