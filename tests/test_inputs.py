@@ -201,3 +201,14 @@ def test_texts_as_they_are_without_an_end():
         encoded(report, codec)
     ended = [{**row, "response": f"{row['response']} <end>"} for row in DEMONSTRATIONS]
     assert "EOS is supervised in 100.0%" in encoded(codec.encode_demonstrations(ended)[1], codec)
+
+
+def test_rows_keep_the_places_that_they_have_in_the_file(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    given = [{"prompt": f"p{i}", "chosen": "red", "rejected": "two"} for i in range(12)]
+    given[2]["prompt"] = ""  # dropped, and counted nevertheless
+    file.write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    inputs = load_inputs(RunOptions(data=str(file), heldout_share=0.3, limit=9), "dpo", seed=0)
+    assert len(inputs.pairs) == 6
+    for rows in (inputs.pairs, inputs.heldout_pairs, inputs.demonstrations, inputs.test):
+        assert [f"p{row.place - 1}" for row in rows] == [row["prompt"] for row in rows]

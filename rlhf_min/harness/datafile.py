@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from rlhf_min.data import PlacedRow
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.files import SUFFIXES, Row, plural, printable, read_file
 from rlhf_min.harness.formats import Stage, Unusable, check_columns, clean_row, find_columns
@@ -128,7 +129,7 @@ def load_rows(
             dropped.setdefault(str(reason), []).append(number)
         else:
             seen.add(repr(clean))
-            rows.append(clean)
+            rows.append(PlacedRow(clean, number))
     if not rows:
         raise BadInput(
             f"{source}: no usable row among the {len(numbered)} read: "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_min.data import AS_IS, CHAT, Codec, CutReport
+from rlhf_min.data import AS_IS, CHAT, Codec, CutReport, PlacedRow
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.datafile import load_rows, split_rows
@@ -262,12 +262,18 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
 
 
 def _chosen_as_response(rows: Sequence[Row]) -> list[Row]:
-    return [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    return [_in_place(row, prompt=row["prompt"], response=row["chosen"]) for row in rows]
 
 
 def _with_references(rows: Sequence[Row]) -> list[Row]:
     """One row for each prompt, with every chosen response to it as a reference."""
-    references: dict[str, list[str]] = {}
+    found: dict[str, Row] = {}
     for row in rows:
-        references.setdefault(row["prompt"], []).append(row["chosen"])
-    return [{"prompt": prompt, "references": texts} for prompt, texts in references.items()]
+        first = _in_place(row, prompt=row["prompt"], references=[])
+        found.setdefault(row["prompt"], first)["references"].append(row["chosen"])
+    return list(found.values())
+
+
+def _in_place(row: Row, **columns: Any) -> Row:
+    """Other columns at the place of the same row."""
+    return PlacedRow(columns, row.place) if isinstance(row, PlacedRow) else columns
