@@ -260,6 +260,10 @@ def _load(
     _try_to_save(model, tokenizer)
     # Half-precision weights lose small updates: training keeps float32 and may use autocast.
     model = model.to(torch.promote_types(model.dtype, torch.float32)).eval()
+    # Still in the file, the weights would begin where its header ends; some processors then round
+    # products otherwise, and a file that is overwritten would change them.
+    for p in model.parameters():
+        p.data = p.data.clone()
     return model, tokenizer, info
 
 

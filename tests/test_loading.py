@@ -1,7 +1,9 @@
 """What loads as what: architectures, tokenizers, checkpoints of trl, and one line for the rest."""
 
+import copy
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -183,6 +185,15 @@ def test_a_policys_pad_token_changes_nothing(pad, tmp_path):
     found = policy(collate(rows, responses, pad_id=policy.pad_id)).logprobs
     expected = Policy(gpt2(), words())(collate(rows, responses, pad_id=0)).logprobs
     assert torch.equal(found, expected)
+
+
+def test_loaded_weights_are_those_of_the_file_as_it_was(tmp_path):
+    policy = Policy.from_pretrained(save(tmp_path, gpt2(), words()), critic="none")
+    before = copy.deepcopy(policy.lm.state_dict())
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+    assert all(torch.equal(now, before[name]) for name, now in policy.lm.state_dict().items())
 
 
 def test_a_bert_tokenizer_has_neither_bos_nor_eos_and_scores(tmp_path):

@@ -53,7 +53,7 @@ def _answers(module: nn.Module, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _policy_answers(policy: Policy, texts: Sequence[str]) -> dict[str, Tensor]:
     room = min(TOKENS, getattr(policy.lm.config, "max_position_embeddings", TOKENS)) - 1
-    rows = [policy.tokenizer(text).input_ids[:room] for text in texts]
+    rows = [policy.tokenizer(text, verbose=False).input_ids[:room] for text in texts]
     rows = [row for row in rows if row]
     if not rows:
         return {}
