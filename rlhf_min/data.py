@@ -219,6 +219,9 @@ class CutReport:
     responses_cut: int = 0
     response_tokens_cut: int = 0
     equal_after_cut: int = 0
+    equal_tokens: int = 0
+    tokens: int = field(default=0, compare=False)  # looked at for unknown ones
+    unknown_tokens: int = field(default=0, compare=False)
     responses_with_eos: int = field(default=0, compare=False)
     eos_in_text: int = field(default=0, compare=False)
     without_bos: int = field(default=0, compare=False)
@@ -243,6 +246,13 @@ class CutReport:
                 parts.append(f"{cut} of {total} {name}s cut ({tokens} tokens lost)")
         if self.equal_after_cut:
             parts.append(f"{self.equal_after_cut} pairs dropped: equal after the cut")
+        if self.equal_tokens:
+            parts.append(
+                f"{self.equal_tokens} pairs dropped: the tokenizer makes the same tokens of both "
+                "responses (case, accents, white space, unknown signs)"
+            )
+        if self.unknown_tokens:
+            parts.append(f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown")
         if self.dropped:
             parts.append(f"{len(self.dropped)} rows dropped: {self.reasons()}")
         if self.read_in_part:

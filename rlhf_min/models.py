@@ -9,14 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import CutReport, Sequences, micro_batches
-from .errors import require
+from .errors import BadInput, require
 from .fast import can_pack, separate_trunk, speed_up
 from .loading import VALUE_FILE, Reading, load_causal_lm, load_classifier
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 from .packing import Layout, packed, padded
+from .pairs import PairCodec, TextPair
 
 CHUNK_TOKENS = 1024  # rows of logits held at once
 UNKNOWN_POSITIONS = 512  # of a reward model that does not say
@@ -305,11 +307,17 @@ def disable_dropout(model: nn.Module) -> None:
 class RewardModel(nn.Module):
     """A one-label sequence classifier that scores text, with a tokenizer of its own.
 
+    A text has the same score beside any others. The last layer is computed in at least float32,
+    under autocast too: from 2 to 4, bfloat16 has only 128 numbers.
+
     Args:
         model: any ``AutoModelForSequenceClassification`` with one label, such as BERT.
-        tokenizer: the model's own; the policy's may be another.
+        tokenizer: the model's own; the policy's may be another. It is copied, not changed.
         max_length: tokens of question and response together, special tokens included. A response
             that is too long loses its end, then a prompt its beginning.
+
+    Raises:
+        BadInput: if tokenizer or `max_length` do not fit, or padding changes the scores.
     """
 
     def __init__(
@@ -325,14 +333,17 @@ class RewardModel(nn.Module):
         max_length = (
             min(positions, tokenizer.model_max_length) if max_length is None else max_length
         )
+        require(tokenizer.is_fast, "the reward model's tokenizer needs a tokenizer.json")
+        tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         require(
             tokenizer.pad_token is not None,
             "the reward model's tokenizer has no pad and no EOS token; set tokenizer.pad_token",
         )
+        # GPT-2 and its kin read the score at the last token that is none of padding.
         model.config.pad_token_id = tokenizer.pad_token_id
-        require(tokenizer.is_fast, "the reward model's tokenizer needs a tokenizer.json")
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         require(model.config.num_labels == 1, "a reward model needs exactly one label")
         require(
             8 <= max_length <= positions,
@@ -340,11 +351,14 @@ class RewardModel(nn.Module):
         )
         speed_up(model)
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
-        self.tokenizer.truncation_side = "left"  # for prompts; responses are cut in `encode`
         self.tokenizer.model_max_length = max_length  # saved with the model
+        self.codec = PairCodec(tokenizer, max_length)
+        self.padding_side = "right"
         self.cuts = CutReport()  # of all texts that were scored
         self.new_weights: list[str] = []  # what had to be drawn anew when it was loaded
         self.rescaled = False  # since it was loaded
+        self._last_layer.register_forward_hook(_linear_in_float32)
+        self._choose_padding_side()
 
     @property
     def device(self) -> torch.device:
@@ -352,32 +366,31 @@ class RewardModel(nn.Module):
         return self.model.device
 
     def forward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Scores with gradient. Shape ``(B,)``, in at least float32.
+        """Scores with gradient. Shape ``(B,)``, in at least float32."""
+        return self.forward_pairs(self.codec.encode(prompts, responses)[0])
+
+    def forward_pairs(self, pairs: Sequence[TextPair]) -> Tensor:
+        """The same for texts that are encoded already.
 
         Rows of similar length pass together, so that little of the work is padding.
         """
-        groups = micro_batches(self.lengths(prompts, responses), max_tokens=SIMILAR_TOKENS)
+        groups = micro_batches([len(pair.ids) for pair in pairs], max_tokens=SIMILAR_TOKENS)
         parts = []
         for rows in groups:
-            inputs = self.encode([prompts[i] for i in rows], [responses[i] for i in rows])
+            inputs = self.pad([pairs[i] for i in rows])
             parts.append(at_least_float32(self.model(**inputs.to(self.device)).logits[:, 0]))
         order = torch.tensor([i for rows in groups for i in rows])
         return torch.cat(parts)[order.argsort().to(self.device)]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> BatchEncoding:
-        """Prompt and response as the classifier's input pair: training and scoring alike."""
-        prompts, responses = self._as_pairs(prompts, responses)
-        return self.tokenizer(
-            prompts,
-            self.cut(responses),
-            truncation="only_first",
-            max_length=self.max_length,
-            padding=True,
-            verbose=False,
-            # Where a model has no embeddings for them, as GPT-2, it would add those of two words.
-            return_token_type_ids=getattr(self.model.config, "type_vocab_size", 0) > 1,
-            return_tensors="pt",
-        )
+        """Prompts and responses as one padded batch of the classifier's inputs."""
+        return self.pad(self.codec.encode(prompts, responses)[0])
+
+    def pad(self, pairs: Sequence[TextPair]) -> BatchEncoding:
+        """Encoded texts as one padded batch of the classifier's inputs."""
+        # Where a model has no embeddings for types, as GPT-2, it would add those of two words.
+        types = getattr(self.model.config, "type_vocab_size", 0) > 1
+        return self.codec.pad(pairs, side=self.padding_side, types=types)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], *, max_tokens: int = 16384
@@ -391,38 +404,13 @@ class RewardModel(nn.Module):
 
         What does not fit is counted in `cuts`.
         """
-        self.cuts.add(self.cut_report(prompts, responses))
-        scores = torch.empty(len(prompts), dtype=torch.float64)
+        pairs, report = self.codec.encode(prompts, responses)
+        self.cuts.add(report)
+        scores = torch.empty(len(pairs), dtype=torch.float64)
         with evaluating(self):
-            for rows in micro_batches(self.lengths(prompts, responses), max_tokens=max_tokens):
-                found = self([prompts[i] for i in rows], [responses[i] for i in rows])
-                scores[rows] = found.cpu().double()
+            for rows in micro_batches([len(x.ids) for x in pairs], max_tokens=max_tokens):
+                scores[rows] = self.forward_pairs([pairs[i] for i in rows]).cpu().double()
         return scores
-
-    def lengths(self, prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
-        """How many tokens `encode` makes of each row, before padding."""
-        prompts, responses = self._as_pairs(prompts, responses)
-        tokens = zip(self._count(prompts), self._count(self.cut(responses)), strict=True)
-        return [min(self.max_length, p + r + self._special_tokens) for p, r in tokens]
-
-    def cut_report(self, prompts: Sequence[str], responses: Sequence[str]) -> CutReport:
-        """How many of these rows do not fit into `max_length`, and by how many tokens."""
-        report = CutReport(prompts=len(prompts), responses=len(responses))
-        prompts, responses = self._as_pairs(prompts, responses)
-        for prompt_tokens, response_tokens, kept in zip(
-            self._count(prompts),
-            self._count(responses),
-            self._count(self.cut(responses)),
-            strict=True,
-        ):
-            report.responses_cut += kept < response_tokens
-            report.response_tokens_cut += response_tokens - kept
-            report.prompt_lengths.append(prompt_tokens)
-            report.response_lengths.append(response_tokens)
-            room = self.max_length - self._special_tokens - kept
-            report.prompts_cut += prompt_tokens > room
-            report.prompt_tokens_cut += max(0, prompt_tokens - room)
-        return report
 
     def checkpoint_gradients(self) -> None:
         """From now on keep only the layers' inputs for backward, and compute the rest again."""
@@ -462,10 +450,9 @@ class RewardModel(nn.Module):
         Raises:
             BadInput: if the model cannot be loaded, or its classifier is missing.
         """
-        with Reading(name_or_path), torch.no_grad():
+        with Reading(name_or_path):
             model, tokenizer, new_weights = load_classifier(name_or_path, new_head=new_head)
             reward_model = cls(model, tokenizer, max_length=max_length).eval()
-            reward_model(["What?"], ["This."])
         reward_model.new_weights = new_weights
         return reward_model
 
@@ -473,38 +460,32 @@ class RewardModel(nn.Module):
     def _last_layer(self) -> nn.Linear:
         return [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
 
-    @property
-    def _special_tokens(self) -> int:
-        return self.tokenizer.num_special_tokens_to_add(pair=True)
+    def _choose_padding_side(self) -> None:
+        """The right, or the left as XLNet needs it: where a text's neighbours change nothing."""
+        pairs, _ = self.codec.encode(["What?"] * 2, ["This.", "This. " * 9])
+        near = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32)) ** 0.5
+        for side in ("right", "left"):
+            self.padding_side = side
+            with evaluating(self):
+                alone, beside = self.forward_pairs(pairs[:1])[0], self.forward_pairs(pairs)[0]
+            if torch.allclose(alone, beside, rtol=near, atol=near, equal_nan=True):
+                return
+        raise BadInput(
+            f"{type(self.model).__name__} scores a text {float(alone):.4g} alone and "
+            f"{float(beside):.4g} beside a longer one, so padding changes its scores; give a "
+            "classifier that heeds attention_mask"
+        )
 
-    @property
-    def _response_room(self) -> int:
-        # At least a quarter of the room stays for the prompt that the response is judged against.
-        return (self.max_length - self._special_tokens) * 3 // 4
 
-    def _count(self, texts: list[str]) -> list[int]:
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-        return [len(ids) for ids in found.input_ids]
-
-    def cut(self, responses: Sequence[str]) -> list[str]:
-        """The responses as `encode` sees them: without the end that there is no room for."""
-        offsets = self.tokenizer(
-            list(responses), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        ).offset_mapping
-        room = self._response_room
-        # A character may be several tokens: one that would be cut in two is left out.
-        return [
-            text if len(spans) <= room else text[: min(spans[room - 1][1], spans[room][0])]
-            for text, spans in zip(responses, offsets, strict=True)
-        ]
-
-    def _as_pairs(
-        self, prompts: Sequence[str], responses: Sequence[str]
-    ) -> tuple[list[str], list[str]]:
-        if self.tokenizer.sep_token is not None:  # BERT and its kin separate the two by themselves
-            return list(prompts), list(responses)
-        end = self.tokenizer.eos_token or ""
-        return [f"{prompt}\n" for prompt in prompts], [f"{response}{end}" for response in responses]
+def _linear_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """A forward hook: the layer's output, computed again if it was in half precision."""
+    if output.dtype == at_least_float32(output).dtype:
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        weight, bias = at_least_float32(layer.weight), layer.bias
+        return F.linear(
+            at_least_float32(inputs[0]), weight, None if bias is None else at_least_float32(bias)
+        )
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
 from .models import RewardModel, evaluating
 from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
+from .pairs import TextPair
 
 Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
 
@@ -62,41 +63,47 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class RewardExample:
-    """A preference pair as texts, which the reward model encodes itself.
+    """A preference pair, as texts and as the reward model reads them.
 
-    `length` is the number of tokens of its two inputs, each padded to the longer one.
+    `chosen_pair` and `rejected_pair` hold the ids, so that no text is tokenised in each epoch.
     """
 
     prompt: str
     chosen: str
     rejected: str
     margin: float | None
-    length: int
+    chosen_pair: TextPair
+    rejected_pair: TextPair
+
+    @property
+    def length(self) -> int:
+        """Tokens of the two inputs, each padded to the longer one."""
+        return 2 * max(len(self.chosen_pair.ids), len(self.rejected_pair.ids))
 
 
 def prepare_pairs(
     reward_model: RewardModel, pairs: Sequence[Pair]
 ) -> tuple[list[RewardExample], CutReport]:
-    """Rows with ``prompt``, ``chosen``, ``rejected`` and perhaps ``margin``, and what was cut."""
+    """Rows with ``prompt``, ``chosen``, ``rejected`` and perhaps ``margin``, and what was cut.
+
+    A row whose two responses are the same for the reward model, which no score could tell apart, is
+    left out and counted.
+    """
     prompts = [pair["prompt"] for pair in pairs]
-    chosen, rejected = [pair["chosen"] for pair in pairs], [pair["rejected"] for pair in pairs]
-    report = reward_model.cut_report(prompts * 2, chosen + rejected)
-    longer = map(
-        max, reward_model.lengths(prompts, chosen), reward_model.lengths(prompts, rejected)
-    )
-    examples = [
-        RewardExample(pair["prompt"], pair["chosen"], pair["rejected"], pair.get("margin"), 2 * n)
-        for pair, n in zip(pairs, longer, strict=True)
-    ]
-    different = [
-        x
-        for x, c, r in zip(
-            examples, reward_model.cut(chosen), reward_model.cut(rejected), strict=True
-        )
-        if c != r
-    ]
-    report.equal_after_cut = len(examples) - len(different)
-    return different, report
+    responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    encoded, report = reward_model.codec.encode(prompts * 2, responses)
+    examples = []
+    for pair, chosen, rejected in zip(
+        pairs, encoded[: len(pairs)], encoded[len(pairs) :], strict=True
+    ):
+        if not torch.equal(chosen.ids, rejected.ids):
+            texts = pair["prompt"], pair["chosen"], pair["rejected"]
+            examples.append(RewardExample(*texts, pair.get("margin"), chosen, rejected))
+        elif chosen.cut or rejected.cut:
+            report.equal_after_cut += 1
+        else:
+            report.equal_tokens += 1
+    return examples, report
 
 
 def new_state(
@@ -128,9 +135,8 @@ def batch_loss(
     reward_model: RewardModel, examples: Sequence[RewardExample], *, center_coef: float
 ) -> RewardLoss:
     """Loss of one micro-batch; both responses of a pair pass in the same forward."""
-    prompts = [x.prompt for x in examples]
-    responses = [x.chosen for x in examples] + [x.rejected for x in examples]
-    chosen, rejected = reward_model(prompts * 2, responses).split(len(examples))
+    pairs = [x.chosen_pair for x in examples] + [x.rejected_pair for x in examples]
+    chosen, rejected = reward_model.forward_pairs(pairs).split(len(examples))
     margin = None
     if any(x.margin is not None for x in examples):
         margin = chosen.new_tensor([x.margin or 0.0 for x in examples])

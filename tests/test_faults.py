@@ -24,6 +24,7 @@ from rlhf_min.harness.faults import (
     too_far,
 )
 from rlhf_min.harness.resume import Snapshot
+from rlhf_min.pairs import TextPair
 
 
 def lengths(_prompts, responses):
@@ -101,7 +102,8 @@ def test_a_rollout_is_saved_with_all_that_was_known_of_it(tmp_path):
 
 
 def test_what_json_has_no_word_for_becomes_text(tmp_path):
-    pair = reward.RewardExample("red", "one", "two", math.nan, 8)
+    ids = TextPair(torch.ones(3), 1, 1, False)
+    pair = reward.RewardExample("red", "one", "two", math.nan, ids, ids)
     columns = {"when": {1, 2}.__class__, 3: (math.inf, None, True)}
     rows = [{"step": i, "loss": math.nan} for i in range(LAST_METRICS + 5)]
     file = save_nonfinite(NonFinite(7, "loss", [0], [pair, columns]), tmp_path, rows)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import small_policy
 from tiny import bert, bert_words, gpt2, gpt2_classifier, words
-from tolerances import FP32
+from tolerances import FP32, FP64
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -183,8 +183,10 @@ def test_a_policys_pad_token_changes_nothing(pad, tmp_path):
     rows = [torch.tensor([5, 6, 7]), torch.tensor([8])]
     responses = [torch.tensor([4, 1]), torch.tensor([9, 9, 3, 1])]
     found = policy(collate(rows, responses, pad_id=policy.pad_id)).logprobs
+    assert torch.equal(found, policy(collate(rows, responses, pad_id=7)).logprobs)
+    # other memory may be aligned in another way, and then sums are rounded in another order
     expected = Policy(gpt2(), words())(collate(rows, responses, pad_id=0)).logprobs
-    assert torch.equal(found, expected)
+    assert torch.allclose(found, expected, rtol=0, atol=FP64)
 
 
 def test_loaded_weights_are_those_of_the_file_as_it_was(tmp_path):

@@ -541,8 +541,10 @@ def test_cuts_end_of_response_then_beginning_of_prompt(prompt, response, max_len
     texts = [text(prompt)], [text(response)]
     assert model.encode(*texts)["input_ids"].tolist() == [expected]
     assert len(kept_prompt) >= min(len(prompt), room / 4)
-    assert model.lengths(*texts) == [len(expected)]
-    report = model.cut_report(*texts)
+    (pair,), report = model.codec.encode(*texts)
+    assert pair.ids.tolist() == expected
+    assert (pair.prompt_tokens, pair.response_tokens) == (len(kept_prompt), len(kept_response))
+    assert pair.cut == (kept_response != response)
     assert (report.prompts, report.responses) == (1, 1)
     assert report.prompts_cut == (kept_prompt != prompt)
     assert report.responses_cut == (kept_response != response)
@@ -554,7 +556,7 @@ def test_cut_report_adds_up_over_rows():
     prompts = [text(range(n)) for n in (2, 9, 20)]
     responses = [text(range(n)) for n in (1, 3, 25)]
     model = reward_model(11)  # 8 words; 6 at most for the response
-    report = model.cut_report(prompts, responses)
+    report = model.codec.encode(prompts, responses)[1]
     kept = model.encode(prompts, responses)["attention_mask"].sum().item() - 3 * 3
     lost = report.prompt_tokens_cut + report.response_tokens_cut
     assert lost == (2 + 9 + 20) + (1 + 3 + 25) - kept
@@ -618,7 +620,7 @@ def test_score_is_forward_in_eval_mode_whatever_the_mode():
 def test_forward_keeps_the_order_of_the_texts():
     model = reward_model().eval()
     prompts, responses = TEXTS
-    lengths = model.lengths(prompts, responses)
+    lengths = [len(pair.ids) for pair in model.codec.encode(prompts, responses)[0]]
     assert lengths != sorted(lengths, reverse=True)  # which is the order that they pass in
     alone = torch.cat([model([p], [r]) for p, r in zip(prompts, responses, strict=True)])
     assert_close(model(prompts, responses), alone, FP64)
@@ -708,7 +710,7 @@ def test_a_character_of_several_tokens_is_cut_as_counted(max_length):
     found = bytewise.decode(model.encode(["aaaaaaaa"], ["🤖🤖🤖🤖"])["input_ids"][0])
     assert found.count("a") + 1 >= max_length // 4  # and the new line
     assert set(found) == set("a\n🤖")
-    report = model.cut_report(["aaaaaaaa"], ["🤖🤖🤖🤖"])
+    report = model.codec.encode(["aaaaaaaa"], ["🤖🤖🤖🤖"])[1]
     assert report.prompt_tokens_cut == 8 - found.count("a")
 
 

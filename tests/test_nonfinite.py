@@ -288,8 +288,9 @@ def test_scores_that_are_infinite_stop_though_their_loss_is_0():
     # -log sigmoid(inf) is 0, and so is its gradient.
     module, _, _, steps = reward_run(center_coef=0.0)
     bias = module.model.classifier.bias[0]
-    module.forward = lambda _, responses: torch.stack(
-        [bias + (math.inf if response == "small" else 0.0) for response in responses]
+    (small,) = module.tokenizer("small", add_special_tokens=False).input_ids
+    module.forward_pairs = lambda pairs: torch.stack(
+        [bias + (math.inf if x.response_tokens == 1 and x.ids[-2] == small else 0) for x in pairs]
     )
     before = weights(module)
     with pytest.raises(NonFinite, match="margin is not finite") as caught:

@@ -124,7 +124,6 @@ LINES = {
         "a row alone against it in a batch",
     ],
     "reward": [
-        "pairs with the same tokens on both sides",
         "memory of cpu",
         "scores that are not finite",
         "pairs with the same score on both sides",
@@ -386,18 +385,6 @@ def test_a_reward_that_names_a_column():
     stage.reward_model = by_column
     stage.check()
     assert seen == [[3, 3, 3]]
-
-
-def text_pair(chosen, rejected):
-    return reward.RewardExample("red", chosen, rejected, None, 10)
-
-
-def test_texts_that_the_reward_model_cannot_tell_apart(capsys):
-    unknown = text_pair("1", "2")  # no token for either
-    found = refused(Stage("reward", examples=[unknown]))
-    assert "pairs with the same tokens on both sides: 1 of 1" in found
-    Stage("reward", examples=[unknown, text_pair("big", "two")]).check()
-    assert "warning  pairs with the same tokens on both sides  1 of 2" in capsys.readouterr().out
 
 
 def test_scores_that_do_not_depend_on_the_response():

@@ -51,6 +51,7 @@ from rlhf_min.harness.run import read_record, reopen_run
 from rlhf_min.harness.soundness import unsound
 from rlhf_min.harness.stopping import Stopped, catching_signals
 from rlhf_min.models import Policy
+from rlhf_min.pairs import TextPair
 from rlhf_min.ppo import PPOConfig
 from rlhf_min.reward import RewardConfig, RewardExample
 from rlhf_min.sft import SFTConfig
@@ -493,7 +494,8 @@ def test_of_other_data(tmp_path):
 
 
 def test_the_data_is_all_that_was_given():
-    pair = RewardExample("red", "one", "two", 0.5, 4)
+    read = TextPair(torch.tensor([2, 3]), 1, 1, False)
+    pair = RewardExample("red", "one", "two", 0.5, read, read)
     prompt = PromptExample("red", torch.tensor([2]), {"answer": 3})
     reference = PreferenceExample(torch.tensor([2]), torch.tensor([3]), torch.tensor([4]))
     for example, change in [

@@ -20,6 +20,7 @@ Row = dict[str, Any]
 VOCABULARY = 4000  # at most; of the tokenizers of small new models
 HELDOUT_ROWS = 1000  # at most; looked at during training
 MANY_CUT = 0.2  # of the responses: a warning is due
+MANY_UNKNOWN = 0.05  # of the tokens: a warning is due
 
 
 @dataclass
@@ -175,7 +176,15 @@ def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
         f"the reward model reads {reward_model.max_length} tokens of prompt and response; give a "
         "--reward_model with more positions (a small new one: raise --max_length)"
     )
-    return _with_lengths(cut, "", cure, [])
+    told = _with_lengths(cut, "", cure, [])
+    if cut.unknown_tokens > MANY_UNKNOWN * cut.tokens:
+        unknown = reward_model.tokenizer.unk_token
+        told += (
+            f"\n  warning: the reward model reads all that its tokenizer does not know as {unknown}"
+            ", so texts that differ in that only score the same; give a --reward_model that knows "
+            "this language and these signs"
+        )
+    return told
 
 
 def _with_lengths(cut: CutReport, supervised: str, cure: str, notes: Sequence[str]) -> str:

@@ -143,7 +143,6 @@ def check_reward(reward_model: RewardModel, config: reward.RewardConfig, state: 
     examples: Sequence[reward.RewardExample] = state.cursor.examples
 
     def checks() -> Iterator[Check]:
-        yield inputs_differ(reward_model, examples[:LOOKED_AT])
         yield from half_precision(config.precision, reward_model.device)
         longest = max(x.length for x in examples)
         tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
@@ -513,32 +512,13 @@ def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
 # The reward model
 
 
-def inputs_differ(reward_model: RewardModel, examples: Sequence[reward.RewardExample]) -> Check:
-    """Chosen and rejected are still different after the cut and the tokenizer."""
-    prompts = [x.prompt for x in examples] * 2
-    texts = [x.chosen for x in examples] + [x.rejected for x in examples]
-    chosen, rejected = reward_model.encode(prompts, texts).input_ids.split(len(examples))
-    equal = int((chosen == rejected).all(1).sum())
-    return Check(
-        "pairs with the same tokens on both sides",
-        equal,
-        0,
-        "chosen and rejected differ only in what is cut away or has no token",
-        "raise the reward model's max_length, or drop such pairs",
-        told=f"{equal} of {len(examples)}",
-        warning=equal < len(examples),
-    )
-
-
 def scores_of_pairs(
     reward_model: RewardModel, examples: Sequence[reward.RewardExample]
 ) -> tuple[Tensor, Tensor]:
     """Scores of chosen and rejected of pairs in one batch, ``(B,)`` each."""
-    texts = [x.chosen for x in examples] + [x.rejected for x in examples]
+    pairs = [x.chosen_pair for x in examples] + [x.rejected_pair for x in examples]
     with evaluating(reward_model):
-        chosen, rejected = reward_model([x.prompt for x in examples] * 2, texts).split(
-            len(examples)
-        )
+        chosen, rejected = reward_model.forward_pairs(pairs).split(len(examples))
     return chosen, rejected
 
 
@@ -649,8 +629,8 @@ def reward_memory(
     reward_model.train()
     fixed, per_token = kept_bytes(
         reward_model,
-        lambda n: reward_model([row.prompt] * n, [row.chosen] * n),
-        reward_model.lengths([row.prompt], [row.chosen])[0],
+        lambda n: reward_model.forward_pairs([row.chosen_pair] * n),
+        len(row.chosen_pair.ids),
     )
     yield from memory(reward_model, [], optimizer, {"activations": fixed + tokens * per_token}, 0)
 

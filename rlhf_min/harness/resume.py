@@ -337,7 +337,7 @@ def fingerprint(examples: Sequence[Any]) -> str:
     for example in examples:
         for field in fields(example):
             value = getattr(example, field.name)
-            if field.name != "ref_logprobs":  # which is computed, and not given
+            if field.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
                 told = repr(value.tolist() if isinstance(value, Tensor) else value)
                 told = re.sub(r" at 0x[0-9a-f]+", "", told)  # of an object in another process
                 digest.update(f"{field.name}={told};".encode(errors="backslashreplace"))

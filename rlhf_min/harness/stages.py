@@ -108,14 +108,7 @@ def run_reward(
     """
     prompts = [pair["prompt"] for pair in inputs.pairs] * 2
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
-    examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
-    heldout, _ = reward.prepare_pairs(reward_model, inputs.heldout_pairs[:HELDOUT_ROWS])
-    print(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
-    require(
-        len(examples) > 0,
-        "no pair is left to train on: all are equal after the cut; give a --reward_model with more "
-        "positions, or pairs that differ earlier",
-    )
+    examples, heldout = _prepared(reward_model, inputs)
     state = reward.new_state(reward_model, examples, config)
     total = reward.total(state.cursor, config)
     snapshot = Snapshot(
@@ -132,17 +125,18 @@ def run_reward(
     if log.preflight and not log.has_checkpoint("reward_model"):
         check_reward(reward_model, config, state)
     log.resume(snapshot)
-    steps = reward.train(reward_model, config, state, heldout=heldout)
+    steps = reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS])
     log.follow(
         "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
     )
-    chosen, rejected = reward.pair_scores(reward_model, inputs.heldout_pairs)
+    pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
+    chosen, rejected = reward.pair_scores(reward_model, pairs)
     faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
     report.write_json(log.folder / REWARD_MODEL, report.pairs_json(chosen, rejected))
     estimates = measure_reward(
         chosen,
         rejected,
-        inputs.heldout_pairs,
+        pairs,
         gold=inputs.monitors.get("gold_reward"),
         seed=config.seed,
     )
@@ -156,6 +150,25 @@ def run_reward(
             )
         told = _normalised(reward_model, prompts, responses, source)
     return RewardReport(estimates, told)
+
+
+def _prepared(
+    reward_model: RewardModel, inputs: Inputs
+) -> tuple[list[reward.RewardExample], list[reward.RewardExample]]:
+    """The pairs to train on and those held out, without those that are equal to the model."""
+    examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
+    heldout, heldout_cut = reward.prepare_pairs(reward_model, inputs.heldout_pairs)
+    print(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
+    if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
+        print(f"  {equal} of {len(inputs.heldout_pairs)} held-out pairs are left out likewise")
+    for some, use in [(examples, "train on"), (heldout, "measure on")]:
+        require(
+            len(some) > 0,
+            f"no pair is left to {use}: the reward model reads the same on both sides of all, "
+            "after the cut or because its tokenizer tells them not apart; give pairs that differ "
+            "earlier or in more than signs, or a --reward_model with more positions or tokens",
+        )
+    return examples, heldout
 
 
 def _normalised(
