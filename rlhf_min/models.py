@@ -342,7 +342,6 @@ class RewardModel(nn.Module):
             "the reward model's tokenizer has no pad and no EOS token; set tokenizer.pad_token",
         )
         # GPT-2 and its kin read the score at the last token that is none of padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         require(model.config.num_labels == 1, "a reward model needs exactly one label")
         require(
@@ -516,4 +515,4 @@ def positions_of(model: PreTrainedModel) -> float:
     for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:  # or one for each kind
         if part.get("rope_type") == "longrope":
             limits.append(part.get("original_max_position_embeddings"))
-    return min((n for n in limits if n is not None), default=math.inf)
+    return min((n for n in limits if n is not None and n > 0), default=math.inf)  # XLNet says -1

@@ -26,21 +26,40 @@ from tiny import (
     granite,
     llama,
     policy,
+    seeded,
     text,
     token_rows,
     words,
 )
 from tolerances import EXACT, FP32, FP64
+from torch.nn import functional as F
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoTokenizer,
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from rlhf_min.data import collate
@@ -679,25 +698,17 @@ def test_rescale_needs_a_bias():
     assert_close(model.score(*TEXTS), before, EXACT)
 
 
-def roberta():
-    """RoBERTa numbers its positions from pad id + 1: of 66 positions 64 can be used."""
-    config = RobertaConfig(
-        vocab_size=3 + len(WORDS),
-        max_position_embeddings=66,
-        num_hidden_layers=1,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_attention_heads=2,
-        pad_token_id=1,
-        type_vocab_size=1,
+@pytest.mark.parametrize("pad_id", [0, 1, 4])
+def test_a_roberta_counts_its_positions_from_behind_its_pad_id(pad_id):
+    model = RewardModel(
+        classifier(
+            small_config(RobertaConfig, pad_token_id=pad_id), RobertaForSequenceClassification
+        ),
+        words(pad="<eos>"),
     )
-    config.num_labels = 1
-    return RobertaForSequenceClassification(config).double().eval()
-
-
-def test_a_roberta_takes_a_prompt_as_long_as_max_length():
-    model = RewardModel(roberta(), words(pad="<eos>"))
-    assert model.score([text(range(25)) + " " + text(range(25)) * 4], ["ba"]).isfinite().all()
+    assert model.max_length == 66 - pad_id - 1
+    long = text(range(25)) + " " + text(range(25)) * 4
+    assert model.score([long], ["ba"]).isfinite().all()
 
 
 @pytest.mark.parametrize("max_length", [8, 14])
@@ -737,6 +748,161 @@ def test_a_classifier_whose_pad_token_is_eos():
     with torch.no_grad():
         hidden = classifier.transformer(torch.tensor([[3, 4]])).last_hidden_state
         assert_close(scores[0], hidden[0, -1] @ classifier.score.weight[0], FP64)
+
+
+# RewardModel: neighbours
+
+
+def classifier(config, make, labels=1):
+    """With weights so large that no two texts have nearly the same score."""
+    config.num_labels = labels
+    return seeded(lambda: make(config))
+
+
+def small_config(make, **options):
+    return make(
+        **{
+            **{"vocab_size": 3 + len(WORDS), "max_position_embeddings": 66, "hidden_size": WIDTH},
+            **{"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+            **{"bos_token_id": 1, "eos_token_id": 1, "sep_token_id": 1, "cls_token_id": 1},
+            **{"pad_token_id": 0},
+            **options,
+        }
+    )
+
+
+XLNET = {"d_model": WIDTH, "n_layer": 1, "n_head": 2, "d_inner": 32}
+CLASSIFIERS = {
+    "bert": bert,
+    "gpt2": gpt2_classifier,
+    "roberta": lambda: classifier(
+        small_config(RobertaConfig, pad_token_id=1), RobertaForSequenceClassification
+    ),
+    "llama": lambda: classifier(small_config(LlamaConfig), LlamaForSequenceClassification),
+    "qwen2": lambda: classifier(
+        small_config(Qwen2Config, num_key_value_heads=1), Qwen2ForSequenceClassification
+    ),
+    "distilbert": lambda: classifier(
+        DistilBertConfig(vocab_size=28, dim=WIDTH, hidden_dim=32, n_layers=1, n_heads=2),
+        DistilBertForSequenceClassification,
+    ),
+    "electra": lambda: classifier(
+        small_config(ElectraConfig, embedding_size=WIDTH), ElectraForSequenceClassification
+    ),
+    "deberta": lambda: classifier(
+        small_config(DebertaV2Config, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        DebertaV2ForSequenceClassification,
+    ),
+    "albert": lambda: classifier(
+        small_config(AlbertConfig, embedding_size=WIDTH), AlbertForSequenceClassification
+    ),
+    "modernbert": lambda: classifier(
+        small_config(ModernBertConfig), ModernBertForSequenceClassification
+    ),
+    "xlnet": lambda: classifier(
+        XLNetConfig(vocab_size=28, **XLNET), XLNetForSequenceClassification
+    ),
+}
+EACH = pytest.mark.parametrize("name", CLASSIFIERS)
+
+
+def scorer(name, side="right"):
+    tokenizer = bert_words() if name == "bert" else words()
+    tokenizer.padding_side = side
+    return RewardModel(CLASSIFIERS[name](), tokenizer)
+
+
+@EACH
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_score_depends_on_no_neighbour_whatever_side_the_tokenizer_pads(name, side):
+    model = scorer(name, side)
+    pairs = list(zip(*TEXTS, strict=True))
+    alone = torch.cat([model.score([p], [r]) for p, r in pairs])
+    assert alone.diff().abs().min() > 1e-3
+    tolerance = FP64 if model.model.dtype == torch.float64 and name not in ROUNDED else FP32
+    assert_close(model.score(*TEXTS), alone, tolerance)
+    assert_close(model(*TEXTS).detach().double(), alone, tolerance)
+    if side == "left":
+        assert_close(scorer(name).score(*TEXTS), alone, tolerance)
+        assert model.tokenizer.padding_side == "left"  # as it was given
+    assert model.padding_side == ("left" if name == "xlnet" else "right")
+
+
+ROUNDED = ("llama", "qwen2", "roberta")  # with norms, or all of it, in float32
+
+
+def test_the_tokenizer_that_was_given_stays_as_it_is(tmp_path):
+    words(pad=None).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
+    tokenizer.save_pretrained(tmp_path / "before")
+    model = RewardModel(gpt2_classifier(), tokenizer, max_length=20)
+    model.score(*TEXTS)
+    tokenizer.save_pretrained(tmp_path / "after")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        before, after = ((tmp_path / x / name).read_bytes() for x in ("before", "after"))
+        assert before == after
+    save_reward_model(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["padding_side"] == "left"
+    assert saved["pad_token"] == "<eos>"
+    assert RewardModel.from_pretrained(tmp_path / "saved").max_length == 20
+
+
+def test_a_classifier_that_heeds_no_mask_is_refused():
+    model = bert()
+
+    def without_mask(_module, args, kwargs):
+        return args, {**kwargs, "attention_mask": None}
+
+    model.bert.register_forward_pre_hook(without_mask, with_kwargs=True)
+    with pytest.raises(BadInput, match=r"BertForSequenceClassification scores .* beside") as raised:
+        RewardModel(model, bert_words())
+    one_line(raised)
+
+
+def test_the_pad_token_of_a_decoder_is_the_tokenizers():
+    # it reads the score at the last token that is no padding: with another pad token at the padding
+    for pad in (None, 5):
+        given = gpt2_classifier()
+        given.config.pad_token_id = pad
+        model = RewardModel(given, words())
+        assert model.model.config.pad_token_id == 0
+        assert_close(model.score(*TEXTS), RewardModel(gpt2_classifier(), words()).score(*TEXTS), 0)
+
+
+# RewardModel: precision
+
+
+@EACH
+def test_under_autocast_the_last_layer_is_in_float32(name):
+    model = RewardModel(CLASSIFIERS[name]().float(), scorer(name).tokenizer)
+    layer, seen = model._last_layer, []
+    assert layer.out_features == 1
+    plain = model(*TEXTS)
+    layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(*TEXTS)
+    for hidden, output in seen:
+        assert_close(output, F.linear(hidden.float(), layer.weight, layer.bias), EXACT)
+    assert (found - plain).abs().max() < 0.3
+    assert found.dtype == torch.float32
+    gradient = torch.autograd.grad(found.sum(), layer.weight)[0]
+    assert gradient.any()
+
+
+def test_scores_near_2_stay_different_in_bfloat16():
+    """Of 100 texts as many scores: bfloat16 has 128 numbers from 2 to 4."""
+    model = RewardModel(bert().float(), bert_words())
+    texts = [text([i % 25, i // 25]) for i in range(100)]
+    spread = model.score(["ba"] * 100, texts)
+    model.rescale(gain=0.1 / float(spread.std()), bias=0.0)
+    model.rescale(gain=1.0, bias=2.0 - float(model.score(["ba"] * 100, texts).mean()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model.score(["ba"] * 100, texts)
+    assert len(set(scores.tolist())) == 100
+    assert len(set(scores.bfloat16().tolist())) < 50
+    weights = RewardModel(copy.deepcopy(model.model).bfloat16(), bert_words())
+    assert len(set(weights.score(["ba"] * 100, texts).tolist())) == 100
 
 
 # RewardModel.from_pretrained

@@ -165,6 +165,34 @@ def test_pairs_are_prepared_as_they_are():
         assert x.length == sum(map(len, inputs.input_ids))
 
 
+def test_pairs_that_are_the_same_tokens_are_left_out_and_counted():
+    pairs = [
+        {"prompt": "red", "chosen": "Ball", "rejected": "ball"},  # the tokenizer knows no case
+        {"prompt": "red", "chosen": "ball 😀", "rejected": "ball 😡"},  # and neither of these
+        {"prompt": "red", "chosen": "big  ball", "rejected": "big\nball"},
+        {"prompt": "red", "chosen": "one " * 40, "rejected": "one " * 40 + "two"},
+        {"prompt": "red", "chosen": "one", "rejected": "two"},
+    ]
+    (kept,), report = reward.prepare_pairs(small_reward_model(), pairs)
+    assert (kept.chosen, kept.rejected) == ("one", "two")
+    assert (report.equal_tokens, report.equal_after_cut) == (3, 1)
+    assert report.unknown_tokens == 2
+    assert report.tokens == 10 + 2 + 4 + 4 + 81 + 2  # each prompt twice
+    told = str(report)
+    assert "3 pairs dropped: the tokenizer makes the same tokens of both responses" in told
+    assert "1 pairs dropped: equal after the cut" in told
+    assert "1.9% of the tokens are unknown" in told
+
+
+def test_texts_are_tokenised_once_and_not_in_each_step(monkeypatch):
+    reward_model = small_reward_model()
+    prepared = examples(reward_model)
+    monkeypatch.setattr(reward_model.codec, "encode", None)
+    monkeypatch.setattr(type(reward_model.tokenizer), "__call__", None)
+    state = reward.new_state(reward_model, prepared, CONFIG)
+    assert len(list(reward.train(reward_model, CONFIG, state, heldout=prepared))) == 6
+
+
 def test_evaluate_is_over_all_pairs_and_without_dropout():
     reward_model = small_reward_model()
     for module in reward_model.modules():
