@@ -461,12 +461,12 @@ class RewardModel(nn.Module):
 
     def _choose_padding_side(self) -> None:
         """The right, or the left as XLNet needs it: where a text's neighbours change nothing."""
-        pairs, _ = self.codec.encode(["What?"] * 2, ["This.", "This. " * 9])
+        pairs, _ = self.codec.encode(["What?"] * 2, ["This. " * 9, "This."])
         near = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32)) ** 0.5
         for side in ("right", "left"):
             self.padding_side = side
             with evaluating(self):
-                alone, beside = self.forward_pairs(pairs[:1])[0], self.forward_pairs(pairs)[0]
+                alone, beside = self.forward_pairs(pairs[1:])[0], self.forward_pairs(pairs)[1]
             if torch.allclose(alone, beside, rtol=near, atol=near, equal_nan=True):
                 return
         raise BadInput(

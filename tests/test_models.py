@@ -860,9 +860,10 @@ def test_a_classifier_that_heeds_no_mask_is_refused():
     one_line(raised)
 
 
-def test_the_pad_token_of_a_decoder_is_the_tokenizers():
+def test_the_pad_token_of_a_decoder_is_the_tokenizers(monkeypatch):
     # it reads the score at the last token that is no padding: with another pad token at the padding
-    for pad in (None, 5):
+    monkeypatch.setattr(RewardModel, "_choose_padding_side", lambda _: None)
+    for pad in (5, None):
         given = gpt2_classifier()
         given.config.pad_token_id = pad
         model = RewardModel(given, words())

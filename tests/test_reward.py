@@ -173,8 +173,8 @@ def test_pairs_that_are_the_same_tokens_are_left_out_and_counted():
         {"prompt": "red", "chosen": "one " * 40, "rejected": "one " * 40 + "two"},
         {"prompt": "red", "chosen": "one", "rejected": "two"},
     ]
-    (kept,), report = reward.prepare_pairs(small_reward_model(), pairs)
-    assert (kept.chosen, kept.rejected) == ("one", "two")
+    kept, report = reward.prepare_pairs(small_reward_model(), pairs)
+    assert [(x.chosen, x.rejected) for x in kept] == [("one", "two")]
     assert (report.equal_tokens, report.equal_after_cut) == (3, 1)
     assert report.unknown_tokens == 2
     assert report.tokens == 10 + 2 + 4 + 4 + 81 + 2  # each prompt twice
