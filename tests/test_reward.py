@@ -209,7 +209,7 @@ def test_evaluate_is_over_all_pairs_and_without_dropout():
 
 def test_when_held_out_pairs_are_looked_at_and_in_which_mode():
     reward_model, modes = small_reward_model().eval(), []  # as a loaded model is
-    reward_model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    reward_model.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
     config = replace(CONFIG, batch_size=3, eval_every=4)
     state = reward.new_state(reward_model, examples(reward_model), config)
     heldout = examples(reward_model)[:1]
