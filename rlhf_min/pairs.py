@@ -8,7 +8,6 @@ Where no token separates the two, a new line does, and EOS ends the response. A 
 long loses its end, then a prompt its beginning.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from .data import CutReport
 from .errors import require
 
 AT_ONCE = 1000  # texts in one call of the tokenizer
-LETTERS = 50  # for each token that there is room for; what is beyond them is not tokenised
+LETTERS = 64  # for each token that there is room for; what is beyond them is not read
 
 
 class TextPair(NamedTuple):
@@ -141,18 +140,17 @@ class PairCodec:
                 ids = [i for i in ids if i is not None]
                 report.tokens += len(ids)
                 report.unknown_tokens += ids.count(unknown_id)
-                total = len(ids)
-                if len(text) > letters:
-                    total = math.ceil(len(ids) * len(text) / letters)  # an estimate
-                elif eos_id is not None:
-                    ids, total = [*ids, eos_id], total + 1
-                yield _Tokens(ids, encoding, total)
+                in_part = len(text) > letters
+                report.read_in_part += in_part
+                if eos_id is not None and not in_part:
+                    ids.append(eos_id)
+                yield _Tokens(ids, encoding, len(ids) + in_part)
 
 
 class _Tokens(NamedTuple):
     ids: list[int]
     encoding: Encoding
-    total: int  # of the whole text
+    total: int  # of the whole text, at least
 
     def fitting(self, room: int) -> int:
         """How many tokens are kept: no character that is several of them is cut in two."""

@@ -673,7 +673,7 @@ MUTANTS = [
            "self.room * 3 // 4", "self.room",
            "test_models.py::test_cuts_end_of_response_then_beginning_of_prompt"),
     Mutant("no EOS where nothing separates", "pairs.PairCodec._read",
-           "ids, total = [*ids, eos_id], total + 1", "pass",
+           "ids.append(eos_id)", "pass",
            "test_pairs.py::test_elsewhere_a_new_line_and_an_eos_are_added[words]"),
     Mutant("a text of any length is tokenised", "pairs.PairCodec._read",
            "[text[-letters:] if from_end else text[:letters] for text in some]", "list(some)",

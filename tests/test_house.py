@@ -24,7 +24,18 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 FLOORS = (
     ("errors", "masking", "logprobs"),
     ("kl", "advantages", "losses"),
-    ("config", "chat", "data", "fast", "packing", "pairs", "loading", "models", "sampling", "optim"),
+    (
+        "config",
+        "chat",
+        "data",
+        "fast",
+        "packing",
+        "pairs",
+        "loading",
+        "models",
+        "sampling",
+        "optim",
+    ),
     ("rollout",),
     ("sft", "reward", "ppo", "dpo", "evaluation", "best_of_n", "world"),
 )
