@@ -88,6 +88,11 @@ def folder(name: str, *names: str) -> Make:
     return lambda: [Path(name).mkdir(), *((Path(name) / inside).touch() for inside in names)]
 
 
+def huge(name: str) -> Make:
+    """A file of 8 TB that takes no room on the disk."""
+    return both(file(name), lambda: os.truncate(name, 2**43))
+
+
 def link(name: str, target: str) -> Make:
     return lambda: Path(name).symlink_to(target)
 
@@ -185,6 +190,11 @@ A = {"prompt": "a", "response": "b"}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 WITHOUT_SPACES = {"type": "Replace", "pattern": {"Regex": "\u200b"}, "content": ""}
 DEEP = "[" * 100_000 + "]" * 100_000
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALL = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, TALK[1]]
+PICTURE = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, TALK[1]]
+AS_TEXT = "is a list of messages written as text, and not as JSON; write the file again as JSONL"
+CONFIG_OF = "- config_name: {0}\n  data_files: {0}/*.jsonl\n".format
 ODD = ["\u200b\ufeff", "\u0301\u0308", "\u202eabc", "\x1b[2J\x07", "a\0b"]
 
 
@@ -208,11 +218,19 @@ DATA = [
     data("blank lines", "a.jsonl", "\ufeff\n \n", "a.jsonl: the file is empty; add at least …"),
     data("a header alone", "a.csv", "prompt,response\n", "a.csv: the file has no rows; add …"),
     data("an empty list", "a.json", "[]", "a.json: the file has no rows; add at least one"),
-    data("UTF-16", "a.csv", "prompt\na\n".encode("utf-16"), "a.csv: line 1 is not UTF-8; save …"),
+    data("UTF-16", "a.csv", "prompt\na\n".encode("utf-16"), "a.csv: …like UTF-16; save …"),
     data("UTF-16, no BOM", "a.csv", "a\nb\n".encode("utf-16-le"), "a.csv: line 1 has a NUL byte…"),
     data("Latin-1", "a.csv", "prompt\na\n\nö\n".encode("latin-1"), "a.csv: line 4 is not UTF-8…"),
     data("a NUL", "a.csv", "prompt,response\na\0,b\n", "a.csv: line 2 has a NUL byte; save …"),
-    data("a gzip file", "a.jsonl", b"\x1f\x8b\x08\0\0", "a.jsonl: line 1 is not UTF-8; save …"),
+    data("half a gzip file", "a.jsonl.gz", b"\x1f\x8b\x08\0\0", "a.jsonl.gz: damaged gzip (…); …"),
+    data(
+        "a spreadsheet", "a.csv", b"PK\x03\x04\xff", "a.csv: …a spreadsheet; unpack it, or save …"
+    ),
+    data("8 TB", "a.jsonl", huge("a.jsonl"), "a.jsonl: its 8192.0 GB are read as a whole, and …"),
+    data("semicolons", "a.csv", "prompt;response\na;b\n", "a.csv: semicolons, not commas, part …"),
+    data("tabs", "a.csv", "prompt\tresponse\na\tb\n", "a.csv: tabs, not commas, part the …"),
+    data("a line for Excel", "a.csv", "sep=,\nprompt,response\na,b\n", "a.csv: the first line …"),
+    data("quotes with backslashes", "a.csv", 'prompt\n"a \\"b\\""\n', 'a.csv: …; write it as ""'),
     data("100,000 lists in each other", "a.json", DEEP, "a.json: nested too deeply; flatten …"),
     data("… in a row", "a.jsonl", f'{{"a": {DEEP}}}', "a.jsonl: line 1: nested too deeply; …"),
     data("5000 digits", "a.jsonl", f"[{'1' * 5000}]", "a.jsonl: line 1: a number has too many …"),
@@ -275,6 +293,75 @@ DATA = [
         "dates for texts", "a.parquet", parquet([pd.Timestamp(0)]), "…prompt is not a string (1: …"
     ),
     Case("no such dataset", "train_sft --data no-one/pairs", "no-one/pairs: no such file here, …"),
+    Case("no owner", "train_sft --data imdb", "imdb: no such file here; …is named owner/name, …"),
+    Case("an address", "train_sft --data https://a/b.csv", "https://a/b.csv: an address is not …"),
+    Case(
+        "a folder of several configurations",
+        "train_sft --data a",
+        "a: it has several configurations; give one of one, two, like a:one",
+        both(
+            file(
+                "a/README.md", "---\nconfigs:\n" + "".join(map(CONFIG_OF, ("one", "two"))) + "---"
+            ),
+            file("a/one/x.jsonl", "{}"),
+        ),
+    ),
+    Case(
+        "no such split of a folder",
+        "train_sft --data a --split dev",
+        "a: there is no split 'dev'; give one of train as …",
+        file("a/x.jsonl", "{}"),
+    ),
+    data("messages as Python text", "a.jsonl", rows({"messages": str(TALK)}), f"…{AS_TEXT} (1: …"),
+    data("a list's repr", "a.jsonl", rows({**PAIR, "chosen": str(TALK)}), f"…{AS_TEXT} …", "dpo"),
+    data("a tool's call", "a.jsonl", rows({"messages": CALL}), "…has a message with a call of a …"),
+    data("a picture", "a.jsonl", rows({"messages": PICTURE}), "…part that is no text: image (1: …"),
+    data("a system of 3", "a.jsonl", rows({**A, "system": 3}), "…: system is not a string (1: …"),
+    data(
+        "a margin of 1e300",
+        "a.jsonl",
+        rows({**PAIR, "margin": 1e300}),
+        "…: margin is beyond 3.4e+38, the largest number of float32 (1: line 1); correct …",
+        "reward_model",
+    ),
+    data(
+        "three answers with scores",
+        "a.jsonl",
+        rows({"prompt": "a", "responses": ["b", "c", "d"], "scores": [3, 2, 1]}),
+        "a.jsonl: DPO needs …; of several answers to a prompt make pairs: a row for each two, …",
+        "dpo",
+    ),
+    Case(
+        "a prompt in each answer",
+        f"{SFT}{BRIEF} --data a.jsonl",
+        "warning: response begins with the prompt in 8 of 8 rows; it would be learned twice; …",
+        rows(*({**x, "chosen": f"{x['prompt']} {x['chosen']}"} for x in pairs(8))),
+        0,
+    ),
+    Case(
+        "answers marked bad",
+        f"{SFT}{BRIEF} --data a.jsonl",
+        "warning: the column label is not used, and says False in 8 of 8 rows; leave out the …",
+        rows(*({**x, "label": False} for x in pairs(8))),
+        0,
+    ),
+    Case(
+        "held-out rows that are trained on",
+        f"{SFT}{BRIEF} --heldout_data pairs.jsonl",
+        "warning: 12 of 12 held-out prompts are trained on too, so what is measured on them …",
+        code=0,
+    ),
+    Case(
+        "held-out rows without data",
+        "train_sft --heldout_data pairs.jsonl",
+        "--heldout_data is for your own rows; give --data",
+    ),
+    Case(
+        "a share beside held-out rows",
+        f"{SFT} --heldout_data pairs.jsonl --heldout_share 0.2",
+        "--heldout_data takes the place of --heldout_share; leave one of them out",
+    ),
+    Case("no held-out rows", f"{SFT} --heldout_data a.csv", "a.csv: No such file or directory; …"),
     Case(
         "no prompts",
         f"{PPO} --reward_model bert --data a.csv",
@@ -648,6 +735,12 @@ OUT = [
         f"{PPO} --reward 0.5*mine/a.py:f --out mine --overwrite",
         "--out mine would be emptied, and mine/a.py lies in it; give another folder",
         folder("mine", "run.json", "a.py"),
+    ),
+    Case(
+        "a run with the held-out data",
+        f"{SFT} --out mine --overwrite --heldout_data mine/a.jsonl",
+        "--out mine would be emptied, and mine/a.jsonl lies in it; give another folder",
+        folder("mine", "run.json", "a.jsonl"),
     ),
     Case(
         "a link to a run",

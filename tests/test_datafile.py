@@ -1,12 +1,17 @@
 """The user's files: what is read, what is dropped and counted, what is refused and how."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import math
+import os
 import random
 import sys
+import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +19,13 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_min.errors import BadInput
+from rlhf_min.harness import hub
 from rlhf_min.harness.datafile import LoadedRows, load_rows, split_rows
 from rlhf_min.harness.formats import Stage, parse_columns
 
@@ -89,7 +96,7 @@ def test_formats_read_the_same_rows(write, name, bom):
     if isinstance(content, str):
         content = bom + content.encode("utf-8")
     loaded = load_rows(write(name, content), "dpo")
-    assert loaded == LoadedRows(PAIRS, name, 3, {})
+    assert loaded == LoadedRows(PAIRS, name, 3, {}, columns={c: c for c in PAIRS[0]})
     assert loaded.report() == f"{name}: 3 rows read, 3 kept, 0 dropped"
 
 
@@ -166,6 +173,16 @@ def test_reward_margin_is_a_float(write, margin):
     assert load_rows(path, "dpo").rows == [PAIRS[0]]
 
 
+def test_decimals_and_numbers_of_numpy_are_numbers(write):
+    margins = [Decimal("0.50"), np.float32(0.5), np.int64(2), Decimal("1e-3")]
+    rows = [{**PAIRS[0], "prompt": str(i), "margin": m} for i, m in enumerate(margins)]
+    loaded = load_rows(pd.DataFrame(rows, dtype=object), "reward")
+    assert [row["margin"] for row in loaded.rows] == [0.5, 0.5, 2.0, 0.001]
+    assert {type(row["margin"]) for row in loaded.rows} == {float}
+    path = write("a.parquet", parquet([row for row in rows if isinstance(row["margin"], Decimal)]))
+    assert [row["margin"] for row in load_rows(path, "reward").rows] == [0.5, 0.001]
+
+
 @pytest.mark.parametrize("column", ["reference", "references", "response", "chosen", "output"])
 @pytest.mark.parametrize(
     ("value", "references"), [("b", ["b"]), (["b"], ["b"]), (["b", "c"], ["b", "c"])]
@@ -219,6 +236,8 @@ GOOD = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1, "references"
         ("reward", {"margin": True}, "margin is not a finite number"),
         ("reward", {"margin": None}, "margin is not a finite number"),
         ("reward", {"margin": 10**400}, "margin is not a finite number"),
+        ("reward", {"margin": 1e300}, "margin is beyond 3.4e+38, the largest number of float32"),
+        ("reward", {"margin": "-1e39"}, "margin is beyond 3.4e+38, the largest number of float32"),
         ("evaluation", {"references": []}, "references is empty"),
         ("evaluation", {"references": ["x", ""]}, "references is empty"),
         ("evaluation", {"references": ["x", 1]}, "references is not a string"),
@@ -275,6 +294,10 @@ def test_report_counts_add_up_to_rows_read(write):
 DEEP = "[" * 100_000 + "]" * 100_000
 OK = '{"prompt": "a"}'
 ONE_LIST = "a .json file holds one list of objects; with one object on each line, name it .jsonl"
+SEVERAL = (
+    "; of several answers to a prompt make pairs: a row for each two, the better one as chosen, "
+    "the worse one as rejected"
+)
 FILES = "give a .csv, .json, .jsonl or .parquet file"
 
 REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
@@ -283,7 +306,8 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         "question,answer\na,b",
         "dpo",
         "pairs.csv: DPO needs the columns prompt, chosen, rejected; found question, answer; "
-        'rename or add "chosen" and "rejected", or give --columns chosen=NAME,rejected=NAME',
+        'rename or add "chosen" and "rejected", or give --columns chosen=NAME,rejected=NAME'
+        f"{SEVERAL}",
     ),
     (
         "a.csv",
@@ -315,7 +339,7 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         "reward",
         "a.json: reward training needs the columns prompt, chosen, rejected; found none; rename "
         'or add "prompt" (or question, instruction, query) and "chosen" and "rejected", '
-        "or give --columns prompt=NAME,chosen=NAME,rejected=NAME",
+        f"or give --columns prompt=NAME,chosen=NAME,rejected=NAME{SEVERAL}",
     ),
     (
         "a.csv",
@@ -356,6 +380,56 @@ REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
         'prompt,response\n"a\nb",c\nd,e,f\n',
         "sft",
         "a.csv: row 2 has 3 fields, but the header has 2; put cells that hold commas in quotes",
+    ),
+    (
+        "a.csv",
+        "prompt;chosen;rejected\na;b, c;d\n",
+        "dpo",
+        "a.csv: semicolons, not commas, part the header prompt;chosen;rejected; save with commas",
+    ),
+    (
+        "a.csv",
+        '"prompt"\t"text, of it"\n"a"\t"b"\n',
+        "ppo",
+        'a.csv: tabs, not commas, part the header \'"prompt"\\t"text, of it"\'; save with commas',
+    ),
+    (
+        "a.csv",
+        "prompt|response\na|b\n",
+        "sft",
+        "a.csv: bars, not commas, part the header prompt|response; save with commas",
+    ),
+    (
+        "a.csv",
+        "sep=;\nprompt;response\na;b\n",
+        "sft",
+        "a.csv: the first line sep=; is no header; remove it, and save with commas",
+    ),
+    (
+        "a.csv",
+        'prompt,response\na,b\n"a","say \\"no\\", then"\n',
+        "sft",
+        "a.csv: row 2 is not valid CSV (',' expected after '\"'); a quote in a cell is written as "
+        '\\" here; write it as ""',
+    ),
+    (
+        "a.csv",
+        'prompt,response\n"a","5\\", wide"\n',
+        "sft",
+        "a.csv: row 1 has 3 fields, but the header has 2; a quote in a cell is written as "
+        '\\" here; write it as ""',
+    ),
+    (
+        "a.csv",
+        parquet([{"prompt": "a"}]),
+        "ppo",
+        "a.csv: line 2 is not UTF-8 but looks like Parquet; name the file .parquet",
+    ),
+    (
+        "a.csv",
+        "prompt\na\n".encode("utf-16"),
+        "ppo",
+        "a.csv: line 1 is not UTF-8 but looks like UTF-16; save the file as UTF-8",
     ),
     (
         "a.csv",
@@ -503,6 +577,10 @@ def test_paths_are_refused(write, tmp_path, monkeypatch):
     assert refusal(full, "ppo") == f"{full}: No such file or directory; {remedy}"
     assert refusal("a\n\0.csv", "ppo") == f"'a\\n\\x00.csv': not a possible path; {remedy}"
     assert refusal("\ud800.csv", "ppo").startswith("'\\ud800.csv': ")
+    assert refusal("https://some.where/a.csv", "ppo") == (
+        "https://some.where/a.csv: an address is not read; give owner/name of a dataset on the "
+        "Hub, or download the file and give its path"
+    )
     assert "File name too long" in refusal("a" * 5000 + ".csv", "ppo")
 
     def denied(path: Path) -> bytes:
@@ -520,6 +598,169 @@ def test_source_with_a_line_end_stays_one_line(write):
     )
     refused = refusal(write("a\nb.jsonl", '{"prompt": ""}'), "ppo")
     assert refused.endswith("prompt is empty (1: line 1); correct these rows")
+
+
+# Compressed files and folders of files
+
+PACKED = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    "lz4": lambda data: pa.compress(data, "lz4", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
+def test_compressed_files_are_read(write, name, packed):
+    content = WRITERS[name](PAIRS)
+    data = PACKED[packed](content if isinstance(content, bytes) else content.encode())
+    for path in (f"{name}.{packed}", name):  # whatever the name says
+        assert load_rows(write(path, data), "dpo").rows == PAIRS
+    plain = content if isinstance(content, bytes) else content.encode()
+    assert load_rows(write(f"{name}.{packed}", plain), "dpo").rows == PAIRS
+
+
+def test_a_compressed_file_is_named_and_counted_as_any(write):
+    data = gzip.compress(b'{"prompt": "a"}\n\n{"prompt": ""}\n')
+    assert load_rows(write("a.jsonl.gz", data), "ppo").report() == (
+        "a.jsonl.gz: 2 rows read, 1 kept, 1 dropped: prompt is empty (1: line 3)"
+    )
+    assert "no rows" in refusal(write("a.csv.gz", gzip.compress(b"prompt\n")), "ppo")
+    assert "is empty" in refusal(write("a.csv.gz", gzip.compress(b"")), "ppo")
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "zst"])
+def test_half_a_compressed_file_is_refused(write, packed):
+    data = PACKED[packed](WRITERS["a.jsonl"](PAIRS * 20).encode())
+    message = refusal(write(f"a.jsonl.{packed}", data[:-9]), "dpo")
+    assert message.startswith(f"a.jsonl.{packed}: damaged ")
+    assert message.endswith("; compress the file again")
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """Writes files of rows into the folder "d"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def write(**files: str | bytes) -> str:
+        for name, content in files.items():
+            path = Path("d", *name.replace("__", ".").split("_"))
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return "d"
+
+    return write
+
+
+def prompts(loaded: LoadedRows) -> list[str]:
+    return [row["prompt"] for row in loaded.rows]
+
+
+def test_a_folder_of_shards(shards):
+    folder = shards(b__jsonl=jsonl({"prompt": "3"}), a__jsonl='{"prompt": "1"}\n\n{"prompt": "2"}')
+    assert prompts(load_rows(folder, "ppo")) == ["1", "2", "3"]
+    folder = shards(a__jsonl='{"prompt": "1"}\n\n{"prompt": ""}', b__jsonl='{"prompt": ""}')
+    loaded = load_rows(folder, "ppo")
+    assert loaded.report() == (
+        "d (train): 3 rows read, 1 kept, 2 dropped: prompt is empty (2: rows a.jsonl:3, b.jsonl:1)"
+    )
+    # texts are those of the files: nothing is made a number, a date or a missing value
+    csv_rows = "prompt,level\n007,NA\n2020-01-01,1.0\n"
+    Path("d/a.jsonl").unlink()
+    Path("d/b.jsonl").unlink()
+    shards(a__csv__gz=gzip.compress(csv_rows.encode()), b__csv=csv_rows.replace("007", "008"))
+    assert load_rows(folder, "ppo").rows[::2] == [
+        {"prompt": "007", "level": "NA"},
+        {"prompt": "008", "level": "NA"},
+    ]
+
+
+def test_the_splits_of_a_folder(shards):
+    rows = {split: parquet([{"prompt": split}]) for split in ("train", "test")}
+    folder = shards(
+        **{f"data_{split}-00000-of-00001__parquet": data for split, data in rows.items()}
+    )
+    assert prompts(load_rows(folder, "ppo")) == ["train"]
+    assert prompts(load_rows(folder, "ppo", split="test")) == ["test"]
+    assert prompts(load_rows(folder, "ppo", usual_split="test")) == ["test"]
+    with pytest.raises(BadInput, match=r"d: there is no split 'dev'; give one of train, test as"):
+        load_rows(folder, "ppo", split="dev")
+
+
+def test_files_that_belong_to_no_split_are_named(shards):
+    folder = shards(train__jsonl=jsonl({"prompt": "a"}), more__jsonl=jsonl({"prompt": "b"}))
+    loaded = load_rows(folder, "ppo")
+    assert prompts(loaded) == ["a"]
+    assert loaded.notes == ["warning: files of d that are not read: more.jsonl"]
+    shards(more__csv="prompt\nb\n")
+    assert load_rows(folder, "ppo").notes == [
+        "warning: files of d that are not read: more.csv, more.jsonl"
+    ]
+
+
+CONFIGS = """---
+configs:
+- config_name: main
+  data_files: main/*.jsonl
+- config_name: other
+  data_files: other/*.jsonl
+---
+"""
+
+
+def test_the_configurations_of_a_folder(shards):
+    rows = {f"{name}_a__jsonl": jsonl({"prompt": name}) for name in ("main", "other")}
+    folder = shards(README__md=CONFIGS, **rows)
+    assert prompts(load_rows("d:other", "ppo")) == ["other"]
+    assert refusal(folder, "ppo") == (
+        "d: it has several configurations; give one of main, other, like d:main"
+    )
+    assert refusal("d:one", "ppo") == (
+        "d: there is no configuration one; give one of main, other, like d:main"
+    )
+
+
+def test_a_bad_file_of_a_folder_is_named(shards):
+    folder = shards(a__csv="prompt\na\n", b__csv="prompt;x\nb;c\n")
+    assert refusal(folder, "ppo").startswith(f"{Path('d', 'b.csv')}: semicolons, not commas, part")
+
+
+def test_a_saved_dataset(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": ""}])
+    rows.save_to_disk(tmp_path / "one")
+    loaded = load_rows(tmp_path / "one", "ppo")
+    assert (prompts(loaded), loaded.dropped) == (["a"], {"prompt is empty": [2]})
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
+    assert load_rows(tmp_path / "two", "ppo", split="test").rows_read == 1
+    (tmp_path / "one" / "state.json").write_text("{", encoding="utf-8")
+    assert "this saved dataset cannot be read" in refusal(tmp_path / "one", "ppo")
+
+
+# What does not fit into the memory
+
+
+def test_a_file_larger_than_the_memory_is_refused_unread(write):
+    path = write("a.jsonl", "")
+    os.truncate(path, 2**43)  # sparse: it takes no room on the disk
+    message = refusal(path, "ppo")
+    assert message.startswith("a.jsonl: its 8192.0 GB are read as a whole, and ")
+    assert message.endswith(
+        " of memory are free; give a smaller file (--limit draws only after reading)"
+    )
+
+
+@pytest.mark.parametrize("error", [MemoryError(), pa.ArrowMemoryError("malloc of size 9 failed")])
+def test_rows_that_outgrow_the_memory_are_told_as_such(write, monkeypatch, error):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    says = "the rows do not fit into the memory, which holds all of them; give fewer"
+    monkeypatch.setattr(pd, "read_parquet", fail)
+    assert says in refusal(write("a.parquet", parquet(PAIRS)), "dpo")
+    monkeypatch.setattr(json, "loads", fail)
+    assert says in refusal(write("a.jsonl", jsonl(*PAIRS)), "dpo")
 
 
 # Whatever the file contains
@@ -707,7 +948,7 @@ def test_named_columns_are_checked(write):
         load_rows(path, "dpo", columns={"query": "q"})
     assert str(caught.value) == (
         "--columns: no stage has a column query; left of = stands one of prompt, response, "
-        "chosen, rejected, references, messages, margin, input"
+        "chosen, rejected, references, messages, margin, input, system"
     )
 
 
@@ -763,6 +1004,14 @@ def test_a_frame_keeps_what_it_lacks_apart_from_text():
     assert load_rows(frame[:1].set_index("prompt"), "sft").rows == loaded.rows
 
 
+@pytest.mark.parametrize("name", ["imdb", "gsm8k:main"])
+def test_a_name_without_an_owner(write, name):  # noqa: ARG001
+    assert refusal(name, "ppo") == (
+        f"{name}: no such file here; a dataset on the Hub is named owner/name, like "
+        "stanfordnlp/imdb, or owner/name:config"
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -789,8 +1038,8 @@ def test_hub_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(*name: str, split: str) -> datasets.Dataset:
+        asked.append((*name, split))
         return datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": ""}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -800,7 +1049,14 @@ def test_hub_name(monkeypatch, tmp_path):
         "some-one/her.pairs_2 (train): 2 rows read, 1 kept, 1 dropped: prompt is empty (1: row 2)"
     )
     assert load_rows("a/b", "ppo", split="test[:5]").source == "a/b (test[:5])"
-    assert asked == [("some-one/her.pairs_2", "train"), ("a/b", "test[:5]")]
+    assert load_rows("a/b:en-US", "ppo").source == "a/b:en-US (train)"
+    assert load_rows("a/b", "ppo", usual_split="test").source == "a/b (test)"
+    assert asked == [
+        ("some-one/her.pairs_2", "train"),
+        ("a/b", "test[:5]"),
+        ("a/b", "en-US", "train"),
+        ("a/b", "test"),
+    ]
     # whatever is there, or is called like a file, is a file
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "rows.v2").write_text("", encoding="utf-8")
@@ -811,7 +1067,7 @@ def test_hub_name(monkeypatch, tmp_path):
         ("a/b/c", "the format is unknown"),
     ):
         assert says in refusal(path, "ppo")
-    assert len(asked) == 2
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -836,6 +1092,55 @@ def test_hub_says_no(monkeypatch, error):
     )
     assert message.endswith("; look at the name and --split, go online, or give a file")
     assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "says"),
+    [
+        (["main", "socratic"], "a/b", "a/b: it has several configurations; give one of main, soc"),
+        (["main", "socratic"], "a/b:x", "a/b: there is no configuration x; give one of main, soc"),
+        ([f"c{i}" for i in range(99)], "a/b", ", c38, c39 and 59 more, like a/b:c0"),
+    ],
+)
+def test_hub_configurations_are_named(monkeypatch, names, data, says):
+    def load_dataset(*name: str, split: str) -> datasets.Dataset:  # noqa: ARG001
+        raise ValueError(f"Config name is missing. Available: {names}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda _: names)
+    message = refusal(data, "ppo")
+    assert says in message
+    assert message.endswith(f", like a/b:{names[0]}")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nowhere.invalid"])
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, endpoint):
+    places = (huggingface_hub.constants, datasets.config)
+    for place in places:
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    started = time.perf_counter()
+    assert "(Couldn't reach 'no-one/nothing' on the Hub" in refusal("no-one/nothing", "ppo")
+    assert time.perf_counter() - started < 3
+    assert [place.HF_HUB_OFFLINE for place in places] == [False, False]
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    asked = []
+
+    def wait(*_: Any, **__: Any) -> None:
+        asked.append(1)
+        time.sleep(0.5)
+        raise OSError
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "SECONDS", 0.05)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", wait)
+    started = time.perf_counter()
+    assert "no such file here, and the Hub does not" in refusal("no-one/nothing", "ppo")
+    assert asked
+    assert time.perf_counter() - started < 1
 
 
 def test_hub_offline(monkeypatch):

@@ -1,7 +1,11 @@
 """Texts out of chat messages, transcripts and implicit prompts, each against rows made by hand."""
 
+import json
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -137,7 +141,7 @@ def test_further_keys_of_a_message_are_left_out():
         ),
         ({"prompt": [{"content": "p"}]}, "prompt is not a string"),
         ({"prompt": [*talk("u:p"), "p"]}, "prompt is not a string"),
-        ({"chosen": [{"from": "gpt", "value": "c"}]}, "chosen is not a string"),
+        ({"chosen": [{"from": "gpt"}]}, "chosen is not a string"),
         ({"prompt": talk("u:\ud800")}, "prompt contains invalid Unicode"),
         ({"rejected": talk("a:\ud800")}, "rejected contains invalid Unicode"),
     ],
@@ -220,6 +224,172 @@ def test_messages_do_for_no_pairs():
         BadInput, match="DPO needs the columns prompt, chosen, rejected; found mess"
     ):
         rows({"messages": talk("u:1", "a:2")}, "dpo")
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    """The messages of `talk`, as ShareGPT has them."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[x["role"]], "value": x["content"]} for x in talk(*turns)]
+
+
+@pytest.mark.parametrize("name", ["conversations", "conversation", "Messages"])
+def test_other_names_of_messages(name):
+    row = {name: chat("s:x", "u:1", "a:2", "u:3", "a:4")}
+    (found,) = rows(row, "sft")
+    assert found["prompt"].messages == tuple(talk("s:x", "u:1", "a:2", "u:3"))
+    assert found["response"] == "4"
+    (found,) = rows(row, "ppo")
+    assert found["prompt"].messages == tuple(talk("s:x", "u:1", "a:2", "u:3"))
+
+
+def test_other_names_of_roles():
+    row = {"messages": [{"role": "Human", "content": "1"}, {"role": "bot", "content": "2"}]}
+    assert rows(row, "sft") == [{"prompt": "1", "response": "2"}]
+    assert rows(row, "sft")[0]["prompt"].messages == tuple(talk("u:1"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [(chat("a:c x"), chat("a:c y")), ("c x", "c y"), ("c x", chat("a:c y"))]
+)
+def test_messages_beside_a_pair_are_its_prompt(chosen, rejected):
+    # not what the two answers begin with
+    row = {"conversations": chat("u:1", "a:2", "u:3"), **both(chosen, rejected)}
+    for stage in ("dpo", "reward"):
+        (found,) = rows(row, stage)
+        assert (found["chosen"], found["rejected"]) == ("c x", "c y")
+        assert found["prompt"].messages == tuple(talk("u:1", "a:2", "u:3"))
+
+
+def test_one_message_is_a_list_of_one():
+    row = {"prompt": talk("u:p")[0], **both(talk("a:c")[0], chat("a:r")[0])}
+    assert rows(row, "dpo") == [{"prompt": "p", "chosen": "c", "rejected": "r"}]
+
+
+def test_contents_of_parts():
+    def part(text: str) -> dict[str, str]:
+        return {"type": "text", "text": text}
+
+    row = {"messages": talk("u:", "a:")}
+    row["messages"][0]["content"] = [part("What"), part(" is it?")]
+    row["messages"][1]["content"] = [part("A thing.")]
+    assert rows(row, "sft") == [{"prompt": "What is it?", "response": "A thing."}]
+    row["messages"][0]["content"] = [{"type": "image", "image": "a.png"}, part("What is it?")]
+    assert reason(row, "sft") == "messages has a message with a part that is no text: image"
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_a_call_of_a_tool_is_no_text(key):
+    row = {"messages": [*talk("u:1"), {**talk("a:")[0], key: [{"name": "f"}]}, *talk("t:2", "a:3")]}
+    assert (
+        reason(row, "sft") == "messages has a message with a call of a tool, which no stage reads"
+    )
+    row["messages"][1] |= {key: None, "content": "x"}  # as Parquet fills it
+    assert rows(row, "sft")[0]["response"] == "3"
+
+
+# Messages as text
+
+
+@pytest.mark.parametrize("write", [json.dumps, lambda x: f" {json.dumps(x, indent=1)}\n"])
+def test_messages_as_json_text(write):
+    row = {"messages": talk("u:1", "a:Größe 'x'")}
+    assert rows({"messages": write(row["messages"])}, "sft") == rows(row, "sft")
+    row = {"prompt": talk("s:x", "u:p"), **both(talk("a:c"), talk("a:r"))}
+    written = {name: write(value) for name, value in row.items()}
+    assert rows(written, "dpo") == rows(row, "dpo")
+    assert rows(written, "dpo")[0]["prompt"].messages == tuple(talk("s:x", "u:p"))
+    assert rows({**written, "prompt": "p"}, "dpo") == [{"prompt": "p", **both("c", "r")}]
+    loaded = load_rows(frame({**written, "prompt": "p"}), "dpo")
+    assert loaded.notes == [
+        "  chosen is messages, read out of JSON text in 1 of 1 rows",
+        "  rejected is messages, read out of JSON text in 1 of 1 rows",
+    ]
+
+
+AS_TEXT = "is a list of messages written as text, and not as JSON; write the file again as JSONL"
+WAYS: list[Callable[[list[dict[str, str]]], str]] = [
+    str,
+    repr,
+    lambda messages: str(messages[0]),
+    lambda messages: str(tuple(messages)),
+    lambda messages: str(np.array(messages, dtype=object)),
+    lambda messages: repr(np.array(messages, dtype=object)),
+    lambda messages: str([{"name": None, **message} for message in messages]),
+    lambda messages: str(messages)[:30] + "...",
+    lambda messages: "\n" + str(messages) + " ",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("speak", [talk, chat])
+def test_messages_as_python_text_are_dropped(way, speak):
+    row = {"prompt": "p", **both(way(speak("a:c", "u:2")), "r")}
+    assert reason(row, "dpo") == f"chosen {AS_TEXT}"
+    assert reason({"prompt": way(speak("u:p", "a:2"))}, "ppo") == f"prompt {AS_TEXT}"
+    assert reason({"messages": way(speak("u:1", "a:2"))}, "sft") == f"messages {AS_TEXT}"
+
+
+def test_json_text_of_more_than_messages():
+    row = {"prompt": json.dumps({"messages": talk("u:p"), "n": 1})}
+    assert reason(row, "ppo") == "prompt is JSON text that holds more than a list of messages"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        '{"role": "admin"}',
+        '{"from": "Paris", "value": 3}',
+        "Write {'role': 'user', 'content': 'Hi'} as YAML",
+        "{'role': 'user'} is what?",
+    ],
+)
+def test_other_texts_in_brackets_stay_texts(text):
+    assert rows({"prompt": text, **both(text + "c", text + "r")}, "dpo")[0]["prompt"] == text
+
+
+# System
+
+
+@pytest.mark.parametrize("name", ["system", "System_Prompt"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "evaluation"])
+def test_system_is_the_first_message(name, stage):
+    talked = ("s:Be kind", "u:p")
+    for row in (
+        {"prompt": "p", **both("c", "r")},
+        {"instruction": "p", "input": "", **both("c", "r")},
+        {"prompt": talk("u:p"), **both(talk("a:c"), talk("a:r"))},
+        both(talk("u:p", "a:c"), talk("u:p", "a:r")),
+        {"prompt": talk("s:Be kind", "u:p"), **both("c", "r")},  # said already
+    ):
+        (found,) = rows({name: "Be kind", **row}, stage)
+        assert found["prompt"] == "system: Be kind\n\nuser: p"
+        assert found["prompt"].messages == tuple(talk(*talked))
+    if stage == "ppo":  # where a reward function may ask for it
+        assert found[name] == "Be kind"
+
+
+def test_system_of_a_conversation():
+    (found,) = rows({"conversations": chat("u:1", "a:2"), "system": "x"}, "sft")
+    assert found["prompt"].messages == tuple(talk("s:x", "u:1"))
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", math.nan, pd.NA])
+def test_no_system_is_no_message(nothing):
+    (found,) = rows({"prompt": "p", "response": "c", "system": nothing}, "sft")
+    assert found == {"prompt": "p", "response": "c"}
+    assert not isinstance(found["prompt"], Conversation)
+
+
+def test_system_is_dropped():
+    row = {"prompt": "p", "chosen": "c", "system": 3}
+    loaded = load_rows(frame({**row, "system": "x"}, row), "sft")
+    assert loaded.dropped == {"system is not a string": [2]}
+    row = {"prompt": talk("s:y", "u:p"), "chosen": "c", "system": "x"}
+    loaded = load_rows(frame(row, {**row, "system": "y"}), "sft")
+    assert loaded.dropped == {
+        "the system's message is another one than the column system says": [1]
+    }
 
 
 # Implicit prompts

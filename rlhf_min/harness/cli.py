@@ -44,13 +44,21 @@ class RunOptions:
         None, "Sequence classifier as reward: a folder or a name. Default: a small new BERT."
     )
     data: str | None = option(
-        None, "Your rows: a file or a dataset's name on the Hub. Default: the embedded world."
+        None,
+        "Your rows: a file, a folder of files or owner/name[:config] on the Hub. Default: "
+        "the embedded world.",
     )
     columns: str | None = option(
         None, "Your names of columns, like prompt=question,chosen=good,rejected=bad."
     )
-    split: str | None = option(None, "Split of a dataset on the Hub. Default: train.")
-    limit: int | None = option(None, "At most so many of your usable rows, drawn by the seed.")
+    split: str | None = option(None, "Split of a folder or a Hub dataset. Default: train.")
+    heldout_data: str | None = option(
+        None, "Rows to hold out, like --data, instead of a share of that."
+    )
+    heldout_split: str | None = option(None, "Split of --heldout_data. Default: test.")
+    limit: int | None = option(
+        None, "At most so many of the usable rows of --data, drawn by the seed."
+    )
     out: str | None = option(None, "Folder of the run; must not exist. Default: the next free one.")
     overwrite: bool = option(False, "Replace the run in --out if there is one.")
     resume: str | None = option(
@@ -64,7 +72,9 @@ class RunOptions:
     keep_best: str | None = option(
         None, "Held-out metric like eval/score; its best model is kept in <run>/best/<stage>."
     )
-    heldout_share: float = option(0.1, "Share of your prompts that is kept out of training.")
+    heldout_share: float | None = option(
+        None, "Share of your prompts that is kept out of training. Default: 0.1."
+    )
     max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
     max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
     template: str | None = option(
@@ -118,8 +128,16 @@ class RunOptions:
             f"max_length is {self.max_length}; it must be at most {2**20}",
         )
         require(
-            0 < self.heldout_share < 1,
+            self.heldout_share is None or 0 < self.heldout_share < 1,
             f"heldout_share is {self.heldout_share}; it must lie between 0 and 1",
+        )
+        require(
+            self.heldout_data is None or self.heldout_share is None,
+            "--heldout_data takes the place of --heldout_share; leave one of them out",
+        )
+        require(
+            self.heldout_split is None or self.heldout_data is not None,
+            "--heldout_split is of --heldout_data; give it too, or --split for --data",
         )
         require(
             self.max_response_tokens < self.max_length,

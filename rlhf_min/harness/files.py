@@ -1,6 +1,7 @@
 """Rows from the bytes of a CSV, JSON, JSONL or Parquet file, each with its number.
 
-A file that cannot be understood is refused with `BadInput`, never read in part.
+A file may be compressed: what its first bytes say counts, and not its name. A file that cannot be
+understood is refused with `BadInput`, never read in part.
 """
 
 import codecs
@@ -8,17 +9,36 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import torch
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.preflight import GB, available_bytes
 
 Row = dict[str, Any]
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+_COMPRESSION = {
+    "gzip": rb"\x1f\x8b",
+    "bz2": rb"BZh[1-9]1AY&SY",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "lz4": rb"\x04\x22\x4d\x18",
+}
+_LOOKS_LIKE = {  # the first bytes of what is not UTF-8
+    b"\xff\xfe": "looks like UTF-16; save the file as UTF-8",
+    b"\xfe\xff": "looks like UTF-16; save the file as UTF-8",
+    b"PAR1": "looks like Parquet; name the file .parquet",
+    b"PK\x03\x04": "looks like a ZIP archive or a spreadsheet; unpack it, or save it as CSV",
+    b"\xfd7zXZ": "looks like an xz archive; unpack it",
+}
+_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # other than commas, in a CSV header
 
 # What pandas and pyarrow raise on damaged bytes or damaged pandas metadata.
 _PARQUET_ERRORS = (
@@ -49,18 +69,30 @@ def read_file(path: str | Path, source: str) -> list[tuple[int, Row]]:
     return rows
 
 
+def format_of(path: str | Path) -> str:
+    """The ending that says the format: the last one, or the one before that of a compression.
+
+    >>> format_of("pairs.JSONL.gz")
+    '.jsonl'
+    """
+    endings = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    return next((suffix for suffix in reversed(endings) if suffix not in COMPRESSED), "")
+
+
 def _read(path: str | Path, source: str) -> list[tuple[int, Row]]:
-    suffix = Path(path).suffix.lower()
-    endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    require(not os.path.isdir(path), f"{source}: this is a folder; give a {endings} file in it")
-    require(suffix in SUFFIXES, f"{source}: the format is unknown; give a {endings} file")
+    suffix = format_of(path)
+    require(not os.path.isdir(path), f"{source}: this is a folder; give a {FORMATS} file in it")
+    require(suffix in SUFFIXES, f"{source}: the format is unknown; give a {FORMATS} file")
     is_pipe = os.path.exists(path) and not os.path.isfile(path)  # reading could wait for ever
-    require(not is_pipe, f"{source}: this is a pipe or a device; give a {endings} file")
+    require(not is_pipe, f"{source}: this is a pipe or a device; give a {FORMATS} file")
+    if os.path.isfile(path):
+        check_room(os.path.getsize(path), source)
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = getattr(error, "strerror", None) or "not a possible path"
         raise BadInput(f"{source}: {reason}; give the path of a file that you can read") from error
+    data = _decompress(data, source)
     require(
         bool(data.removeprefix(codecs.BOM_UTF8).strip()),
         f"{source}: the file is empty; add at least one row",
@@ -73,12 +105,40 @@ def _read(path: str | Path, source: str) -> list[tuple[int, Row]]:
     return _read_json(text, source) if suffix == ".json" else _read_jsonl(text, source)
 
 
+def check_room(size: int, source: str) -> None:
+    """Refuse what cannot fit: the bytes and the rows made of them are in memory together.
+
+    Raises:
+        BadInput: if twice the size is more than the memory that is free.
+    """
+    room = available_bytes(torch.device("cpu"))
+    require(
+        2 * size <= room,
+        f"{source}: its {size / GB:.1f} GB are read as a whole, and {room / GB:.1f} GB of memory "
+        "are free; give a smaller file (--limit draws only after reading)",
+    )
+
+
+def _decompress(data: bytes, source: str) -> bytes:
+    kind = next((kind for kind, start in _COMPRESSION.items() if re.match(start, data)), None)
+    if kind is None:
+        return data
+    try:
+        return bytes(pa.input_stream(pa.BufferReader(data), compression=kind).read())
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BadInput(
+            f"{source}: damaged {kind} ({shown(str(error))}); compress the file again"
+        ) from error
+
+
 def _decode(data: bytes, source: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{source}: line {line} is not UTF-8; save the file as UTF-8") from error
+        like = next((told for start, told in _LOOKS_LIKE.items() if data.startswith(start)), None)
+        cure = f" but {like}" if like else "; save the file as UTF-8"
+        raise BadInput(f"{source}: line {line} is not UTF-8{cure}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise BadInput(f"{source}: line {line} has a NUL byte; save the file as UTF-8 text")
@@ -87,6 +147,7 @@ def _decode(data: bytes, source: str) -> str:
 
 def _read_csv(text: str, source: str) -> list[tuple[int, Row]]:
     # Not pandas: it fills short rows with empty cells instead of naming them.
+    _check_marks(text, source)
     table: list[list[str]] = []
     limit = csv.field_size_limit(len(text))  # by default a cell of 131072 characters is refused
     try:
@@ -95,9 +156,9 @@ def _read_csv(text: str, source: str) -> list[tuple[int, Row]]:
                 table.append(cells)
     except csv.Error as error:
         where = f"row {len(table)}" if table else "the header"
+        cure = 'put cells that hold quotes or line ends in quotes and write " as "" there'
         raise BadInput(
-            f"{source}: {where} is not valid CSV ({error}); "
-            'put cells that hold quotes or line ends in quotes and write " as "" there'
+            f"{source}: {where} is not valid CSV ({error}); {_quotes(text, cure)}"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -107,9 +168,31 @@ def _read_csv(text: str, source: str) -> list[tuple[int, Row]]:
         require(
             len(cells) == len(header),
             f"{source}: row {number} has {plural(len(cells), 'field')}, but the header has "
-            f"{len(header)}; put cells that hold commas in quotes",
+            f"{len(header)}; {_quotes(text, 'put cells that hold commas in quotes')}",
         )
     return [(n, dict(zip(header, cells, strict=True))) for n, cells in enumerate(table[1:], 1)]
+
+
+def _check_marks(text: str, source: str) -> None:
+    """Refuse a header that other marks than commas part: cells would be torn or taken together."""
+    found = re.match(r"\s*([^\r\n]*)", text)
+    header = found[1] if found else ""
+    require(
+        not header.lower().startswith("sep="),
+        f"{source}: the first line {shown(header)} is no header; remove it, and save with commas",
+    )
+    bare = re.sub(r'"[^"]*"', "", header)  # what stands between the names
+    for mark, name in _MARKS.items():
+        require(
+            bare.count(mark) <= bare.count(","),
+            f"{source}: {name}, not commas, part the header {shown(header)}; save with commas",
+        )
+
+
+def _quotes(text: str, cure: str) -> str:
+    """What to do about cells that are torn; quotes with a backslash are a cause of their own."""
+    backslash = r'a quote in a cell is written as \" here; write it as ""'
+    return backslash if '\\"' in text else cure
 
 
 def _read_parquet(data: bytes, source: str) -> list[tuple[int, Row]]:
@@ -118,6 +201,8 @@ def _read_parquet(data: bytes, source: str) -> list[tuple[int, Row]]:
         frame = pd.read_parquet(io.BytesIO(data), engine="pyarrow", dtype_backend="pyarrow")
         named = [name for name in frame.index.names if name is not None]
         rows = frame.reset_index(level=named).to_dict("records")  # a named index is a column too
+    except MemoryError:  # Arrow's own is one of the errors below too
+        raise
     except _PARQUET_ERRORS as error:
         raise BadInput(
             f"{source}: not a readable Parquet file ({shown(str(error))}); write it again"

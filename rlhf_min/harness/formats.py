@@ -4,10 +4,15 @@ A pair may have its prompt in a column, or leave it implicit, as what chosen and
 with. A row that cannot be used is `Unusable`, and the reason is the message.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal
+
+import pandas as pd
+import torch
 
 from rlhf_min.data import Conversation
 from rlhf_min.errors import BadInput, require
@@ -35,9 +40,21 @@ _TITLE: dict[Stage, str] = {
     "dpo": "DPO",
     "evaluation": "evaluation",
 }
-_NAMES = ("prompt", "response", "chosen", "rejected", "references", "messages", "margin", "input")
+_NAMES = (
+    *("prompt", "response", "chosen", "rejected", "references", "messages", "margin"),
+    *("input", "system"),
+)
+_MESSAGES = ("messages", "conversations", "conversation")
+_SYSTEM = ("system", "system_prompt")
 _TURN = re.compile(r"\n\n(Human|Assistant):")  # of the transcripts of Anthropic's HH
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+# Other names of the roles, of those transcripts and of ShareGPT.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_OF_MESSAGES = frozenset({"role", "content", "from", "value"})
+_SPOKEN = re.compile(  # a message written down, in JSON or as Python shows it
+    r"""['"](?:role|from)['"]\s*:\s*['"](?:system|developer|user|human|assistant|gpt|tool)['"]""",
+    re.IGNORECASE,
+)
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Unusable(ValueError):
@@ -104,15 +121,20 @@ def find_columns(
     needed = _NEEDED[stage]
     served = {name: find(*names) for name, names in needed.items()}
     if None in served.values():
-        served = _without_prompt(served, stage, find("messages"), find("chosen"), find("rejected"))
+        served = _without_prompt(served, stage, find(*_MESSAGES), find("chosen"), find("rejected"))
     missing = [name for name, column in served.items() if column is None]
     if missing:
         remedies = " and ".join(_remedy(name, needed[name]) for name in missing)
+        several = "; of several answers to a prompt make pairs: a row for each two, the better one "
+        several += "as chosen, the worse one as rejected"
         raise BadInput(
             f"{source}: {_TITLE[stage]} needs the column{'s' * (len(needed) > 1)} "
             f"{', '.join(needed)}; found {_listed(columns)}; rename or add {remedies}, "
             f"or give --columns {','.join(f'{name}=NAME' for name in missing)}"
+            + several
+            * ({"chosen", "rejected"} <= set(missing))
         )
+    served["system"] = find(*_SYSTEM)
     prompt = served.get("prompt")
     if prompt is not None and _plain_name(prompt) == "instruction":
         served["input"] = find("input")
@@ -131,6 +153,8 @@ def _without_prompt(
     """The columns of another format, if the file has them."""
     if messages is not None and stage not in ("reward", "dpo"):
         return {"messages": messages}
+    if messages is not None and served["prompt"] is None:
+        return served | {"prompt": messages}
     if served["prompt"] is None and chosen is not None and rejected is not None:
         return {"chosen": chosen, "rejected": rejected}
     return served
@@ -159,7 +183,8 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
     Raises:
         Unusable: if it has not all that the stage needs.
     """
-    values = {name: row.get(column) for name, column in used.items()}
+    values = {name: _read_text(row.get(column), name) for name, column in used.items()}
+    system = values.pop("system", None)
     if "messages" in values:
         clean = _from_messages(values["messages"], stage)
     elif "prompt" in values:
@@ -177,7 +202,22 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
         if isinstance(clean["prompt"], Conversation):
             raise Unusable("input cannot be added to a list of messages")
         clean["prompt"] += f"\n{further}"
+    if not _is_blank(system):
+        clean["prompt"] = _with_system(clean["prompt"], system)
     return _for_stage(clean, stage)
+
+
+def _with_system(prompt: str, system: Any) -> Conversation:
+    """The prompt with a message of the system before it."""
+    if problem := _text_problem("system", system):
+        raise Unusable(problem)
+    before = {"role": "system", "content": system}
+    messages = getattr(prompt, "messages", ({"role": "user", "content": prompt},))
+    if messages[0]["role"] != "system":
+        return Conversation([before, *messages])
+    if messages[0] != before:
+        raise Unusable("the system's message is another one than the column system says")
+    return Conversation(messages)
 
 
 def _for_stage(clean: Row, stage: Stage) -> Row:
@@ -198,18 +238,89 @@ def _target(stage: Stage) -> str:
 # Chat messages
 
 
+def is_written_messages(value: Any) -> bool:
+    """Whether a text is all of it messages, written as JSON or as Python shows them.
+
+    >>> is_written_messages("[{'role': 'user', 'content': 'Hi'}]")
+    True
+    >>> is_written_messages("What does {'role': 'user'} mean?")
+    False
+    """
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    begins = text.startswith(("[", "{", "(", "array(")) and text.endswith(("]", "}", ")", "..."))
+    return begins and _SPOKEN.search(text) is not None
+
+
+def _read_text(value: Any, name: str) -> Any:
+    """The value itself, or the messages that it holds as JSON text."""
+    if not is_written_messages(value):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if found is None:
+        raise Unusable(
+            f"{name} is a list of messages written as text, and not as JSON; write the file again "
+            "as JSONL"
+        )
+    if _messages(found, name) is None:
+        raise Unusable(f"{name} is JSON text that holds more than a list of messages")
+    return found
+
+
 def _messages(value: Any, name: str) -> list[Message] | None:
-    """The messages in a cell, with their role and content alone; None if it holds none."""
-    if not isinstance(value, list) or not value:
+    """The messages in a cell, with their role and content alone; None if it holds none.
+
+    A single message is a list of one.
+    """
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
         return None
-    if not all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in value
-    ):
+    if not all(isinstance(message, dict) for message in messages):
         return None
-    kept = [{"role": message["role"], "content": message["content"]} for message in value]
-    if not all(isinstance(text, str) for message in kept for text in message.values()):
-        raise Unusable(f"{name} has a message whose role or content is not a string")
+    kept = []
+    for message in messages:
+        if {"role", "content"} <= set(message):
+            role, content = message["role"], message["content"]
+        elif {"from", "value"} <= set(message):
+            role, content = message["from"], message["value"]
+        else:
+            return None
+        if message.get("tool_calls") or message.get("function_call"):
+            raise Unusable(f"{name} has a message with a call of a tool, which no stage reads")
+        content = _text_of_parts(content, name)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise Unusable(f"{name} has a message whose role or content is not a string")
+        kept.append({"role": _ROLES.get(role.lower(), role), "content": content})
     return kept
+
+
+def _text_of_parts(content: Any, name: str) -> Any:
+    """The text of a content that is a list of parts, one after the other."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    for part in content:
+        kind = part.get("type")
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise Unusable(f"{name} has a message with a part that is no text: {shown(str(kind))}")
+    return "".join(part["text"] for part in content)
+
+
+def left_out_of_messages(value: Any) -> set[str]:
+    """The keys of a cell's messages that no stage reads, where they say something."""
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        return set()
+    return {
+        str(key)
+        for message in messages
+        if isinstance(message, dict) and not _OF_MESSAGES.isdisjoint(message)
+        for key, item in message.items()
+        if key not in _OF_MESSAGES and not _is_blank(item)
+    }
 
 
 def _turns(text: Any) -> list[Message] | None:
@@ -221,7 +332,7 @@ def _turns(text: Any) -> list[Message] | None:
     if "Assistant" not in speakers:
         return None
     return [
-        {"role": _ROLES[speaker], "content": turn.strip()}
+        {"role": _ROLES.get(speaker.lower(), speaker.lower()), "content": turn.strip()}
         for speaker, turn in zip(speakers, texts, strict=True)
     ]
 
@@ -341,7 +452,10 @@ def _inside_word(text: str, place: int) -> bool:
 def _problem(name: str, value: Any) -> str | None:
     """Why the value cannot be used in our column of this name (None if it can)."""
     if name == "margin":
-        return "margin is not a finite number" if _number(value) is None else None
+        number = _number(value)
+        if number is not None and abs(number) > _FLOAT32_MAX:
+            return f"margin is beyond {_FLOAT32_MAX:.2g}, the largest number of float32"
+        return "margin is not a finite number" if number is None else None
     if name == "input" and _is_blank(value):
         return None
     if name == "references" and isinstance(value, list):
@@ -365,7 +479,10 @@ def _text_problem(name: str, value: Any) -> str | None:
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or _is_empty(value)
+    """Whether the cell says nothing: no value, NaN, or nothing but white space."""
+    if isinstance(value, (list, dict)):
+        return not value
+    return value is None or value is pd.NA or value != value or _is_empty(value)
 
 
 def _is_empty(value: Any) -> bool:
@@ -374,7 +491,7 @@ def _is_empty(value: Any) -> bool:
 
 def _number(value: Any) -> float | None:
     """The finite number that a number or a text spells, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
         number = float(value)

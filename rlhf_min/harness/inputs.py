@@ -10,7 +10,8 @@ import torch
 from rlhf_min.data import AS_IS, CHAT, Codec, CutReport, PlacedRow
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.datafile import load_rows, split_rows
+from rlhf_min.harness.datafile import LoadedRows, load_rows, split_rows
+from rlhf_min.harness.files import plural, printable
 from rlhf_min.harness.formats import Stage, parse_columns
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction
@@ -18,6 +19,7 @@ from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small
 
 Row = dict[str, Any]
 VOCABULARY = 4000  # at most; of the tokenizers of small new models
+HELDOUT_SHARE = 0.1  # of the user's prompts, unless they say another one
 HELDOUT_ROWS = 1000  # at most; looked at during training
 MANY_CUT = 0.2  # of the responses: a warning is due
 MANY_UNKNOWN = 0.05  # of the tokens: a warning is due
@@ -60,24 +62,43 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         BadInput: if the file does not have what the stage needs.
     """
     if options.data is None:
-        for name in ("columns", "split", "limit"):
+        for name in ("columns", "split", "limit", "heldout_data"):
             require(getattr(options, name) is None, f"--{name} is for your own rows; give --data")
         return world_inputs(make_world(seed))
+    columns = parse_columns(options.columns) if options.columns is not None else None
     loaded = load_rows(
         options.data,
         stage or "reward",
-        columns=parse_columns(options.columns) if options.columns is not None else None,
+        columns=columns,
         split=options.split,
         limit=options.limit,
         seed=seed,
     )
-    print(loaded.report())
+    print(f"{loaded.report()}\n{loaded.details()}")
     if stage == "evaluation":
+        require(
+            options.heldout_data is None,
+            "--data is evaluated on as a whole; leave --heldout_data out",
+        )
         return Inputs(test=loaded.rows)
-    train, heldout = split_rows(
-        loaded.rows, heldout_share=options.heldout_share, seed=seed, group=lambda row: row["prompt"]
-    )
-    print(f"{len(train)} rows to train on, {len(heldout)} held out (split by prompt, seed {seed})")
+    if options.heldout_data is None:
+        share = HELDOUT_SHARE if options.heldout_share is None else options.heldout_share
+        train, heldout = split_rows(
+            loaded.rows, heldout_share=share, seed=seed, group=lambda row: row["prompt"]
+        )
+        told = f"split by prompt, seed {seed}"
+    else:
+        own = load_rows(
+            options.heldout_data,
+            stage or "reward",
+            columns=columns,
+            split=options.heldout_split,
+            usual_split="test",
+        )
+        print(f"{own.report()}\n{own.details()}")
+        _check_heldout(loaded, own)
+        train, heldout, told = loaded.rows, own.rows, printable(own.source)
+    print(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
     inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
     if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
         inputs.prompts, inputs.eval_prompts = train, heldout
@@ -89,6 +110,27 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         inputs.heldout_demonstrations = _chosen_as_response(heldout)
         inputs.test = _with_references(heldout)
     return inputs
+
+
+def _check_heldout(loaded: LoadedRows, own: LoadedRows) -> None:
+    """Count the prompts that stand in both files.
+
+    Raises:
+        BadInput: if a column that reward functions may name stands in the first one only.
+    """
+    lacks = [column for column in loaded.further if column not in own.further]
+    require(
+        not lacks,
+        f"{printable(own.source)}: there is no column {', '.join(map(printable, lacks))}, which "
+        f"{printable(loaded.source)} has and reward functions may name; add it there",
+    )
+    trained_on = {row["prompt"].strip() for row in loaded.rows}
+    prompts = {row["prompt"].strip() for row in own.rows}
+    if both := len(prompts & trained_on):
+        print(
+            f"warning: {both} of {plural(len(prompts), 'held-out prompt')} are trained on too, so "
+            "what is measured on them says little of new ones; take them out of one of the files"
+        )
 
 
 def world_inputs(world: World) -> Inputs:
