@@ -16,12 +16,12 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from rlhf_min.data import PlacedRow
+from rlhf_min.data import Place, PlacedRow
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.doubts import doubts
 from rlhf_min.harness.files import Row, format_of, plural, printable, read_file, shown
 from rlhf_min.harness.formats import Stage, Unusable, check_columns, clean_row, find_columns
-from rlhf_min.harness.hub import Place, is_hub_name, load_hub, read_folder
+from rlhf_min.harness.hub import is_hub_name, load_hub, read_folder
 
 Data: TypeAlias = str | Path | datasets.Dataset | pd.DataFrame
 T = TypeVar("T")

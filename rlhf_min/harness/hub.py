@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
+from rlhf_min.data import Place
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.files import (
     FORMATS,
@@ -24,7 +25,6 @@ from rlhf_min.harness.files import (
     read_file,
 )
 
-Place = int | str  # the number of a row, after its file's name in a folder
 SECONDS = 2.5  # to wait for the Hub's first word; the libraries would try again for half a minute
 LISTED = 40  # configurations that a message names
 
