@@ -7,8 +7,8 @@ interval over questions.
 
 import re
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import sqrt
 from statistics import NormalDist
@@ -155,6 +155,67 @@ def rouge_scores(
     return {name: np.array([float(row[name].fmeasure) for row in rows]) for name in ROUGE_TYPES}
 
 
+class Blind(NamedTuple):
+    """What a measure of texts does not see. `wholly`: it sees nothing, and 0 would be no number."""
+
+    reason: str
+    wholly: bool
+
+
+def blind_spots(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, Blind]:
+    """Where BLEU and ROUGE are 0 by their definition, whatever the response says; by measure.
+
+    BLEU multiplies the precisions of runs of one to four words, and three words have no run of
+    four; ROUGE-2 needs two. Words of ROUGE are made of a-z and 0-9: a text in another script has
+    none, and an accented letter parts a word in two. ``rouge1`` stands for ROUGE-L too.
+
+    Raises:
+        BadInput: as `bleu_statistics`.
+
+    >>> blind_spots(["Paris"], [["Paris"]])["bleu"].reason
+    'BLEU needs 4 words: 1 of 1 references and 1 of 1 responses have fewer; not measured'
+    """
+    _check_texts(predictions, references)
+    n = len(predictions)
+    found = {}
+    for name, (title, tokenize, least) in _NEEDS.items():
+        short = [len(tokenize(text)) < least for text in predictions]
+        ref_short = [all(len(tokenize(text)) < least for text in row) for row in references]
+        wholly = all(map(max, short, ref_short))
+        reasons = []
+        if wholly or any(ref_short):
+            reasons.append(
+                f"{sum(ref_short)} of {n} references and {sum(short)} of {n} responses have "
+                f"{'fewer' if least > 1 else 'none'}"
+            )
+        parted = sum(any(map(_other_letters, row)) for row in references)
+        if name == "rouge1" and parted:
+            reasons.append(f"{parted} of {n} references have other letters, which part words")
+        if reasons:
+            end = "not measured" if wholly else "those count as 0" if any(ref_short) else ""
+            reason = f"{title}: {', '.join(reasons)}{'; ' * bool(end)}{end}"
+            found[name] = Blind(reason, wholly)
+    return found
+
+
+def _rouge_words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _other_letters(text: str) -> bool:
+    return any(c.isalnum() and not c.isascii() for c in text)
+
+
+# What each measure needs of a text: its title, its words, and how many of them.
+_NEEDS: dict[str, tuple[str, Callable[[str], list[str]], int]] = {
+    "bleu": ("BLEU needs 4 words", tokenize_13a, 4),
+    "rouge2": ("ROUGE-2 needs 2 words of a-z and 0-9", _rouge_words, 2),
+    "rouge1": ("ROUGE-1 and ROUGE-L need words of a-z and 0-9", _rouge_words, 1),
+}
+
+
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams per n-gram over all texts together; 0.0 if there is no n-gram.
 
@@ -230,7 +291,7 @@ class _TextMetric(evaluate.Metric):
 
 
 class Bleu(_TextMetric):
-    """Corpus BLEU-4, 0 to 100, the number sacrebleu gives by default.
+    """Corpus BLEU-4, 0 to 100, the number sacrebleu gives by default; a ``note`` of what it misses.
 
     >>> metric = Bleu()
     >>> metric.compute(predictions=["a small red ball"], references=[["a small red ball"]])
@@ -243,11 +304,14 @@ class Bleu(_TextMetric):
         return {
             "bleu": float(bleu_from_statistics(total)),
             "signature": f"BLEU|{settings}|corpus|rlhf_min",
+            **_noted(predictions, references, "bleu"),
         }
 
 
 class Rouge(_TextMetric):
     """ROUGE-1, ROUGE-2 and ROUGE-L: F1, 0 to 1, mean over responses, best reference of each.
+
+    A ``note`` says what it misses, if there is something.
 
     >>> Rouge().compute(predictions=["the cat"], references=[["the cat sat"]])["rouge1"]
     0.8
@@ -259,7 +323,16 @@ class Rouge(_TextMetric):
         return {
             **{name: float(values.mean()) for name, values in scores.items()},
             "signature": f"ROUGE|rouge_score {version('rouge_score')}|{settings}",
+            **_noted(predictions, references, "rouge1", "rouge2"),
         }
+
+
+def _noted(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *names: str
+) -> dict[str, str]:
+    blind = blind_spots(predictions, references)
+    reasons = [blind[name].reason for name in names if name in blind]
+    return {"note": ". ".join(reasons)} if reasons else {}
 
 
 def _reference_count(references: list[list[str]]) -> str:
@@ -389,7 +462,8 @@ class Evaluation:
     ``<monitor>_win_rate`` against the baseline, ``kl`` (nats per response to the reference),
     ``bleu``, ``rouge1``, ``rouge2``, ``rougeL``, ``response_length`` (tokens, EOS included) and
     ``eos_rate``. `shares` holds the share of ties of each win rate, ``distinct_1``, ``distinct_2``
-    and ``repeated_4``. `signatures` says how BLEU and ROUGE were computed.
+    and ``repeated_4``. `signatures` says how BLEU and ROUGE were computed. What could not be
+    measured is not there, and `notes` says why, by measure.
     """
 
     responses: list[str]
@@ -397,6 +471,7 @@ class Evaluation:
     estimates: dict[str, Estimate]
     shares: dict[str, float]
     signatures: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate_policies(
@@ -501,7 +576,7 @@ def _compare(
         estimates[f"{prefix}win_rate"], shares[f"{prefix}ties"] = win_rate(
             columns[name], baseline[name], seed=seed
         )
-    signatures = {}
+    signatures, notes = {}, {}
     if references:
         estimates["bleu"] = bleu_estimate(bleu_statistics(responses, references), seed=seed)
         for name, column in rouge_scores(responses, references).items():
@@ -510,9 +585,20 @@ def _compare(
             name: metric.compute(predictions=responses, references=references)["signature"]
             for name, metric in (("bleu", Bleu()), ("rouge", Rouge()))
         }
-    shares |= {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2)}
-    shares["repeated_4"] = repeated_ngrams(responses, 4)
-    return Evaluation(responses, columns["score"].tolist(), estimates, shares, signatures)
+        for name, blind in blind_spots(responses, references).items():
+            notes[name] = blind.reason
+            for measure in (name, *(["rougeL"] if name == "rouge1" else [])):
+                if blind.wholly:
+                    del estimates[measure]
+    for name, n in (("distinct_1", 1), ("distinct_2", 2), ("repeated_4", 4)):
+        if any(_token_ngrams(responses, n)):
+            count = repeated_ngrams if name == "repeated_4" else distinct_n
+            shares[name] = count(responses, n)
+        else:
+            notes[name] = (
+                f"{name.replace('_', '-')}: no response has a run of {n} words; not measured"
+            )
+    return Evaluation(responses, columns["score"].tolist(), estimates, shares, signatures, notes)
 
 
 def _finite(values: ArrayLike, name: str) -> np.ndarray:  # (N,)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge_score.rouge_scorer import RougeScorer
+from small import PROMPTS, small_policy
 from tolerances import EXACT, FP64
 
 from rlhf_min.errors import BadInput
@@ -24,7 +26,9 @@ from rlhf_min.evaluation import (
     bleu_estimate,
     bleu_from_statistics,
     bleu_statistics,
+    blind_spots,
     distinct_n,
+    evaluate_policies,
     mean_estimate,
     proportion_estimate,
     repeated_ngrams,
@@ -396,3 +400,132 @@ NAN, INF = float("nan"), float("inf")
 def test_bad_input(call, message):
     with pytest.raises(BadInput, match=message):
         call()
+
+
+# What is 0 by definition
+
+
+def notes(*pairs):
+    """Reasons by measure, and which measures see nothing, of responses and their one reference."""
+    found = blind_spots([response for response, _ in pairs], [[ref] for _, ref in pairs])
+    return {name: blind.reason for name, blind in found.items()}, {
+        name for name, blind in found.items() if blind.wholly
+    }
+
+
+SHORT = ["Paris", "Rome", "It is 4", "Two"]
+SCRIPTS = ["тест привет мир вам", "你好世界今天很好", "Cristóbal está aquí hoy", "สวัสดีชาวโลก"]
+
+
+def test_perfect_answers_of_fewer_than_four_words():
+    reasons, wholly = notes(*((text, text) for text in SHORT))
+    assert wholly == {"bleu"}
+    assert reasons == {
+        "bleu": "BLEU needs 4 words: 4 of 4 references and 4 of 4 responses have fewer; not "
+        "measured",
+        "rouge2": "ROUGE-2 needs 2 words of a-z and 0-9: 3 of 4 references and 3 of 4 responses "
+        "have fewer; those count as 0",
+    }
+    assert notes(*((text, text) for text in SHORT[:2]))[1] == {"bleu", "rouge2"}
+
+
+def test_texts_without_the_letters_of_rouge():
+    reasons, wholly = notes(*((text, text) for text in SCRIPTS))
+    assert wholly == set()
+    assert reasons["rouge1"] == (
+        "ROUGE-1 and ROUGE-L need words of a-z and 0-9: 3 of 4 references and 3 of 4 responses "
+        "have none, 4 of 4 references have other letters, which part words; those count as 0"
+    )
+    assert notes(*((text, text) for text in SCRIPTS if text != SCRIPTS[2]))[1] >= {"rouge1"}
+    # two of the four have four words between spaces
+    assert "2 of 4 references and 2 of 4 responses have fewer" in reasons["bleu"]
+
+
+def test_what_is_measured_has_no_note():
+    whole = "the ball is red"
+    assert notes((whole, whole), ("", whole), ("ball", whole)) == ({}, set())
+    # what a reference lacks another one has
+    assert blind_spots([whole, whole], [["Paris", whole], [whole]]) == {}
+    # one of many, or none at all to be read
+    reasons, wholly = notes(*[(whole, whole)] * 9, ("Paris", "Paris"))
+    assert (reasons.keys(), wholly) == ({"bleu", "rouge2"}, set())
+    assert notes(("", whole), ("", whole))[1] == {"bleu", "rouge2", "rouge1"}
+    assert notes((whole, ""), (whole, "?!"))[1] == {"bleu", "rouge2", "rouge1"}
+    reasons, _ = notes((whole, whole), (whole, "the café is red"))
+    assert reasons == {
+        "rouge1": "ROUGE-1 and ROUGE-L need words of a-z and 0-9: 1 of 2 references have other "
+        "letters, which part words"
+    }
+
+
+def test_blind_spots_are_where_a_perfect_answer_has_0():
+    rng = random.Random(5)
+    for _ in range(100):
+        texts = [
+            " ".join(rng.choices(["a", "7", "é", "猫"], k=rng.randint(0, 5))) for _ in range(3)
+        ]
+        wholly = notes(*((text, text) for text in texts))[1]
+        references = [[text] for text in texts]
+        total = bleu_statistics(texts, references).sum(axis=0)
+        found = {"bleu": float(bleu_from_statistics(total))}
+        found |= {k: float(v.sum()) for k, v in rouge_scores(texts, references).items()}
+        assert wholly == {name for name in ("bleu", "rouge1", "rouge2") if found[name] == 0}
+
+
+def test_the_metrics_have_the_note():
+    bleu = Bleu().compute(predictions=["Paris"], references=[["Paris"]])
+    assert (bleu["bleu"], bleu["note"].partition(":")[0]) == (0.0, "BLEU needs 4 words")
+    rouge = Rouge().compute(predictions=["Paris"], references=[["Paris"]])
+    assert (rouge["rouge1"], rouge["rouge2"]) == (1.0, 0.0)
+    assert rouge["note"].startswith("ROUGE-2 needs 2 words")
+    assert "note" not in Rouge().compute(predictions=["a b"], references=[["a b"]])
+
+
+@pytest.mark.parametrize(
+    ("references", "missing"),
+    [
+        (["one"] * 8, {"bleu", "rouge2"}),
+        (["猫"] * 8, {"bleu", "rouge1", "rouge2", "rougeL"}),
+        (["the one big ball"] * 8, set()),
+    ],
+)
+def test_an_evaluation_has_no_number_where_there_is_none(references, missing):
+    policy = small_policy()
+    found = evaluate_policies(
+        {"ours": policy},
+        policy.reference(),
+        lambda _prompts, responses: [0.0] * len(responses),
+        PROMPTS,
+        [[text] for text in references],
+        baseline="ours",
+        monitors={},
+        max_new_tokens=8,
+        max_tokens=64,
+        seed=0,
+    )["ours"]
+    assert {"bleu", "rouge1", "rouge2", "rougeL"} - found.estimates.keys() == missing
+    assert found.notes.keys() == missing - {"rougeL"}
+
+
+def test_an_evaluation_of_responses_without_a_word():
+    policy = small_policy()
+    with torch.no_grad():  # it ends at once
+        policy.lm.transformer.ln_f.weight.zero_()
+        policy.lm.transformer.ln_f.bias.copy_(1e3 * policy.lm.lm_head.weight[0])
+    found = evaluate_policies(
+        {"ours": policy},
+        policy.reference(),
+        lambda _prompts, responses: [0.0] * len(responses),
+        PROMPTS,
+        [],
+        baseline="ours",
+        monitors={},
+        max_new_tokens=8,
+        max_tokens=64,
+        seed=0,
+    )["ours"]
+    assert set(found.responses) == {""}
+    assert found.shares.keys() == {"ties"}
+    assert found.notes["distinct_2"] == (
+        "distinct-2: no response has a run of 2 words; not measured"
+    )

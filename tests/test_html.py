@@ -304,6 +304,15 @@ def test_the_first_sentences_say_what_matters(tmp_path):
     ]
 
 
+def test_why_a_measure_is_missing_stands_below_the_table(tmp_path):
+    results = json.loads(RESULTS.read_text("utf-8"))
+    for model in ("sft", "ppo"):
+        del results[model]["bleu"]
+        results[model]["notes"] = {"bleu": f"BLEU needs 4 words {SCRIPT}"}
+    text = page([read_run(write_run(tmp_path / "r", results=results))])
+    assert f"SFT, PPO: BLEU needs 4 words {ESCAPED}" in text
+
+
 def test_intervals_that_overlap_are_called_so(tmp_path):
     results = with_estimates(
         sft={"score": (0.025, 0.08)}, ppo={"score": (0.1, 0.1)}, dpo={"score": (-1.0, 0.2)}

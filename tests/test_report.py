@@ -98,6 +98,24 @@ def test_results_json_leaves_out_what_was_not_measured():
     ]
 
 
+def test_what_was_not_measured_is_empty_and_has_its_line():
+    evaluations = {"sft": evaluation(10), "ppo": evaluation(30)}
+    for found in evaluations.values():
+        del found.estimates["bleu"]
+        found.notes["bleu"] = "BLEU needs 4 words"
+    evaluations["ppo"].notes["rouge2"] = "ROUGE-2 needs 2"
+    results = results_json(evaluations, reward_model={}, seed=0)
+    assert "bleu" not in results["sft"]
+    assert results["sft"]["notes"] == {"bleu": "BLEU needs 4 words"}
+    assert results["ppo"]["notes"] == {"bleu": "BLEU needs 4 words", "rouge2": "ROUGE-2 needs 2"}
+    table = results_table(evaluations, baseline="sft")
+    assert table.splitlines()[-2:] == ["SFT, PPO: BLEU needs 4 words", "PPO: ROUGE-2 needs 2"]
+    assert "BLEU  " not in table
+    del evaluations["sft"].notes["bleu"]
+    evaluations["sft"].estimates["bleu"] = Estimate(1.0, 0.5, 1.5, 2)
+    assert rows_of(results_table(evaluations, baseline="sft"))["BLEU"] == ["1.0 [0.5, 1.5]", ""]
+
+
 # The table
 
 

@@ -97,7 +97,21 @@ def results_table(evaluations: Mapping[str, Evaluation], *, baseline: str) -> st
         f"{len(first.responses)} test prompts, temperature 1, the same random numbers for all; "
         f"95% bootstrap intervals; wins are over {baseline.upper()}, a tie is half a win"
     )
-    return "\n".join([*lines, *first.signatures.values()])
+    notes = {name: evaluation.notes for name, evaluation in evaluations.items()}
+    return "\n".join([*lines, *first.signatures.values(), *note_lines(notes)])
+
+
+def note_lines(notes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Why measures are missing or see too little, a line for each; the models are named before it.
+
+    >>> note_lines({"sft": {"bleu": "BLEU: ..."}, "ppo": {"bleu": "BLEU: ..."}})
+    ['SFT, PPO: BLEU: ...']
+    """
+    models: dict[str, list[str]] = {}
+    for model, reasons in notes.items():
+        for reason in reasons.values():
+            models.setdefault(reason, []).append(model.upper())
+    return [f"{', '.join(names)}: {reason}" for reason, names in models.items()]
 
 
 def results_json(
@@ -115,6 +129,8 @@ def results_json(
         results[name] = {key: estimates[key] for key in ROWS if key in estimates}
         results[name] |= {key: shares[key] for key in SHARES if key in shares}
         results[name]["signatures"] = evaluation.signatures
+        if evaluation.notes:
+            results[name]["notes"] = evaluation.notes
     if reward_model:
         results["reward_model"] = {name: e.as_json() for name, e in reward_model.items()}
     return results | more

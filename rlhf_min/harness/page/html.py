@@ -12,7 +12,7 @@ from rlhf_min.harness.page import figures, texts
 from rlhf_min.harness.page.figures import INKS, Line, Mark
 from rlhf_min.harness.page.health import CURVES, Curve, judge, number
 from rlhf_min.harness.page.markup import Html, join, table, tag
-from rlhf_min.harness.report import ROWS, SHARES
+from rlhf_min.harness.report import ROWS, SHARES, note_lines
 from rlhf_min.harness.runs import Record, Run, read_run
 
 REPORT = "report.html"
@@ -180,6 +180,9 @@ def _results(runs: Sequence[Run]) -> Iterator[Html]:
         f"95% bootstrap intervals; wins are over {columns[0][1].upper()}, a tie is half a win."
     )
     yield tag("p", tag("code", " ".join(found[0]["signatures"].values())), class_="quiet")
+    named = {f"{_prefix(run, runs)}{model}": run.results[model] for run, model in columns}
+    for line in note_lines({name: results.get("notes", {}) for name, results in named.items()}):
+        yield _quiet(line)
 
 
 def _estimate(found: Any, digits: int = 3) -> Html:
