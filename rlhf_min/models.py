@@ -231,6 +231,11 @@ class Policy(nn.Module):
         ours = lm_head_logits(hidden, temperature=1.0, **lm_head(self.lm))
         theirs = at_least_float32(self.lm(**inputs).logits)
         require(
+            bool(theirs.isfinite().all()),
+            f"{self.lm.name_or_path or type(self.lm).__name__}: its weights are finite and its "
+            "logits are not; give weights from before they went wrong",
+        )
+        require(
             torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())),
             f"{type(self.lm).__name__} makes its logits in a way that is not known here, so its "
             "log-probabilities would be wrong; use another model",

@@ -554,6 +554,11 @@ MODELS = [
         "sft: transformer.wpe.weight is (3,), but config.json says (16, 16); give the config …",
     ),
     model("a NaN", weights(WEIGHTS, one_number(float("nan"))), "sft: … holds NaN or infinite …"),
+    model(
+        "finite weights whose logits are not",
+        weights(WEIGHTS, lambda tensors: tensors["transformer.ln_f.weight"].fill_(3e38)),
+        "sft: its weights are finite and its logits are not; give weights from before they …",
+    ),
     model("code in a pickle", pickled({"a": Touches()}), f"sft: {BAD}its pickled weights hold …"),
     model("a pickle of no bytes", both(without(WEIGHTS), file("sft/pytorch_model.bin")), DAMAGED),
     model(
