@@ -1238,6 +1238,25 @@ def test_other_held_out_rows_are_told(tmp_path, capsys):
     )
 
 
+def test_another_file_of_a_reward_function_is_told(work, tmp_path, capsys):
+    reward, out = tmp_path / "mine.py", tmp_path / "run"
+    reward.write_text("def f(prompts, responses):\n    return [1.0] * len(prompts)\n", "utf-8")
+    options = [x for x in command_line("ppo", work) if x != "--reward_model"]
+    options.remove(str(work / "reward_model"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        options += ["--reward", f"2*{reward}:f", "--skip_preflight", "--out", out]
+        assert run_command(patch, "ppo", *options) == 143
+    told = f"ppo: the file of {reward}:f was changed since step 5, so its rewards may be others"
+    for change, lines in [("", 0), ("# another\n", 1)]:
+        shutil.copytree(out, again := tmp_path / f"again{lines}")
+        with reward.open("a", encoding="utf-8") as file:
+            file.write(change)
+        with pytest.MonkeyPatch.context() as patch:
+            assert run_command(patch, "ppo", "--resume", again) == 0
+        assert capsys.readouterr().out.count(told) == lines
+
+
 # Several stages
 
 

@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Snapshot:
         total: steps of the stage.
         heldout: what it is measured on, if that is known; a run may be continued with others, but
             what was measured before cannot be compared then.
+        sources: a number for the file of each reward function; another one is told.
     """
 
     stage: str
@@ -78,6 +79,7 @@ class Snapshot:
     examples: Sequence[Any]
     total: int
     heldout: Sequence[Any] | None = None
+    sources: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def data(self) -> str:
@@ -148,11 +150,7 @@ class Checkpoint:
         )
         try:
             self._compare(snapshot)
-            if self.record.get("heldout", snapshot.measured_on) != snapshot.measured_on:
-                print(
-                    f"{snapshot.stage}: the held-out rows are others than until step {self.step}, "
-                    "so what eval/ says before and after it cannot be compared"
-                )
+            self._tell_changes(snapshot)
             _load_weights(snapshot.module, self.folder / WEIGHTS)
             # Copies: what `load_file` returns would hold the files, long after they are deleted.
             files = [load_file(self.folder / name) for name in STATES]
@@ -165,6 +163,20 @@ class Checkpoint:
             raise
         except _DAMAGED as error:
             raise BadInput(f"{self.folder}: cannot be restored ({_reason(error)})") from error
+
+    def _tell_changes(self, snapshot: Snapshot) -> None:
+        """What a run may be continued with, but not to the bits of the one that was stopped."""
+        if self.record.get("heldout", snapshot.measured_on) != snapshot.measured_on:
+            print(
+                f"{snapshot.stage}: the held-out rows are others than until step {self.step}, "
+                "so what eval/ says before and after it cannot be compared"
+            )
+        for name, source in snapshot.sources.items():
+            if self.record.get("sources", {}).get(name, source) != source:
+                print(
+                    f"{snapshot.stage}: the file of {name} was changed since step {self.step}, so "
+                    "its rewards may be others from there on"
+                )
 
     def _compare(self, snapshot: Snapshot) -> None:
         if self.record["format"] == UNCOMPARED:
@@ -260,6 +272,7 @@ def begin(
         "sizes": dict(sizes),
         "data": snapshot.data,
         "heldout": snapshot.measured_on,
+        "sources": dict(snapshot.sources),
         "models": snapshot.identities,
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
@@ -335,12 +348,12 @@ def fingerprint(examples: Sequence[Any]) -> str:
     """A digest of all that these dataclasses hold, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
-        for field in fields(example):
-            value = getattr(example, field.name)
-            if field.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
+        for part in fields(example):
+            value = getattr(example, part.name)
+            if part.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
                 told = repr(value.tolist() if isinstance(value, Tensor) else value)
                 told = re.sub(r" at 0x[0-9a-f]+", "", told)  # of an object in another process
-                digest.update(f"{field.name}={told};".encode(errors="backslashreplace"))
+                digest.update(f"{part.name}={told};".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import signal
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
@@ -111,6 +113,18 @@ def models_in(reward: RewardModel | RewardFunction) -> list[RewardModel]:
     if isinstance(reward, RewardModel):
         return [reward]
     return reward.models if isinstance(reward, WeightedSum) else []
+
+
+def sources(reward: RewardModel | RewardFunction) -> dict[str, int]:
+    """The CRC-32 of the file of each function that a reward is, or is a sum of, by its name."""
+    parts = {"reward": (1.0, reward)} if not isinstance(reward, WeightedSum) else reward.parts
+    found = {}
+    for name, (_, function) in parts.items():
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        of_model = isinstance(getattr(function, "__self__", None), RewardModel)
+        if code is not None and not of_model and Path(code.co_filename).is_file():
+            found[name] = zlib.crc32(Path(code.co_filename).read_bytes())
+    return found
 
 
 def load_reward(

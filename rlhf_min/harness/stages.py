@@ -35,7 +35,7 @@ from rlhf_min.harness.inputs import (
 from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
-from rlhf_min.harness.rewards import models_in, unserved
+from rlhf_min.harness.rewards import models_in, sources, unserved
 from rlhf_min.harness.runs import REWARD_MODEL, TOKENS
 from rlhf_min.harness.tokens import token_records
 from rlhf_min.models import Critic, Policy, RewardModel
@@ -253,6 +253,7 @@ def run_ppo(
         texts=[row["prompt"] for row in inputs.prompts],
         examples=prompts,
         heldout=eval_prompts,
+        sources=sources(reward_model),
         total=config.steps,
     )
     log.resume(snapshot)
