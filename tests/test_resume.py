@@ -1375,3 +1375,34 @@ def test_a_folder_that_cannot_be_flushed_need_not_be(tmp_path, monkeypatch):
 def test_an_object_among_the_columns_is_the_same_in_another_process():
     one, other = (PromptExample("red", torch.tensor([2]), {"image": object()}) for _ in range(2))
     assert fingerprint([one]) == fingerprint([other])
+
+
+class Picture:
+    """Shows where it is in the memory, and not what it holds."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __repr__(self):
+        return f"<Picture at 0x{id(self):X}>"
+
+    def tobytes(self):
+        return self.content
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        lambda last: np.append(np.zeros(2000), [last, *[0] * 2000]),
+        lambda last: torch.tensor([1 + last / 2**20]),
+        lambda last: [{"a": np.append(np.zeros(2000), [last, *[0] * 2000])}, ("b",)],
+        lambda last: Picture(bytes([last])),
+    ],
+)
+def test_what_a_column_holds_is_compared_and_not_what_it_shows(column):
+    one, same, other = (
+        fingerprint([PromptExample("red", torch.tensor([2]), {"x": column(last)})])
+        for last in (1, 1, 2)
+    )
+    assert one == same
+    assert one != other

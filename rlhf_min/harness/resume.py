@@ -351,10 +351,25 @@ def fingerprint(examples: Sequence[Any]) -> str:
         for part in fields(example):
             value = getattr(example, part.name)
             if part.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
-                told = repr(value.tolist() if isinstance(value, Tensor) else value)
-                told = re.sub(r" at 0x[0-9a-f]+", "", told)  # of an object in another process
+                # An object is somewhere else in another process.
+                told = re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(_plain(value)))
                 digest.update(f"{part.name}={told};".encode(errors="backslashreplace"))
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The value, with all that arrays and images hold, of which they only show some."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else repr(value)
+    if hasattr(value, "tobytes") and not isinstance(value, np.generic):
+        return repr(value), zlib.crc32(value.tobytes())
+    return value
 
 
 # Tensors and JSON
