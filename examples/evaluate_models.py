@@ -11,10 +11,9 @@ from pathlib import Path
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.harness import report
+from rlhf_min.harness import finish, report
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import encoded, load_inputs, make_codec, model_folders, start_policy
-from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, open_run, run_seed
 from rlhf_min.models import RewardModel
 
@@ -85,11 +84,11 @@ def main() -> None:
         seed=seed,
     )
     results = report.results_json(evaluations, reward_model={}, seed=seed)
+    print(report.results_table(evaluations, baseline=baseline))
     report.write_json(out / "results.json", results)
     report.write_samples(out / "samples.md", evaluations, [prompt.text for prompt in prompts])
-    html.write_report(out)
-    print(report.results_table(evaluations, baseline=baseline))
-    print(f"report.html, results.json and samples.md are in {out}")
+    shown = finish.show(out)
+    print(f"{', '.join([*shown, 'results.json'])} and samples.md are in {out}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.harness import finish, report, stages
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 
 MINIBATCH = ppo.PPOConfig.minibatch_size
@@ -61,20 +59,16 @@ def main() -> None:
     log = start_log(out, options, *configs, monitors=inputs.monitors)
 
     stages.run_sft(sft_policy, codec, inputs, sft_config, log)
-    save_policy(sft_policy, out / "sft")
 
     reward_report = stages.run_reward(
         reward_model, inputs, reward_config, log, sft_policy=sft_policy, codec=codec
     )
-    save_reward_model(reward_model, out / "reward_model")
     print(reward_report)
 
     ppo_policy = stages.run_ppo(sft_policy, codec, reward_model, inputs, ppo_config, log)
-    save_policy(ppo_policy, out / "ppo")
 
     device = reward_model.device
     dpo_policy = stages.run_dpo(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
-    save_policy(dpo_policy, out / "dpo")
 
     evaluations = stages.run_evaluation(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
@@ -88,11 +82,11 @@ def main() -> None:
     )
     pairs = reward_report.estimates
     results = report.results_json(evaluations, reward_model=pairs, seed=options.seed)
-    report.write_json(out / "results.json", results)
-    report.write_curves(out / "curves.png", log)
-    html.write_report(out)
     print(report.results_table(evaluations, baseline="sft"))
-    print(f"\n{time.perf_counter() - started:.0f} s; report.html, models, curves are in {out}")
+    report.write_json(out / "results.json", results)
+    shown = finish.show(out, log)
+    seconds = time.perf_counter() - started
+    print(f"\n{seconds:.0f} s; {', '.join([*shown, 'models'])} are in {out}")
 
 
 if __name__ == "__main__":

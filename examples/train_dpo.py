@@ -6,11 +6,9 @@ chosen responses). The model lands in <out>/dpo.
 
 from rlhf_min import sft
 from rlhf_min.dpo import DPOConfig
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness import finish, stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
-from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 
 
@@ -25,14 +23,12 @@ def main() -> None:
     log = start_log(out, options, config)
     if options.model is None:
         stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
-    policy = stages.run_dpo(
+    stages.run_dpo(
         policy, codec, inputs, config, log, ref_device=options.torch_device("reward_device")
     )
 
-    save_policy(policy, out / "dpo")
-    report.write_curves(out / "curves.png", log)
-    html.write_report(out)
-    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
+    shown = finish.show(out, log)
+    print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ import torch
 from rlhf_min import reward, sft
 from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness import finish, stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.page import html
 from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.models import Critic, RewardModel
@@ -74,12 +72,10 @@ def main() -> None:
         given = start_reward_model(options, inputs.texts, seed=config.seed)
         reward_config = reward.RewardConfig(seed=config.seed)
         print(stages.run_reward(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
-    policy = stages.run_ppo(policy, codec, given, inputs, config, log, ref_device=device)
+    stages.run_ppo(policy, codec, given, inputs, config, log, ref_device=device)
 
-    save_policy(policy, out / "ppo")
-    report.write_curves(out / "curves.png", log)
-    html.write_report(out)
-    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
+    shown = finish.show(out, log)
+    print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 
 def load_given_reward(

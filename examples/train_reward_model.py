@@ -4,11 +4,9 @@ Without options: a small new BERT on the embedded world. With --model its scores
 samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
 """
 
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_reward_model
+from rlhf_min.harness import finish, report, stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.reward import RewardConfig
 
@@ -26,14 +24,12 @@ def main() -> None:
 
     log = start_log(out, options, config)
     found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
+    print(found)
 
-    save_reward_model(reward_model, out / "reward_model")
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}
     report.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
-    report.write_curves(out / "curves.png", log)
-    html.write_report(out)
-    print(found)
-    print(f"model, report.html, curves.png, results.json and metrics.jsonl are in {out}")
+    shown = finish.show(out, log)
+    print(f"{', '.join(['model', *shown])}, results.json and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 Without options: a small new GPT-2 on the embedded world. The model lands in <out>/sft.
 """
 
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness import finish, stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
-from rlhf_min.harness.page import html
 from rlhf_min.harness.run import check_out, start_log
 from rlhf_min.sft import SFTConfig
 
@@ -23,10 +21,8 @@ def main() -> None:
     log = start_log(out, options, config)
     stages.run_sft(policy, codec, inputs, config, log)
 
-    save_policy(policy, out / "sft")
-    report.write_curves(out / "curves.png", log)
-    html.write_report(out)
-    print(f"model, report.html, curves.png and metrics.jsonl are in {out}")
+    shown = finish.show(out, log)
+    print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 
 if __name__ == "__main__":

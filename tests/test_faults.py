@@ -214,9 +214,17 @@ def test_another_error_is_not_taken_for_memory():
     [
         (OSError(errno.ENOSPC, "No space left on device"), "a file of the run: No space left on"),
         (OSError(errno.EROFS, "Read-only file system", "a/b.png"), "a/b.png: Read-only file syst"),
+        (OSError(errno.EFBIG, "File too large", b"a/\xff"), r"a/\udcff: File too large; make room"),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a"),
+            "a: Too many open files; let more file",
+        ),
+        (OSError(errno.ECHILD, "No child processes"), "a file of the run: No child processes; "),
+        (OSError("a library's own\nwords"), "a file of the run: a library's own words; look"),
+        (OSError(), "a file of the run: OSError; look"),
     ],
 )
-def test_a_disk_that_takes_no_more_is_told_on_one_line(error, told, capsys):
+def test_whatever_the_system_refuses_is_told_on_one_line(error, told, capsys):
     @command
     def main():
         raise error
@@ -226,12 +234,23 @@ def test_a_disk_that_takes_no_more_is_told_on_one_line(error, told, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {told}")
     assert said.endswith("; what was saved before is as it was\n")
+    assert said.count("\n") == 1
 
 
-def test_another_error_of_the_system_keeps_its_traceback():
+def test_threads_that_there_are_none_of_are_told_on_one_line(capsys):
     @command
     def main():
-        raise OSError(errno.ECHILD, "No child processes")
+        raise RuntimeError("can't start new thread")
 
-    with pytest.raises(OSError, match="No child"):
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err.startswith("error: the system gives no further thread; end ")
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    @command
+    def main():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
         main()

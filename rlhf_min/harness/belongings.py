@@ -22,8 +22,8 @@ _IN_A_RUN = re.compile(
     "|".join(
         (
             r"\.?(?:run|results|reward_model|wandb|frontier|overoptimization)\.json",
-            r"\.?(?:metrics|samples|tokens)\.jsonl|samples\.md|report\.html",
-            r"(?:curves|frontier|overoptimization)\.(?:png|svg)",
+            r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
+            r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
             r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
             r"tensorboard/.*tfevents.*|wandb/.*",
             rf"(?:(?:{BEST}|{LAST_GOOD})/)?\.?{_STAGE}{_HALF}/{_INSIDE}",

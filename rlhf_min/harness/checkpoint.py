@@ -20,6 +20,10 @@ from rlhf_min.loading import quiet
 from rlhf_min.models import VALUE_FILE, Policy, RewardModel
 
 
+class NotWritten(BadInput):
+    """The disk does not take what a run has made."""
+
+
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
 
@@ -78,7 +82,7 @@ def saving(folder: Path) -> Iterator[Path]:
     """Where the folder is until it is complete. An error inside removes that.
 
     Raises:
-        BadInput: for what the disk refuses.
+        NotWritten: for what the disk refuses.
     """
     require(not folder.is_file(), f"{folder}: could not be saved: there is a file of this name")
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -89,10 +93,26 @@ def saving(folder: Path) -> Iterator[Path]:
     # A full disk is an OSError for us, a SafetensorError or a RuntimeError for the libraries.
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise BadInput(f"{folder}: could not be saved: {reason}") from error
+        raise NotWritten(f"{folder}: could not be saved: {reason}") from error
     finally:
         if not sound:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write a file that is whole or, if the disk refuses it, as it was before.
+
+    Names of files that are not UTF-8 may stand in a text; they are written with escapes.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    new = file.with_name(f".{file.name}")
+    try:
+        new.write_bytes(content)
+        flush(new)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def publish(new: Path, folder: Path) -> None:

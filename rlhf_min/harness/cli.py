@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import errno
 import functools
 import json
 import re
@@ -19,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
-from rlhf_min.harness.faults import out_of_memory
+from rlhf_min.harness import faults, finish
+from rlhf_min.harness.checkpoint import NotWritten
 from rlhf_min.harness.formats import parse_columns
-from rlhf_min.harness.page import html
-from rlhf_min.harness.run import continued, seed_all
+from rlhf_min.harness.run import continued, how_to_go_on, seed_all
+from rlhf_min.harness.screen import outlive_terminal
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.harness.trackers import check_trackers
 
@@ -30,7 +30,6 @@ Config = TypeVar("Config", bound=Any)
 
 MAX_THREADS = 1024
 KEPT = "what was saved before is as it was"
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -228,8 +227,8 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
-        # argparse would take the weight in "-0.3*brevity" for an option.
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(\*.+)?$")
+        # argparse would take -1e-3, -inf and the weight in "-0.3*brevity" for options.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def add_recipes(self, pretrained: dict[str, tuple[Any, str]]) -> None:
         """Say in the help what a field is for pretrained models, and who published it."""
@@ -247,43 +246,50 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end with code 2."""
+        if "expected" in message and "argument" in message:
+            message += " (one that begins with - is written --option=-VALUE)"
         _fail(f"{message}; --help explains all options", 2)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run a command's main function; turn its errors into one line and an exit code.
 
-    Exit code 2 for bad input, 1 for numbers that went wrong and for too little memory, 130 for
-    Ctrl-C, 143 for SIGTERM, 129 for a closed terminal (SIGHUP).
+    It goes on when nobody reads what it prints. Exit code 2 for bad input and for what the system
+    refuses, 1 for numbers that went wrong and for too little memory, 130 for Ctrl-C, 143 for
+    SIGTERM, 129 for a closed terminal (SIGHUP).
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        outlive_terminal()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
             main()
+        except NotWritten as error:
+            _fail(f"{error}; make room there, or writable; {KEPT}{how_to_go_on()}", 2)
         except BadInput as error:
             _fail(str(error), 2)
         except (Diverged, NonFinite) as error:
             _fail(str(error), 1)
         except OSError as error:
-            if error.errno not in NOT_WRITABLE:
-                raise
-            _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; {KEPT}", 2)
+            _fail(f"{faults.refused(error)}; {KEPT}{how_to_go_on()}", 2)
         except (MemoryError, RuntimeError) as error:
-            if (told := out_of_memory(error)) is None:
+            told = faults.out_of_memory(error) or faults.out_of_threads(error)
+            if told is None:
                 raise
-            _fail(told, 1)
-        except Stopped as stop:
-            html.write_report(stop.folder)
-            _fail(str(stop), stop.exit_code)
+            _fail(f"{told}{how_to_go_on()}", 1)
+        except Stopped as stop:  # on request, so it is no error
+            print(stop, file=sys.stderr)
+            finish.show(stop.folder)
+            sys.exit(stop.exit_code)
         except KeyboardInterrupt:
-            _fail(f"stopped at once; {KEPT}", 130)
+            print(f"stopped at once; {KEPT}{how_to_go_on()}", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {BadInput(message)}", file=sys.stderr)  # on one line
     sys.exit(code)

@@ -33,6 +33,7 @@ from rlhf_min.harness.inputs import (
     start_reward_model,
 )
 from rlhf_min.harness.run import read_record, start_log
+from rlhf_min.harness.screen import outlive_terminal
 from rlhf_min.models import Policy, RewardModel
 from rlhf_min.rollout import call_reward, collect
 
@@ -109,11 +110,13 @@ def prepare(
     log = start_log(out, options, sft_config, config)
     if options.model is None:
         stages.run_sft(policy, codec, inputs, sft_config, log)
+    else:
+        save_policy(policy, log.folder / "sft")
     if options.reward_model is None:
         print(stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec))
+    else:
+        save_reward_model(reward_model, log.folder / "reward_model")
     log.note_changes()
-    save_policy(policy, log.folder / "sft")
-    save_reward_model(reward_model, log.folder / "reward_model")
     return policy, reward_model, codec
 
 
@@ -262,6 +265,7 @@ def at_once(
 
 
 def _start_process() -> None:
+    outlive_terminal()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """What a run says and leaves when its numbers go wrong."""
 
+import errno
 import json
 import math
 import os
@@ -24,6 +25,10 @@ from rlhf_min.models import Policy
 RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little from its samples
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
 SAMPLES = 3  # shown where the KL is too large
+CURES: dict[int | None, str] = {}  # for what the system refuses
+CURES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room: df, quota, ulimit -f")
+CURES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open: ulimit -n")
+CURES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable")
 
 Decode = Callable[[Tensor], str]
 
@@ -221,6 +226,24 @@ def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str,
             f"  KL {x['kl']:.2f}, score {x['score']:.3f}: {x['prompt']!r} -> {x['response']!r}"
         )
     return "\n".join(lines), samples
+
+
+def refused(error: OSError) -> str:
+    """A line about what the system does not do: which file, why, and what helps."""
+    given = error.filename
+    file = os.fsdecode(given) if isinstance(given, (str, bytes)) else "a file of the run"
+    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{file}: {reason}; {CURES.get(error.errno, 'look at this path and at its disk')}"
+
+
+def out_of_threads(error: MemoryError | RuntimeError) -> str | None:
+    """A line with what helps, if that is what the error is about."""
+    if "can't start new thread" not in str(error):
+        return None
+    return (
+        "the system gives no further thread; end other processes of yours, or raise the limit of "
+        "ulimit -u or of the container"
+    )
 
 
 def out_of_memory(error: MemoryError | RuntimeError) -> str | None:

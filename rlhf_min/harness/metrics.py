@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import faults, resume
 from rlhf_min.harness.belongings import foreign, remove
-from rlhf_min.harness.checkpoint import flush
+from rlhf_min.harness.checkpoint import NotWritten, flush, write_file
 from rlhf_min.harness.resume import Checkpoint, Snapshot, Writer, checkpoints
 from rlhf_min.harness.runs import BEST, CHECKPOINTS, METRICS, SAMPLES, STAGES, TOKENS
-from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals
+from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals, to_resume
 from rlhf_min.harness.trackers import Track, start_tracker
 
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
@@ -233,10 +233,7 @@ class MetricsLog:
                 kept = [line for line in whole if json.loads(line)["stage"] != stage]
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise BadInput(f"{file}: {DAMAGED}") from error
-            new = file.with_name(f".{SAMPLES}")
-            new.write_text("".join(kept), encoding="utf-8")
-            flush(new)
-            new.replace(file)
+            write_file(file, "".join(kept))
         self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
@@ -259,14 +256,14 @@ class MetricsLog:
         """Append rows to a file of lines of JSON, which goes back with the run when it is resumed.
 
         Raises:
-            BadInput: if they cannot be written.
+            NotWritten: if they cannot be written.
         """
         file = self.folder / name
         try:
             with file.open("a", encoding="utf-8") as out:
                 out.writelines(json.dumps(row) + "\n" for row in rows)
         except OSError as error:
-            raise BadInput(f"{file}: could not be written: {error.strerror}") from error
+            raise NotWritten(f"{file}: could not be written: {error.strerror}") from error
 
     def _due(self, step: int) -> bool:
         if self._saving.every is None:
@@ -318,10 +315,10 @@ class MetricsLog:
     def _stopped(
         self, request: StopRequest, stage: str, step: int, total: int, saved: int
     ) -> Stopped:
-        kept = f"saved; go on with: python {sys.argv[0]} --resume {self.folder}"
+        kept = f"saved; go on with: {to_resume(self.folder)}"
         if saved < step:
-            before = f"; the last checkpoint is of step {saved}" if saved else ""
-            kept = f"not saved{before}"
+            before = f"; the last checkpoint is of step {saved}: {to_resume(self.folder)}"
+            kept = f"not saved{before if saved else ''}"
         elif self._unsaved:
             kept = "not saved, since --save_every 0 has kept none of the stages before"
         return Stopped(

@@ -1,19 +1,21 @@
 """What a run leaves to look at: the results table, the curves, and sample responses."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import matplotlib
 from torch import Tensor
 
 from rlhf_min.evaluation import Estimate, Evaluation
+from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.rollout import RewardFunction, call_reward
 
-matplotlib.use("Agg")  # no window: this runs in scripts and on servers
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "curves.png"
 
 
 class Recorded(Protocol):
@@ -138,7 +140,7 @@ def results_json(
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """JSON with two spaces of indent, ending in a new line."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_samples(
@@ -158,7 +160,7 @@ def write_samples(
         for evaluation in evaluations.values():
             cells.append(f"{_escape(evaluation.responses[i])} ({evaluation.scores[i]:+.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(file, "\n".join(lines) + "\n")
 
 
 def sample_rows(
@@ -194,24 +196,29 @@ def write_curves(file: Path, log: Recorded) -> None:
 
     Panels of stages that did not run are left out.
     """
+    # Not before: a run that has no working matplotlib lacks a picture, and no more.
+    import matplotlib
+    from matplotlib.figure import Figure
+
     stages = {row["stage"] for row in log.rows}
     panels = [(title, lines) for title, lines in _PANELS if lines[0][0] in stages]
     rows = -(-len(panels) // 3)
-    figure, grid = plt.subplots(
-        rows, min(3, len(panels)), figsize=(13, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(13, 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, min(3, len(panels)), squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         _draw(axes, log, title, lines)
-    figure.savefig(file, dpi=110)
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
     # Without the date and with texts as texts, so that the same run gives the same file.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_file(file, png.getvalue())
+    write_file(file.with_suffix(".svg"), svg.getvalue())
 
 
-def _draw(axes: Axes, log: Recorded, title: str, lines: list[tuple[str, str, str]]) -> None:
+def _draw(axes: "Axes", log: Recorded, title: str, lines: list[tuple[str, str, str]]) -> None:
     ink = _INK[lines[0][0]]
     for i, (stage, metric, legend) in enumerate(lines):
         steps, values = log.series(stage, metric)

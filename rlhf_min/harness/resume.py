@@ -216,7 +216,11 @@ class Writer:
             unfinished.complete()
             keep(self._folder, new, self._keep_last)
 
-        self._underway = self._pool.submit(then)
+        try:
+            self._underway = self._pool.submit(then)
+        except RuntimeError:  # the system gives no further thread
+            self._pool = ThreadPoolExecutor(1)  # the other one still holds `then`
+            then()
 
     def check(self) -> None:
         """Raise what the thread raised, if it is done."""
@@ -281,8 +285,12 @@ def begin(
     with saving(folder) as new:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
-            list(pool.map(save_file, parts.values(), [new / name for name in parts]))
+        files = {new / name: tensors for name, tensors in parts.items()}
+        try:
+            with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
+                list(pool.map(save_file, files.values(), files))
+        except RuntimeError:  # the system gives no further thread
+            list(map(save_file, files.values(), files))
     return Unfinished(folder, record)
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 import random
 import shutil
 import typing
@@ -18,8 +17,10 @@ import torch
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.belongings import LEFT_OVER, clear, discard
+from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.metrics import MetricsLog, Saving, require_measured
 from rlhf_min.harness.runs import BEST, CHECKPOINTS, CONFIGS, LAST_GOOD, STAGES
+from rlhf_min.harness.stopping import to_resume
 
 try:
     import fcntl
@@ -55,6 +56,11 @@ def check_out(options: Any, default: str) -> Path:
         later = (first.with_name(f"{default}-{i}") for i in range(2, 10_000))
         return first if not first.exists() else next(path for path in later if not path.exists())
     out = Path(options.out)
+    require(
+        _is_utf8(options.out),
+        f"--out {options.out}: this name is not UTF-8, so no tokenizer can be saved there; give "
+        "another folder",
+    )
     try:
         out.exists()
     except OSError as error:
@@ -78,6 +84,10 @@ def check_out(options: Any, default: str) -> Path:
             f"--out {out} holds no {RUN_FILE}, so it is not a run and is not overwritten",
         )
     return out
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _files_used(options: Any) -> list[str]:
@@ -262,18 +272,31 @@ def run_seed(run: Path) -> int:
         raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
 
 
+def how_to_go_on() -> str:
+    """How the run that this process is at is taken up again, if it has a checkpoint; else ""."""
+    for out in _held:
+        try:
+            found = any(out.glob("checkpoints/*/step-*"))
+        except OSError:  # then nobody can tell
+            found = True
+        if found:
+            return f"; go on with: {to_resume(out)}"
+    return ""
+
+
 def _lock(out: Path) -> None:
     """Keep other processes from this run until this one ends, however it ends."""
-    if fcntl is None or out.resolve() in _held:
+    if out.resolve() in _held:
         return
-    file = (out / LOCK).open("w")
+    file = None if fcntl is None else (out / LOCK).open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
             raise BadInput(f"{out}: another process is at this run; wait until it ends") from error
-        return  # a file system without locks
+        # else a file system without locks
     _held.clear()
     _held[out.resolve()] = file
 
@@ -315,12 +338,7 @@ def _differences(
 
 
 def _write_record(out: Path, record: Mapping[str, Any]) -> None:
-    new = out / _NEW
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(out / RUN_FILE)
+    write_file(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _circumstances() -> dict[str, Any]:

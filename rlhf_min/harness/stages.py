@@ -22,8 +22,9 @@ from rlhf_min.evaluation import (
     mean_estimate,
     proportion_estimate,
 )
-from rlhf_min.harness import faults, report
+from rlhf_min.harness import faults, report, runs
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.harness.finish import Spared
 from rlhf_min.harness.inputs import (
     HELDOUT_ROWS,
     Inputs,
@@ -36,7 +37,6 @@ from rlhf_min.harness.metrics import MetricsLog
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
 from rlhf_min.harness.rewards import models_in, sources, unserved
-from rlhf_min.harness.runs import REWARD_MODEL, TOKENS
 from rlhf_min.harness.tokens import token_records
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
@@ -54,7 +54,7 @@ def run_sft(
     config: sft.SFTConfig,
     log: MetricsLog,
 ) -> None:
-    """Fine-tune the policy on the demonstrations."""
+    """Fine-tune the policy on the demonstrations, and save it in the run's folder."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
     told = encoded(cut, codec) + encoded_heldout(heldout_cut)
@@ -77,6 +77,7 @@ def run_sft(
     log.resume(snapshot)
     steps = sft.train(policy, config, state, heldout=heldout)
     log.follow("sft", steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
+    save_policy(policy, log.folder / "sft")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def run_reward(
     sft_policy: Policy | None = None,
     codec: Codec | None = None,
 ) -> RewardReport:
-    """Train the reward model, measure it on held-out pairs, and normalise its scores.
+    """Train the reward model, normalise its scores, save it in the run's folder, and measure it.
 
     Args:
         sft_policy, codec: if given, the scores are normalised on samples of this policy, else on
@@ -132,14 +133,8 @@ def run_reward(
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
     chosen, rejected = reward.pair_scores(reward_model, pairs)
     faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
-    report.write_json(log.folder / REWARD_MODEL, report.pairs_json(chosen, rejected))
-    estimates = measure_reward(
-        chosen,
-        rejected,
-        pairs,
-        gold=inputs.monitors.get("gold_reward"),
-        seed=config.seed,
-    )
+    with Spared(log.folder / runs.REWARD_MODEL, "the page will lack calibration and margins"):
+        report.write_json(log.folder / runs.REWARD_MODEL, report.pairs_json(chosen, rejected))
     told = "scores as trained, not normalised"
     if config.normalise:
         source = "training responses"
@@ -149,6 +144,9 @@ def run_reward(
                 sft_policy, codec, inputs.prompts[:NORMALISE_ON], seed=config.seed
             )
         told = _normalised(reward_model, prompts, responses, source)
+    save_reward_model(reward_model, log.folder / "reward_model")
+    gold = inputs.monitors.get("gold_reward")
+    estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
     return RewardReport(estimates, told)
 
 
@@ -226,6 +224,8 @@ def run_ppo(
 ) -> Policy:
     """Train a copy of the policy against the reward; the start stays as its reference.
 
+    The trained model is saved in the run's folder before it is measured.
+
     Args:
         ref_device: where the reference is. Default: beside the reward model, if there is one.
     """
@@ -272,6 +272,7 @@ def run_ppo(
     log.follow(
         "ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
     )
+    save_policy(policy, log.folder / "ppo")
     _tell_faults(state, config, log)
     if eval_prompts:
         print(change(before, looks.look()[0]))
@@ -351,7 +352,7 @@ class _Looks:
                         rows=None if over else SAMPLES,
                         gold=self.gold,
                     )
-                log.append(TOKENS, records)
+                log.append(runs.TOKENS, records)
             yield metrics
 
 
@@ -385,7 +386,10 @@ def run_dpo(
     *,
     ref_device: torch.device | None = None,
 ) -> Policy:
-    """Train a copy of the policy on the preference pairs; the start stays as its reference."""
+    """Train a copy of the policy on the preference pairs; the start stays as its reference.
+
+    The trained model is saved in the run's folder when its measures are finite.
+    """
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
     print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}{encoded_heldout(heldout_cut)}")
@@ -422,6 +426,7 @@ def run_dpo(
             right = round(found["eval/accuracy"] * len(shown))
             estimate = proportion_estimate(right, len(shown))
             print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
+    save_policy(policy, log.folder / "dpo")
     return policy
 
 
@@ -458,9 +463,11 @@ def run_evaluation(
         seed=seed,
     )
     texts = [prompt.text for prompt in prompts]
-    report.write_samples(log.folder / "samples.md", evaluations, texts)
+    with Spared(log.folder / "samples.md", "evaluate_models.py writes one too"):
+        report.write_samples(log.folder / "samples.md", evaluations, texts)
     gold = inputs.monitors.get("gold_reward")
-    log.add_samples("test", 0, report.sample_rows(evaluations, texts, gold=gold), anew=True)
+    with Spared(log.folder / runs.SAMPLES, "the page will lack the samples of the test"):
+        log.add_samples("test", 0, report.sample_rows(evaluations, texts, gold=gold), anew=True)
     return evaluations
 
 

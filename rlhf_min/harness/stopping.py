@@ -1,7 +1,10 @@
 """Stopping well: Ctrl-C, a scheduler's SIGTERM and a terminal that is closed end a run after the
 step that it is at."""
 
+import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,17 @@ class Stopped(Exception):
     def __init__(self, message: str, folder: Path, exit_code: int) -> None:
         super().__init__(message)
         self.folder, self.exit_code = folder, exit_code
+
+
+def to_resume(folder: Path) -> str:
+    """The command line that takes up a run, as it can be typed."""
+    return f"python {_typed(sys.argv[0])} --resume {_typed(str(folder))}"
+
+
+def _typed(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(f'{chr(92)}x{byte:02x}' for byte in os.fsencode(word))}'"
 
 
 @dataclass

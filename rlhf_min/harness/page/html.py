@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from rlhf_min.evaluation import Estimate, proportion_estimate
+from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.page import figures, texts
 from rlhf_min.harness.page.figures import INKS, Line, Mark
 from rlhf_min.harness.page.health import CURVES, Curve, judge, number
@@ -71,9 +72,10 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         BadInput: if the folder holds no run.
+        OSError: if it cannot be written; what was there before is left as it was.
     """
     file = folder / REPORT
-    file.write_text(page([read_run(folder)]), encoding="utf-8")
+    write_file(file, page([read_run(folder)]))
     return file
 
 
