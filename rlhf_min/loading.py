@@ -8,7 +8,6 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -38,6 +37,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from .errors import BadInput, require
+from .sources import (
+    NOT_LOADED,
+    hub_answers,
+    require_known,
+    require_plain,
+    require_source,
+    require_weights,
+)
 
 VALUE_FILE = "value_head.safetensors"
 TOKENIZER_FILES = (
@@ -47,7 +54,6 @@ TOKENIZER_FILES = (
 TRL_HEAD = {"v_head.summary.weight": "value_head.weight", "v_head.summary.bias": "value_head.bias"}
 TRL_PREFIX = "pretrained_model."  # some checkpoints of trl have it before the model's own names
 
-NOT_LOADED = "no model could be loaded from there"
 MAX_LABELS = 100_000
 MAX_LAYERS = 1000  # more than any model has, and few enough to be made before weights are missed
 CHAT_TEMPLATE_NAME = re.compile(r"[\w. -]{1,100}")  # each is saved as a file of its name
@@ -165,10 +171,12 @@ def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
     """
     config = _config(name_or_path)
     kind = _architecture(config)
+    names = ", ".join(map(str, list((config.id2label or {}).values())[:5]))
     require(
-        not kind.endswith("ForSequenceClassification") or config.num_labels == 1,
-        f"{name_or_path}: {kind} has {config.num_labels} labels and a reward model exactly one "
-        "label; give the model that this one was trained from",
+        "Classification" not in kind or config.num_labels == 1,
+        f"{name_or_path}: {kind} has {config.num_labels} labels ({names}) and a reward model "
+        "exactly one score; to take one of them as reward, give --reward FILE.py:FUNCTION, a "
+        "function of yours that loads this model and returns its logits for that label",
     )
     config.num_labels = 1
     auto_class = AutoModelForSequenceClassification
@@ -177,23 +185,12 @@ def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
 
 
 def _config(name_or_path: str | Path) -> PreTrainedConfig:
-    path = Path(name_or_path)
-    prefix = f"{name_or_path}: {NOT_LOADED}: "
-    is_gguf = path.suffix == ".gguf"
-    require(not is_gguf or path.is_file(), prefix + "no such file")
-    require(
-        not is_gguf or all(find_spec(package) for package in ("gguf", "accelerate")),
-        prefix + "GGUF files need two more packages: pip install gguf accelerate",
-    )
-    require(
-        is_gguf or path.is_dir() or (not path.is_absolute() and len(path.parts) <= 2),
-        prefix + "no such folder",
-    )
-    require(
-        not path.is_dir() or (path / "config.json").is_file(),
-        prefix + "the folder has no config.json",
-    )
+    path, prefix = Path(name_or_path), f"{name_or_path}: {NOT_LOADED}: "
+    require_source(name_or_path)
     nowhere = "" if path.exists() else ": no such folder here, and from the Hub"
+    if not path.exists():
+        with Reading(name_or_path, NOT_LOADED + nowhere):
+            require_known(str(name_or_path))
     labels = _labels(path)
     require(
         labels <= MAX_LABELS,
@@ -201,6 +198,7 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
     )
     with Reading(name_or_path, NOT_LOADED + nowhere):
         config = AutoConfig.from_pretrained(**_source(name_or_path))
+    require_plain(name_or_path, config)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     require(
         layers <= MAX_LAYERS,
@@ -227,6 +225,7 @@ def _load(
     auto_class: Any, name_or_path: str | Path, config: PreTrainedConfig, *, may_lack_head: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """The model, its tokenizer, and what ``transformers`` says of missing and unexpected keys."""
+    require_weights(name_or_path)
     model, tokenizer, info = _read(auto_class, _source(name_or_path), config)
     folder = Path(name_or_path)
     require(
@@ -332,7 +331,10 @@ def _value_head(name_or_path: str | Path, extra: set[str]) -> dict[str, Tensor] 
         return None
     folder = Path(name_or_path)
     if not folder.is_dir():  # a name: the folder that its files were downloaded to
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[VALUE_FILE]))
+        found = snapshot_download(
+            str(name_or_path), allow_patterns=[VALUE_FILE], local_files_only=not hub_answers()
+        )
+        folder = Path(found)
     if (folder / VALUE_FILE).is_file():
         tensors = load_file(folder / VALUE_FILE)
     elif extra >= TRL_HEAD.keys():
@@ -358,10 +360,11 @@ def _stored(folder: Path, name: str) -> Tensor:
 
 def _source(name_or_path: str | Path) -> dict[str, Any]:
     """Where ``transformers`` finds it. Unless told not to, it would ask whether to run its code."""
-    path, source = Path(name_or_path), {"trust_remote_code": False}
+    path, source = Path(name_or_path), dict[str, Any](trust_remote_code=False)
     if path.suffix == ".gguf":
         return source | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return source | {"pretrained_model_name_or_path": str(name_or_path)}
+    source["pretrained_model_name_or_path"] = str(name_or_path)
+    return source if path.is_dir() else source | {"local_files_only": not hub_answers()}
 
 
 def _architecture(config: PreTrainedConfig) -> str:

@@ -64,7 +64,7 @@ def file(name: str, content: str | bytes = "") -> Make:
     data = content if isinstance(content, bytes) else content.encode("utf-8")
 
     def make() -> None:
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(data)
 
     return make
@@ -494,9 +494,37 @@ MODELS = [
     model("no such name", lambda: None, f"no-one/a: {BAD}no such folder here, …", "no-one/a"),
     model("no name", lambda: None, "--model is empty; give a folder or a name", "''"),
     model("a name with a line end", lambda: None, rf"a\nb: {BAD}no such folder …", "'a\nb'"),
-    model("a file", lambda: None, f"pairs.jsonl: {BAD}It looks like …", "pairs.jsonl"),
-    model("an empty folder", folder("a"), f"a: {BAD}the folder has no config.json", "a"),
-    model("an adapter", folder("a", "adapter_config.json"), f"a: {BAD}the folder has no …", "a"),
+    model("a file", lambda: None, f"pairs.jsonl: {BAD}this is a file; give …", "pairs.jsonl"),
+    model("an empty folder", folder("a"), f"a: {BAD}the folder is empty", "a"),
+    model(
+        "an adapter",
+        file("a/adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "b"}'),
+        "a: this is a LoRA adapter of b, not a model; merge the two with peft, AutoPeftModelFor…",
+        "a",
+    ),
+    model(
+        "an adapter beside a model",
+        file("sft/adapter_config.json", "{}"),
+        "sft: beside the model there is a LoRA adapter, which is not read; …",
+    ),
+    model(
+        "quantised weights",
+        edited(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "sft: its weights are quantised (gptq), and cannot be trained or compared so; give …",
+    ),
+    model(
+        "the folder above checkpoints",
+        file("a/checkpoint-500/config.json", '{"model_type": "gpt2"}'),
+        f"a: {BAD}the folder has no config.json, but there are models in it; give a/checkpoint-500",
+        "a",
+    ),
+    model("an ONNX model", folder("a", "model.onnx"), f"a: {BAD}there is an ONNX model, …", "a"),
+    model("a config alone", folder("a", "config.json"), f"a: {BAD}…", "a"),
+    model(
+        "a pointer of Git LFS",
+        file("sft/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        f"sft: {BAD}model.safetensors is a pointer of Git LFS and not the weights; …",
+    ),
     model("an empty config.json", file(CONFIG), f"sft: {BAD}It looks like …not a valid JSON file."),
     model("a broken config.json", file(CONFIG, "{"), f"sft: {BAD}It looks like the config …"),
     model("a config.json in UTF-16", file(CONFIG, "{}".encode("utf-16")), f"sft: {BAD}It looks …"),
@@ -654,7 +682,8 @@ MODELS = [
     Case(
         "two labels",
         f"{SCORER} a",
-        "a: BertForSequenceClassification has 2 labels and a reward model exactly one label; …",
+        "a: BertForSequenceClassification has 2 labels (LABEL_0, LABEL_1) and a reward model exactly "
+        "one score; to take one of them as reward, give --reward FILE.py:FUNCTION, …",
         saved("a", lambda: bert(labels=2), bert_words),
     ),
     Case(

@@ -31,6 +31,7 @@ FLOORS = (
         "fast",
         "packing",
         "pairs",
+        "sources",
         "loading",
         "models",
         "sampling",
