@@ -682,8 +682,8 @@ MODELS = [
     Case(
         "two labels",
         f"{SCORER} a",
-        "a: BertForSequenceClassification has 2 labels (LABEL_0, LABEL_1) and a reward model exactly "
-        "one score; to take one of them as reward, give --reward FILE.py:FUNCTION, …",
+        "a: BertForSequenceClassification has 2 labels (LABEL_0, LABEL_1) and a reward model "
+        "exactly one score; to take one of them as reward, give --reward FILE.py:FUNCTION, …",
         saved("a", lambda: bert(labels=2), bert_words),
     ),
     Case(
