@@ -55,7 +55,7 @@ class Mutant(NamedTuple):
     instead, and the test that must not pass then."""
 
     fear: str
-    where: str  # "kl.AdaptiveKL" is in rlhf_min/kl.py
+    where: str  # "kl.AdaptiveKL" is in rlhf_min/kl.py, "harness/faults.too_far" in the harness
     old: str
     new: str
     test: str  # of tests/
@@ -1285,6 +1285,47 @@ MUTANTS = [
     Mutant("Adam's moments are lost in a resume", "optim.State.restore",
            'self.optimizer.load_state_dict(state["optimizer"])', "pass",
            "test_dpo.py::test_resume"),
+
+    # what decides in the harness
+    Mutant("NaN is within any limit", "harness/preflight.Check.passed",
+           "self.value <= self.limit", "not self.value > self.limit",
+           "test_preflight.py::test_a_check_passes_up_to_its_limit"),
+    Mutant("only chosen responses are looked at", "harness/preflight.eos_supervised",
+           "// LOOKED_AT) | 1]", "// LOOKED_AT)]",
+           "test_preflight.py::test_eos_is_looked_for_on_both_sides_of_many_pairs"),
+    Mutant("preflight forgets the temperature", "harness/preflight.ratio_is_one",
+           "temperature=config.temperature", "temperature=1.0",
+           "test_preflight.py::test_the_ratio_is_1_at_any_temperature"),
+    Mutant("preflight draws from the run's random numbers", "harness/preflight.untouched",
+           "np.random.set_state(drawn[1])", "pass",
+           "test_preflight.py::test_what_a_reward_function_draws_is_put_back"),
+    Mutant("the smallest KLs are shown", "harness/faults.too_far",
+           "k1.argsort(descending=True)", "k1.argsort()",
+           "test_faults.py::test_a_kl_that_is_too_large_shows_its_samples"),
+    Mutant("the first of the ratio's spikes", "harness/faults.ratio_spikes",
+           "max(spikes)", "spikes[0]",
+           "test_faults.py::test_ratio_spikes_are_counted_with_the_largest"),
+    Mutant("tokens are clipped on one side", "harness/tokens.token_rows",
+           "min(max(ratio, 1 - config.clip), 1 + config.clip)", "min(ratio, 1 + config.clip)",
+           "test_tokens.py::test_clipped_tokens_are_those_of_the_policy_loss"),
+    Mutant("tokens at another temperature", "harness/tokens.token_rows",
+           "temperature=config.temperature", "temperature=1.0",
+           "test_tokens.py::test_logprobs_are_those_of_the_row_alone"),
+    Mutant("rewards are not weighed", "harness/rewards.WeightedSum.__call__",
+           "weight * self._scores[name]", "self._scores[name]",
+           "test_rewards.py::test_a_weighted_sum_of_functions_and_a_model"),
+    Mutant("the parts of another batch's texts", "harness/rewards.WeightedSum._part",
+           "if self._texts != (prompts, responses):", "if self._texts is None:",
+           "test_rewards.py::test_the_parts_are_watched_without_scoring_again"),
+    Mutant("a held-out share is rounded down", "harness/datafile.split_rows",
+           "round(heldout_share * len(rows))", "int(heldout_share * len(rows))",
+           "test_datafile.py::test_split_sizes_of_single_rows"),
+    Mutant("a single place outside is an excursion", "harness/page/health.excursion",
+           "end - place >= IN_A_ROW", "end - place >= 1",
+           "test_html.py::test_excursions"),
+    Mutant("an adaptive KL is held to a fixed range", "harness/page/health.Curve.limits",
+           '2 * config["kl_target"]', "15",
+           "test_html.py::test_an_adaptive_kl_may_go_to_twice_its_target"),
 ]
 # fmt: on
 
@@ -1384,7 +1425,7 @@ class Finder:
     """Finds one module of the package with other text than its file has."""
 
     def __init__(self, mutant: Mutant) -> None:
-        self.name = f"rlhf_min.{mutant.where.partition('.')[0]}"
+        self.name = f"rlhf_min.{mutant.where.partition('.')[0].replace('/', '.')}"
         self.path, self.text = str(mutant.path), mutant.source()
 
     def find_spec(self, name: str, _path: object, _target: object = None) -> ModuleSpec | None:

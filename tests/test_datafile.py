@@ -1205,7 +1205,8 @@ def test_split_keeps_groups_together(groups, share, seed):
 
 
 @pytest.mark.parametrize(
-    ("share", "sizes"), [(0.1, (90, 10)), (0.25, (75, 25)), (0.001, (99, 1)), (0.999, (1, 99))]
+    ("share", "sizes"),
+    [(0.1, (90, 10)), (0.25, (75, 25)), (0.156, (84, 16)), (0.001, (99, 1)), (0.999, (1, 99))],
 )
 def test_split_sizes_of_single_rows(share, sizes):
     train, heldout = split_rows(list(range(100)), heldout_share=share, seed=3, group=str)

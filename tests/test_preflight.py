@@ -177,6 +177,14 @@ def test_the_first_loss_of_dpo_is_ln_2_with_label_smoothing(capsys, cached):
     assert "0.693147, within 1e-09 of 0.693147" in capsys.readouterr().out
 
 
+def test_the_ratio_is_1_at_any_temperature():
+    stage = Stage("ppo", temperature=0.7)
+    rows = [(x.prompt_ids, x.response_ids) for x in DEMONSTRATIONS[:3]]
+    config = ppo.PPOConfig(temperature=0.7)
+    rollout = preflight.scored(stage.model, stage.ref_policy, rows, config)
+    assert preflight.ratio_is_one(stage.model, rollout, config, 1e-9).passed
+
+
 def test_a_separate_critic_passes(capsys):
     Stage("ppo", critic="separate").check()
     assert "10 of 10" in capsys.readouterr().out
@@ -300,6 +308,14 @@ def test_eos_that_some_rows_lack_is_a_warning(capsys):
     assert "4 of 5 checks passed" in found
     assert re.search(r"warning  EOS supervised +in 75\.0% of 4 rows", found)
     assert "not every row teaches where a response ends; end each response" in found
+
+
+def test_eos_is_looked_for_on_both_sides_of_many_pairs():
+    ended, cut = (ids(RED), ids(TWO, END)), (ids(RED), ids(TWO, BIG))
+    rows = [ended, cut] * preflight.LOOKED_AT  # of every second one, all have ended
+    check = preflight.eos_supervised(rows, small_policy())
+    assert check.value == pytest.approx(0.5, abs=0.01)
+    assert check.warning
 
 
 def test_eos_that_the_mask_leaves_out(monkeypatch):

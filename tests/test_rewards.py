@@ -127,8 +127,10 @@ def test_the_parts_are_watched_without_scoring_again():
     }
     assert watched == {"reward/my_rewards.py:length": [3, 1], "reward/runs/rm": [10, 10]}
     assert calls == [2]
-    other = call_reward(reward.monitors["reward/my_rewards.py:length"], ["p"], ["xxxx"], ROWS[:1])
-    assert other.tolist() == [4]
+    other = call_reward(
+        reward.monitors["reward/my_rewards.py:length"], PROMPTS, ["xxxx", "xxxxx"], ROWS
+    )
+    assert other.tolist() == [4, 5]
 
 
 def test_a_tensor_sums_like_a_list():

@@ -289,7 +289,8 @@ def no_empty_row(rows: Sequence[Row], *, rows_per_example: int = 1) -> Check:
 
 def eos_supervised(rows: Sequence[Row], policy: Policy) -> Check:
     """EOS is among the tokens that the loss counts, as the mask has it."""
-    some = rows[:: -(-len(rows) // LOOKED_AT)]
+    # Every so many, an odd number: of pairs both sides are among them.
+    some = rows[:: -(-len(rows) // LOOKED_AT) | 1]
     batch = collate(*zip(*some, strict=True), pad_id=policy.pad_id)
     has_eos = (batch.mask & (batch.responses == policy.tokenizer.eos_token_id)).any(1)
     share = float(has_eos.double().mean())
