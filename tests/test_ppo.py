@@ -339,6 +339,17 @@ def test_micro_batches_leave_the_gradient_of_a_wider_value_mask_as_it_is():
     assert largest_difference(whole, small_policy(critic="shared")) > 1e-3
 
 
+def test_the_rows_at_fault_are_looked_for_where_they_were_learned_from():
+    policy, config = small_policy(critic="shared"), replace(CONFIG, temperature=0.7)
+    buffer = judged_rollout(policy, config=config)
+    for row in range(6):
+        found = ppo._row(policy, buffer, row, config)
+        n = len(RESPONSES[row])
+        assert_close(found["ratio"], torch.ones(1, n, dtype=torch.float64), FP64)
+        assert_close(found["values"], buffer.rollout.values[[row], :n], FP64)
+        assert_close(found["returns"], buffer.returns[[row], :n], EXACT)
+
+
 def test_an_advantage_that_is_not_finite_stops_before_the_step():
     policy = small_policy(critic="shared")
     buffer = judged_rollout(policy)
@@ -941,6 +952,25 @@ def test_a_value_mask_without_a_real_token_is_refused():
     mask[0, 0] = False
     with pytest.raises(ValueError, match="value_mask"):
         replace(buffer, value_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_control": "adaptive", "kl_horizon": 25.6}, "must exceed a fifth of batch_size 128"),
+        ({"batch_size": 1, "minibatch_size": 1}, "whitening needs at least 2"),
+        ({"batch_size": 4, "minibatch_size": 5}, "minibatch_size 5 exceeds batch_size 4"),
+        ({"value_clip": 0.0}, "value_clip is 0.0; it must be > 0"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        ppo.PPOConfig(**options)
+
+
+def test_a_horizon_bounds_an_adaptive_coefficient_only():
+    assert ppo.PPOConfig(kl_horizon=25.6).kl_control == "fixed"
+    assert ppo.PPOConfig(kl_control="adaptive", kl_horizon=25.7, value_clip=math.inf)
 
 
 @pytest.mark.parametrize(
