@@ -143,6 +143,12 @@ def test_a_row_that_the_model_has_no_room_for(untouched, entry, prompt, says):
     assert "row" in str(caught.value)
 
 
+@pytest.mark.parametrize("entry", [forward, logits])
+def test_a_padded_neighbour_is_not_named(untouched, entry):
+    with pytest.raises(BadInput, match="row 1: 17 tokens do not fit"):
+        entry(untouched, ids(*[RED] * 14))
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.__name__)
 def test_a_row_that_just_fits(entry):
     entry(small_policy(critic="shared"), ids(*[RED] * 13))
