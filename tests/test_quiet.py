@@ -147,19 +147,28 @@ QUICK = "--sft_epochs 1 --reward_epochs 1 --ppo_steps 2 --ppo_batch_size 8 --dpo
 QUICK += "--max_length 16 --max_response_tokens 6 --test_prompts 3 --threads 1"
 
 
+COMMANDS = {
+    "quickstart": f"--data rows.jsonl --model sft --reward_model bert --out run {QUICK}",
+    "evaluate_models": "--data rows.jsonl --models sft --reward_model bert --test_prompts 3 "
+    "--max_length 16 --max_response_tokens 6",
+    "chat": "--models sft --reward_model bert --max_length 16 --max_response_tokens 6",
+}
+
+
 @pytest.mark.usefixtures("talkative")
-def test_the_quickstart_shows_nothing_of_a_library(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_commands_show_nothing_of_a_library(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_policy(small_policy(dtype=torch.float32), tmp_path / "sft")
     save_reward_model(small_reward_model(dtype=torch.float32), tmp_path / "bert")
     write_rows(tmp_path / "rows.jsonl", pairs(40))
-    given = ["--data", "rows.jsonl", "--model", "sft", "--reward_model", "bert", "--out", "run"]
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *given, *QUICK.split()])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *COMMANDS[name].split()])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"red {LONG}\n"))
     with contextlib.redirect_stdout(io.StringIO()) as out, all_of_stderr() as err:
-        example("quickstart").main()
-    assert "report.html" in out.getvalue()
+        example(name).main()
+    assert out.getvalue()
     lines = re.split(r"[\r\n]+", "".join(err))
     assert [line for line in lines if not OUR_BAR.match(line)] == []
-    assert any(line.strip().startswith("ppo: 100%") for line in lines)
+    assert name != "quickstart" or any(line.strip().startswith("ppo: 100%") for line in lines)
     assert re.findall(r"(?i).*(?:warning|deprecat|LOAD REPORT).*", out.getvalue()) == []
