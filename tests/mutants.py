@@ -540,7 +540,8 @@ MUTANTS = [
            "test_models.py::test_a_language_model_with_an_unknown_head_is_refused"),
     Mutant("only the first row's ids are looked at", "models.Policy._on_device",
            "batch.ids[batch.attention_mask.bool()]", "batch.ids[:1]",
-           "test_room.py::test_a_row_that_the_model_has_no_room_for[beyond the vocabulary-forward]"),
+           "test_room.py::test_a_row_that_the_model_has_no_room_for"
+           "[beyond the vocabulary-forward]"),
     Mutant("padding needs room", "models.Policy._on_device",
            "batch.attention_mask.sum(1)", "(batch.attention_mask | 1).sum(1)",
            "test_room.py::test_a_padded_neighbour_is_not_named[forward]"),
@@ -942,6 +943,9 @@ MUTANTS = [
            "with state.optimizer.autocast():\n                metrics",
            "if True:\n                metrics",
            "test_precision.py::test_a_look_has_the_precision_of_the_run[reward]"),
+    Mutant("rounding is a difference of scores", "reward.normalise",
+           "if not std > 1e-6:", "if not std > 0:",
+           "test_reward.py::test_scores_that_are_equal_but_for_rounding_cannot_be_normalised"),
 
     # dpo
     Mutant("dropout stays on", "dpo.new_state",

@@ -275,6 +275,23 @@ def test_scores_that_are_all_equal_cannot_be_normalised():
     assert reward_model.model.classifier.bias.item() == 3.0
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-4])
+def test_scores_that_are_equal_but_for_rounding_cannot_be_normalised(size):
+    reward_model = small_reward_model()
+    last = reward_model.model.classifier
+    with torch.no_grad():
+        last.weight.mul_(size)
+    before = last.weight.clone()
+    prompts, responses = ["red", "big", "one"], ["ball", "one", "two"]
+    if size < 1e-6:
+        with pytest.raises(BadInput, match="all 3 texts the same score"):
+            reward.normalise(reward_model, prompts, responses)
+        assert torch.equal(last.weight, before)
+    else:
+        reward.normalise(reward_model, prompts, responses)
+        assert float(reward_model.score(prompts, responses).std()) == pytest.approx(1.0)
+
+
 def test_a_small_model_ranks_32_pairs_right():
     pairs = [
         {"prompt": f"{a} {b}", "chosen": f"{a} ball", "rejected": f"{b} ball"}
