@@ -168,6 +168,8 @@ class MetricsLog:
 
         Raises:
             Stopped: after the step in which a signal came; it says whether that is saved.
+            Diverged: if an update has broken the model; it replaces nothing that was kept.
+            BadInput: if nothing can be measured that ``--keep_best`` names.
         """
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
