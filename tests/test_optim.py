@@ -360,8 +360,7 @@ def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
         overflow(toy, restored)
 
 
-@pytest.mark.filterwarnings("error")  # the schedule warns where it is ahead of the optimizer
-def test_a_first_step_that_is_skipped_moves_the_schedule_alone():
+def test_a_first_step_that_is_skipped_moves_the_schedule_alone(recwarn):
     toy = Toy()
     optimizer = optimizer_of(
         toy, schedule="linear", warmup_share=0.2, learning_rate=1.0, on_nonfinite="skip"
@@ -372,6 +371,7 @@ def test_a_first_step_that_is_skipped_moves_the_schedule_alone():
     assert largest_difference(toy, start) == EXACT  # no weight decay either
     assert optimizer.optimizer.state_dict()["state"] == {}
     assert (optimizer.learning_rate, optimizer.steps, optimizer.skipped) == (0.5, 1, 1)
+    assert recwarn.list == []  # there is one where the schedule is ahead of the optimizer
 
 
 def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
