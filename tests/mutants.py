@@ -756,6 +756,9 @@ MUTANTS = [
            "logits.to(uniforms.dtype).softmax(-1)", "logits.softmax(-1).to(uniforms.dtype)",
            "test_sampling.py::test_half_precision_of_the_logits_moves_no_edge[dtype0]"),
 
+    Mutant("a uniform number is rounded up to 1", "sampling.below_one",
+           "clamp(max=1 - torch.finfo(dtype).eps / 2)", "clamp(max=1)",
+           "test_sampling.py::test_no_uniform_number_is_rounded_up_to_1"),
     Mutant("a cache for heads that share theirs", "sampling.cache_bytes",
            'getattr(config, "num_key_value_heads", None) or heads', "heads",
            "test_sampling.py::test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them"

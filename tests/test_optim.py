@@ -413,9 +413,8 @@ def dpo_state(**options):
 
 
 def ppo_state(*, epochs, batch_size, **options):
-    config = ppo.PPOConfig(
-        steps=epochs, epochs=3, batch_size=3, minibatch_size=batch_size, adam_eps=0.1, **options
-    )
+    sizes = {"epochs": 3, "batch_size": 3, "minibatch_size": batch_size, "max_new_tokens": 5}
+    config = ppo.PPOConfig(steps=epochs, **sizes, adam_eps=0.1, **options)
     return ppo.new_state(small_policy(critic="shared"), PROMPTS, config)
 
 

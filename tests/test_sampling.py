@@ -27,7 +27,15 @@ from transformers import (
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.sampling import CACHE_NAMES, _inverse_cdf, cache_bytes, rows_at_once, sample
+from rlhf_min.sampling import (
+    CACHE_NAMES,
+    _inverse_cdf,
+    below_one,
+    cache_bytes,
+    rows_at_once,
+    sample,
+    widest_float,
+)
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
@@ -106,6 +114,14 @@ def test_the_largest_uniform_number_draws_no_impossible_token(dtype):
     for n in short:
         row = torch.cat([logits[:n], logits.new_tensor([-math.inf])])[None]
         assert _inverse_cdf(row, torch.tensor([below_one], dtype=dtype)).tolist() == [n - 1]
+
+
+def test_no_uniform_number_is_rounded_up_to_1(monkeypatch):
+    largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert below_one(largest, torch.device("cpu")).tolist() == [1 - 2.0**-53]
+    assert widest_float(torch.device("mps")) == torch.float32
+    monkeypatch.setattr("rlhf_min.sampling.widest_float", lambda _: torch.float32)
+    assert below_one(largest, torch.device("cpu")).tolist() == [1 - 2.0**-24]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
