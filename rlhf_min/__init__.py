@@ -8,7 +8,6 @@ from . import dpo, evaluation, ppo, reward, sft
 from .advantages import gae
 from .data import Codec, PreferenceExample, PromptExample, Sequences, SFTExample, collate
 from .errors import BadInput, NonFinite
-from .harness.checkpoint import save_policy, save_reward_model
 from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
 from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
 from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
@@ -57,8 +56,6 @@ __all__ = [
     "response_mask",
     "reward",
     "sample",
-    "save_policy",
-    "save_reward_model",
     "score_rollout",
     "sft",
     "sft_loss",

@@ -297,6 +297,7 @@ class CutReport:
 
 
 def _rows(places: Sequence[Place]) -> str:
+    places = list(dict.fromkeys(places))  # a row may have two responses
     first = ", ".join(map(str, places[:MOST_NAMED])) + ", ..." * (len(places) > MOST_NAMED)
     return f"row{'s' * (len(places) > 1)} {first}"
 

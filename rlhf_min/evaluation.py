@@ -194,8 +194,10 @@ def blind_spots(
         if name == "rouge1" and parted:
             reasons.append(f"{parted} of {n} references have other letters, which part words")
         if reasons:
-            end = "not measured" if wholly else "those count as 0" if any(ref_short) else ""
-            reason = f"{title}: {', '.join(reasons)}{'; ' * bool(end)}{end}"
+            end = "; not measured" if wholly else ""
+            if any(ref_short) and not wholly:
+                end = "; such rows have no run of 4" if name == "bleu" else "; such rows count as 0"
+            reason = f"{title}: {', '.join(reasons)}{end}"
             found[name] = Blind(reason, wholly)
     return found
 

@@ -508,6 +508,15 @@ def test_texts_that_spell_special_tokens_are_told_with_their_rows(template, read
     ]
 
 
+def test_a_row_whose_two_responses_spell_special_tokens_is_named_once():
+    codec = chat_codec(template="{prompt}")
+    row = {"prompt": "ba", "chosen": "be <end>", "rejected": "bi <end>"}
+    (note,) = codec.notes(codec.encode_preferences([row, {**row, "chosen": "bo <user>"}])[1])
+    assert note.startswith(
+        "warning: 4 of 4 responses spell special tokens (<end>, <user>; rows 1, 2), "
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -424,7 +424,7 @@ def test_perfect_answers_of_fewer_than_four_words():
         "bleu": "BLEU needs 4 words: 4 of 4 references and 4 of 4 responses have fewer; not "
         "measured",
         "rouge2": "ROUGE-2 needs 2 words of a-z and 0-9: 3 of 4 references and 3 of 4 responses "
-        "have fewer; those count as 0",
+        "have fewer; such rows count as 0",
     }
     assert notes(*((text, text) for text in SHORT[:2]))[1] == {"bleu", "rouge2"}
 
@@ -434,7 +434,7 @@ def test_texts_without_the_letters_of_rouge():
     assert wholly == set()
     assert reasons["rouge1"] == (
         "ROUGE-1 and ROUGE-L need words of a-z and 0-9: 3 of 4 references and 3 of 4 responses "
-        "have none, 4 of 4 references have other letters, which part words; those count as 0"
+        "have none, 4 of 4 references have other letters, which part words; such rows count as 0"
     )
     assert notes(*((text, text) for text in SCRIPTS if text != SCRIPTS[2]))[1] >= {"rouge1"}
     # two of the four have four words between spaces

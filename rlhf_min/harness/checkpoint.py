@@ -24,17 +24,13 @@ class NotWritten(BadInput):
     """The disk does not take what a run has made."""
 
 
-def save_policy(policy: Policy, folder: str | Path) -> None:
+def save_policy(policy: Policy, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
-
-    The inverse of ``Policy.from_pretrained``. The folder appears when it is complete, in the place
-    of one of this name.
 
     Raises:
         BadInput: for weights that are not finite, and for what the disk refuses. What was in the
             folder stays.
     """
-    folder = Path(folder)
     _require_finite(policy, folder)
     with complete_folder(folder) as new:
         _save_model(policy.lm, new)
@@ -44,12 +40,8 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
             save_file(tensors, new / VALUE_FILE)
 
 
-def save_reward_model(reward_model: RewardModel, folder: str | Path) -> None:
-    """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`.
-
-    The inverse of ``RewardModel.from_pretrained``.
-    """
-    folder = Path(folder)
+def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
+    """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
     _require_finite(reward_model, folder)
     with complete_folder(folder) as new:
         _save_model(reward_model.model, new)
