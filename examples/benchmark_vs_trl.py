@@ -31,7 +31,7 @@ from benchmark.sides import Side
 from benchmark.workloads import Task
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.cli import command
+from rlhf_min.harness.cli import Parser, command
 
 WORKLOADS = ("ppo", "dpo", "reward", "sampling")
 SCALING = "scaling"  # of ours alone, against nobody
@@ -102,7 +102,7 @@ def read_options() -> argparse.Namespace:
         Path("/proc/self/clear_refs").exists(),
         "this measures memory by what the kernel says in /proc, so it needs Linux",
     )
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", choices=(*WORKLOADS, SCALING), help="One workload. Default: all.")
     parser.add_argument("--rounds", type=int, default=3, help="Counted ones, after a warm-up.")
     parser.add_argument(

@@ -12,10 +12,17 @@ import torch
 
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.data import CutReport
-from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.errors import require
+from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
 from rlhf_min.harness.inputs import make_codec, model_folders, start_policy
+from rlhf_min.harness.screen import is_read
 from rlhf_min.models import RewardModel
 from rlhf_min.sampling import sample
+
+UNUSED = (
+    *("data", "columns", "split", "limit", "heldout_data", "heldout_split"),
+    *("out", "overwrite", "resume", *OF_TRAINING),
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class ChatOptions(RunOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, ChatOptions)
+    options = parse(__doc__, ChatOptions, without=UNUSED)
+    require(options.model is None, "give the models to talk to with --models a,b,c, not --model")
     policies = {
         name: start_policy(replace(options, model=folder), [], critic="none", seed=options.seed)
         for name, folder in model_folders(options.models, options.run).items()
@@ -73,9 +81,10 @@ def main() -> None:
 
 def _read() -> str:
     try:
-        return input("> ").strip()
+        typed = input("> ").strip()
     except EOFError:
-        return ""
+        typed = ""
+    return typed if is_read() else ""  # nobody would see the answer
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The comparisons are the tests in tests/parity that carry the mark "parity": trl 
 trl 0.11.3 as it was recorded. Needs the extra: pip install -e '.[test]'
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the next lines are imported
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.cli import command
+from rlhf_min.harness.cli import Parser, command
 
 TESTS = Path(__file__).parent.parent / "tests" / "parity"
 ORDER = ("functions", "ppo", "dpo", "reward", "sft")
@@ -81,7 +80,7 @@ class Table:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", default="", help="Only functions whose name holds this.")
     parser.add_argument("--list", action="store_true", help="List the comparisons without running.")
     options = parser.parse_args()

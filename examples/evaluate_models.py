@@ -12,10 +12,12 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness import finish, report
-from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
 from rlhf_min.harness.inputs import encoded, load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.harness.run import check_out, open_run, run_seed
 from rlhf_min.models import RewardModel
+
+UNUSED = OF_TRAINING
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class EvaluateOptions(RunOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, EvaluateOptions)
+    options = parse(__doc__, EvaluateOptions, without=UNUSED)
     require(options.model is None, "give the models to compare with --models a,b,c, not --model")
     require(options.resume is None, "an evaluation has nothing to resume; start it again")
     out = check_out(options, "evaluation")

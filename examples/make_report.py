@@ -12,16 +12,16 @@ from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness import report
-from rlhf_min.harness.cli import command
+from rlhf_min.harness.checkpoint import write_file
+from rlhf_min.harness.cli import Parser, command
+from rlhf_min.harness.finish import Spared
 from rlhf_min.harness.page import html
 from rlhf_min.harness.runs import read_run
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Folder of a run.")
     parser.add_argument("--out", type=Path, help="The report, a file that ends in .html.")
     options = parser.parse_args()
@@ -31,11 +31,13 @@ def main() -> None:
     out = options.out or (runs[0].folder if alone else Path()) / html.REPORT
     require(out.suffix == ".html", f"--out {out} must end in .html, so that browsers open it")
     try:
-        out.write_text(html.page(runs), encoding="utf-8")
-        if alone and runs[0].rows:
-            report.write_curves(out.with_name("curves.png"), runs[0])
+        write_file(out, html.page(runs))
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
+    if alone and runs[0].rows:
+        curves = out.with_name(report.CURVES)
+        with Spared(curves, f"{out} has its own"):
+            report.write_curves(curves, runs[0])
     print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
     for run in runs:
         for line in run.left_out:

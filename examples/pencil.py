@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_min import dpo_loss, gae, kl_estimate, response_mask, shape_rewards
+from rlhf_min.harness.cli import command, parse
 from rlhf_min.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_min.masking import masked_mean, masked_var, masked_whiten
 
@@ -50,10 +51,10 @@ def of_each(loss: Callable[..., Any], *tensors: Tensor, clip: float) -> Tensor:
     return torch.stack([loss(*(x.reshape(1, 1) for x in cell), clip=clip).loss for cell in cells])
 
 
+@command
 def main() -> None:
-    for prompt, words in RESPONSES.items():
-        print(prompt, "->", *words)
-
+    parse(__doc__)
+    print(*(f"{prompt} -> {' '.join(words)}" for prompt, words in RESPONSES.items()), sep="\n")
     kl = kl_estimate(LOGPROBS, REF_LOGPROBS, kind="k1")
     show("[eq:kl] k1", "logprobs ref_logprobs kl", LOGPROBS, REF_LOGPROBS, kl)
 
@@ -73,9 +74,8 @@ def main() -> None:
     new = NEW_LOGPROBS.clone().requires_grad_()
     policy = ppo_policy_loss(new, LOGPROBS, whitened, MASK, clip=CLIP)
     each = of_each(ppo_policy_loss, NEW_LOGPROBS, LOGPROBS, whitened, clip=CLIP)
-    (gradient,) = torch.autograd.grad(policy.loss, new)
     lines = [LOGPROBS, new, (new - LOGPROBS).exp(), whitened, each]
-    lines += [policy.loss, policy.clip_fraction, gradient]
+    lines += [policy.loss, policy.clip_fraction, *torch.autograd.grad(policy.loss, new)]
     names = "logprobs new_logprobs ratio whitened loss_of_each loss clip_fraction gradient"
     show(f"[eq:ppo_policy] clip {CLIP}", names, *lines)
 

@@ -233,13 +233,16 @@ def test_help_explains_every_option(run, capsys, name):
     assert run(name, "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert " ".join(example(name).__doc__.split()) in shown
+    unused = getattr(example(name), "UNUSED", ())
     for config in COMMANDS[name]:
         for field in dataclasses.fields(config):
-            assert f"--{field.name} " in shown
+            assert (f"--{field.name} " in shown) == (field.name not in unused)
+            if field.name in unused:
+                continue
             assert " ".join(field.metadata["help"].split()) in shown
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "pencil", "frontier"])
 def test_an_unknown_option_is_refused(run, capsys, tmp_path, name):
     assert run(name, "--nonsense", "1") == 2
     assert "unknown option --nonsense" in capsys.readouterr().err
@@ -252,6 +255,26 @@ def test_an_unknown_option_is_refused(run, capsys, tmp_path, name):
 def test_a_value_that_cannot_be_read_is_refused(run, capsys, arguments):
     assert run("train_sft", *arguments) == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-1E9", "-inf", "-Infinity", "-nan", "-1_0."])
+def test_a_negative_number_is_a_value_however_it_is_spelled(run, capsys, value):
+    assert run("train_sft", "--learning_rate", value) == 2
+    told = f"error: SFTConfig: learning_rate is {float(value)}; it must be above 0 and finite\n"
+    assert capsys.readouterr().err == told
+
+
+def test_how_a_value_is_given_that_looks_like_an_option(run, capsys):
+    assert run("train_sft", "--template", "-{prompt}") == 2
+    assert "(a value that begins with - is written --option=-VALUE)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chat", "evaluate_models"])
+def test_an_option_that_would_do_nothing_is_refused(run, capsys, name):
+    for option in example(name).UNUSED:
+        assert run(name, f"--{option}", "1") == 2
+        told = f"error: unknown option --{option}; --help explains all options\n"
+        assert capsys.readouterr().err == told
 
 
 def test_options_reach_their_configs(monkeypatch):
@@ -379,6 +402,8 @@ def bad(name, *arguments, says, id=None):
         bad("evaluate_models", "--data", "pairs.jsonl", "--models", ",", says="names no model"),
         bad("evaluate_models", "--data", "pairs.jsonl", "--models", "a/b,a/b", says="twice"),
         bad("evaluate_models", "--model", "sft", says="--models a,b,c, not --model"),
+        bad("chat", "--model", "sft", says="to talk to with --models a,b,c, not --model"),
+        bad("train_sft", "--out", "b\udcff", says=r"--out b\udcff: this name is not UTF-8"),
         bad("chat", says="no model 'sft' in runs/quickstart"),
         bad("train_sft", "--data", "pairs.jsonl", "--out", "one.jsonl/x", says="cannot be written"),
     ],

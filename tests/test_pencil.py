@@ -5,6 +5,7 @@ import doctest
 import math
 import re
 import runpy
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def assert_written(row: list[Fraction], expected: list) -> None:
         assert abs(figure - Fraction(number)) <= Fraction(1, 20_000), (figure, float(number))
 
 
-def test_the_readme_shows_what_the_script_prints(capsys):
+def test_the_readme_shows_what_the_script_prints(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pencil.py"])
     runpy.run_path(str(ROOT / "examples" / "pencil.py"), run_name="__main__")
     assert capsys.readouterr().out == SHOWN
 

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -30,6 +30,11 @@ Config = TypeVar("Config", bound=Any)
 
 MAX_THREADS = 1024
 KEPT = "what was saved before is as it was"
+# What means nothing where no model is trained.
+OF_TRAINING = (
+    *("allow_config_change", "save_every", "keep_last", "keep_best"),
+    *("heldout_share", "gradient_checkpointing", "skip_preflight", "report_to"),
+)
 
 
 @dataclass(frozen=True)
@@ -168,14 +173,18 @@ class RunOptions:
         return torch.device(name)
 
 
-def parse(description: str | None, *config_classes: Any) -> Any:
+def parse(description: str | None, *config_classes: Any, without: Sequence[str] = ()) -> Any:
     """Read the command line into one object for each config class, and set the threads it asks for.
+
+    Args:
+        without: options of theirs that this command has no use for, so it does not know them.
 
     Raises:
         SystemExit: with code 2 for an unknown option or a value that cannot be read.
         BadInput: for a value out of its range.
     """
     parser = _Parser(config_classes, description=description)
+    parser.forget(without)
     for config_class in config_classes:
         parser.add_recipes(getattr(config_class, "pretrained", {}))
     for action in parser._actions:  # written for the option itself, it would say the opposite
@@ -222,13 +231,32 @@ def configured(config_class: type[Config], options: Any, **given: int | None) ->
     return config_class(seed=options.seed, **values)
 
 
-class _Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage of forty options before it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
         # argparse would take -1e-3, -inf and the weight in "-0.3*brevity" for options.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with code 2."""
+        if message.endswith(("expected one argument", "expected at least one argument")):
+            message += " (a value that begins with - is written --option=-VALUE)"
+        _fail(f"{message}; --help explains all options", 2)
+
+
+class _Parser(Parser, HfArgumentParser):
+    """Options from the fields of configs."""
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Take these options for unknown."""
+        for action in [action for action in self._actions if action.dest in names]:
+            self._optionals._remove_action(action)
+            self.set_defaults(**{action.dest: action.default})
+            for option_string in action.option_strings:
+                del self._option_string_actions[option_string]
 
     def add_recipes(self, pretrained: dict[str, tuple[Any, str]]) -> None:
         """Say in the help what a field is for pretrained models, and who published it."""
@@ -243,12 +271,6 @@ class _Parser(HfArgumentParser):
         for action in bare._actions:
             action.default = argparse.SUPPRESS
         return set(vars(bare.parse_known_args()[0]))
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and end with code 2."""
-        if "expected" in message and "argument" in message:
-            message += " (one that begins with - is written --option=-VALUE)"
-        _fail(f"{message}; --help explains all options", 2)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
