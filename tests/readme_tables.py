@@ -113,7 +113,7 @@ PLACES = {
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
     "are logits and tokens shifted": ("packing.py", "batch.prompt_lengths[rows] - 1 + t"),
     "is a value read": ("models.py", "self.value_head(hidden)"),
-    "is EOS put after a response of the data": ("data.py", "[*read.ids, self.tokenizer.eos_token_id]"),
+    "is EOS put after a response of the data": ("data.py", "ids=[*read.ids, self.tok"),
     "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
     "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
     "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
