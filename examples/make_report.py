@@ -16,6 +16,7 @@ from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.cli import Parser, command
 from rlhf_min.harness.finish import Spared
 from rlhf_min.harness.page import html
+from rlhf_min.harness.page.findings import first_lines
 from rlhf_min.harness.runs import read_run
 
 
@@ -40,7 +41,8 @@ def main() -> None:
             report.write_curves(curves, runs[0])
     print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
     for run in runs:
-        for line in run.left_out:
+        told, found = first_lines(run)
+        for line in [*told, *map(str, found), *run.left_out]:
             print(f"  {run.name}: {line}")
 
 

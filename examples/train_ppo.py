@@ -88,7 +88,7 @@ def load_given_reward(
 
     if options.reward:
         return load_reward(options.reward, load_model, timeout=options.reward_timeout)
-    return load_model(options.reward_model) if options.reward_model is not None else None
+    return None if options.reward_model is None else load_model(options.reward_model)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from rlhf_min.harness.cli import command
 from rlhf_min.harness.faults import (
     LAST_METRICS,
     out_of_memory,
-    ratio_spikes,
     save_nonfinite,
     saved,
     too_far,
@@ -124,21 +123,6 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_error(tmp_path):
 
 
 # PPO
-
-
-def test_ratio_spikes_are_counted_with_the_largest():
-    rows = [
-        {"step": 1, "loss": 3.0},  # of another stage
-        {"step": 1, "ratio_max": 10.0},
-        {"step": 2, "ratio_max": 10.5},
-        {"step": 3, "skipped": 1},
-        {"step": 4, "ratio_max": 120.0},
-        {"step": 5, "ratio_max": 80.0},
-        {"step": 6, "ratio_max": math.nan},
-    ]
-    told = ratio_spikes(rows)
-    assert told.startswith("ratio above 10 in 3 of 5 steps, the largest 120 in step 4;")
-    assert ratio_spikes(rows[:2]) is None
 
 
 def test_a_kl_that_is_too_large_shows_its_samples():

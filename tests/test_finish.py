@@ -43,7 +43,7 @@ def test_a_run_is_shown(run, capsys):
     assert finish.show(run) == ["report.html", "curves.png"]
     assert capsys.readouterr().err == ""
     assert {p.name for p in run.iterdir()} == {
-        *("run.json", "report.html", "curves.png", "curves.svg")
+        *("run.json", "findings.json", "report.html", "curves.png", "curves.svg")
     }
 
 

@@ -297,11 +297,16 @@ def test_the_first_sentences_say_what_matters(tmp_path):
     )
     text = page([read_run(write_run(tmp_path / "r", results=results))])
     first = text[: text.index("<h2>Results")]
-    assert paragraphs(first, "")[::2] == [
+    ppo, _, sft, reward_model, verdict = paragraphs(first, "")[:5]
+    assert ppo == (
         "PPO: score 1.159, above SFT's 0.025; gold reward 4.625, above SFT's 2.876; 2.615 nats "
-        "from the reference.",
-        "All 12 curves stayed in their range.",
-    ]
+        "from the reference."
+    )
+    assert sft == "SFT: held-out loss 0.125 at step 20, 0.062 at step 40, in nats per token."
+    assert re.match(
+        r"Reward model: ranks 0\.8\d\d \[.*\] of 2000 held-out pairs right", reward_model
+    )
+    assert verdict == "Nothing stands out: all 12 curves stayed in their range."
 
 
 def test_why_a_measure_is_missing_stands_below_the_table(tmp_path):
@@ -318,7 +323,7 @@ def test_intervals_that_overlap_are_called_so(tmp_path):
         sft={"score": (0.025, 0.08)}, ppo={"score": (0.1, 0.1)}, dpo={"score": (-1.0, 0.2)}
     )
     text = page([read_run(write_run(tmp_path / "r", results=results))])
-    told, other, _ = paragraphs(text[: text.index("<h2>Results")], "")
+    told, other, *_ = paragraphs(text[: text.index("<h2>Results")], "")
     assert "score -1.000, below SFT's 0.025" in other
     assert "score 0.100, against SFT's 0.025 with overlapping intervals" in told
 
@@ -347,8 +352,8 @@ def test_a_curve_that_leaves_its_range_is_marked_there(tmp_path):
     text = page([read_run(write_run(tmp_path / "r", metrics=rows))])
     (told,) = paragraphs(text, "From 2.000 at step 1 to 2.000 at step 40. It left")
     assert told.endswith("range at step 25 with 20.000 and was back at step 35. Range: -1 to 15.")
-    said = "1 of 8 curves left their range: PPO's KL to the reference at step 25."
-    assert paragraphs(text, "1 of 8") == [said]
+    assert "1 thing to look at; 1 of 8 curves left their range." in paragraphs(text, "1 thing")
+    assert "PPO: the curve of KL to the reference left its range from step 25 to step 35" in text
     marked = [svg for svg in svgs(text) if svg.find("circle[@class='mark']") is not None]
     assert [svg.find("title").text for svg in marked] == ["PPO: KL to the reference"]
     (svg,) = marked
@@ -604,13 +609,14 @@ def test_a_killed_run_has_a_report_and_says_what_is_missing(tmp_path):
     text = write_report(folder).read_text(encoding="utf-8")
     parsed = Parsed(text)
     assert parsed.wrong == []
-    assert paragraphs(text, "Unfinished") == ["Unfinished: ppo is at step 17 of 40."]
-    lines = [text for path, text in parsed.texts if path[-1:] == ("li",)]
+    lines = ["".join(x) for x in re.findall("<li>(.*?)</li>", re.sub("</?span.*?>", "", text))]
     assert lines == [
+        f"PPO: is unfinished: at step 17 of 40; go on with --resume {folder}",
         "metrics.jsonl, line 18: cut or damaged, passed over.",
         "No results table: there is no results.json.",
         "No samples: there is no samples.jsonl.",
         "No token view: there is no tokens.jsonl.",
+        "No model sizes and rows, and what was said of them: there is no notes.json.",
     ]
     assert len(svgs(text)) == 8
     assert "Results" not in text
@@ -625,9 +631,8 @@ def test_a_run_that_max_kl_ended_is_not_called_unfinished(limit, tmp_path):
         metrics=[ppo_row(step) for step in range(1, 18)] + [ppo_row(18, k1=1.75)],
     )
     text = page([read_run(folder)])
-    ended = paragraphs(text, "PPO ended at step 18: its KL of 1.75 nats exceeds max_kl 1.7.")
-    unfinished = paragraphs(text, "Unfinished")
-    assert (len(ended), len(unfinished)) == ((1, 0) if limit == 1.7 else (0, 1))
+    ended, unfinished = text.count("PPO: was ended by "), text.count("PPO: is unfinished")
+    assert (ended, unfinished) == ((1, 0) if limit == 1.7 else (0, 1))
 
 
 def test_what_html_does_not_allow_is_shown_as_an_escape():
@@ -643,7 +648,8 @@ def test_what_is_learned_by_heart_is_told(tmp_path):
     ]
     names = ("results", "samples", "tokens", "reward_model")
     text = page([read_run(write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names)))])
-    assert paragraphs(text, "1 of 1 curves left")
+    assert paragraphs(text, "1 thing to look at; 1 of 1 curves left")
+    assert "SFT: the held-out loss turned up after step 2" in text
     assert "Held out: From 1.200 at step 2 to 2.200 at step 12." in text
 
 
@@ -651,7 +657,8 @@ def test_one_curve_is_one(tmp_path):
     rows = [{"stage": "sft", "step": step, "loss": 2 / step} for step in range(1, 9)]
     names = ("results", "samples", "tokens", "reward_model")
     folder = write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names))
-    assert paragraphs(page([read_run(folder)]), "The one") == ["The one curve stayed in its range."]
+    said = ["Nothing stands out: the one curve stayed in its range."]
+    assert paragraphs(page([read_run(folder)]), "Nothing") == said
 
 
 def test_a_run_with_nothing_but_its_configuration(tmp_path):
@@ -739,9 +746,10 @@ def test_make_report_lays_runs_over_each_other(tmp_path, make_report):
         "line c1",
     ]
     assert {"first", "second"} <= {label.text for label in kl.iter("text")}
-    assert paragraphs(text, "first: ")[0].endswith(" All 12 curves stayed in their range.")
-    left = " 1 of 8 curves left their range: PPO's KL to the reference at step 1."
+    assert paragraphs(text, "first: ")[0].endswith(": all 12 curves stayed in their range.")
+    left = " 1 thing to look at; 1 of 8 curves left their range."
     assert paragraphs(text, "second: ")[0].endswith(left)
+    assert "PPO: the curve of KL to the reference left its range from step 1 to the end" in text
     for i, name in enumerate(("first", "second")):  # a run has one colour, here and there
         assert f'<th scope="col" class="named c{i}">{name}: PPO</th>' in text
         assert f'<b class="named c{i}">{name}: </b>' in text

@@ -121,7 +121,7 @@ def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path,
     )
     assert f"--resume {out}" in told
     assert not (out / algorithm).exists()
-    assert "Unfinished" in (out / "report.html").read_text(encoding="utf-8")
+    assert "is unfinished" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         assert run_command(patch, algorithm, "--resume", out) == 0
     assert f"{algorithm}: continued after step 5" in capsys.readouterr().out

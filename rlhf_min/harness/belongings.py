@@ -21,7 +21,8 @@ _HALF = rf"(?:-\d+(?:{OLD})?)?"
 _IN_A_RUN = re.compile(
     "|".join(
         (
-            r"\.?(?:run|results|reward_model|wandb|frontier|overoptimization)\.json",
+            r"\.?(?:run|results|reward_model|notes|findings|wandb)\.json",
+            r"\.?(?:frontier|overoptimization)\.json",
             r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
             r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
             r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",

@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from rlhf_min.harness.runs import BEST, CHECKPOINTS, LAST_GOOD
 from rlhf_min.harness.soundness import unsound
 from rlhf_min.models import Policy
 
-RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little from its samples
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
 SAMPLES = 3  # shown where the KL is too large
 CURES: dict[int | None, str] = {}  # for what the system refuses
@@ -175,26 +174,6 @@ def _split(value: Any, name: str, tensors: dict[str, Tensor], decode: Decode | N
         return value
     # JSON has no NaN and no infinity, and a user's column may hold anything.
     return value if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def ratio_spikes(metrics: Iterable[Mapping[str, Any]]) -> str | None:
-    """A line about PPO's steps in which a ratio exceeded `RATIO_LIMIT`, or None.
-
-    >>> ratio_spikes([{"step": 1, "ratio_max": 3.0}])
-    >>> ratio_spikes([{"step": 1, "ratio_max": 3.0}, {"step": 2, "ratio_max": 55.0}])
-    'ratio above 10 in 1 of 2 steps, the largest 55 in step 2; a lower --learning_rate, fewer \
---epochs or --stop_kl keep it near 1'
-    """
-    ratios = [(row["ratio_max"], row["step"]) for row in metrics if "ratio_max" in row]
-    spikes = [(ratio, step) for ratio, step in ratios if ratio > RATIO_LIMIT]
-    if not spikes:
-        return None
-    ratio, step = max(spikes)
-    return (
-        f"ratio above {RATIO_LIMIT:g} in {len(spikes)} of {len(ratios)} steps, the largest "
-        f"{ratio:.3g} in step {step}; a lower --learning_rate, fewer --epochs or --stop_kl keep it "
-        "near 1"
-    )
 
 
 def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str, Any]]] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rlhf_min.harness import report
-from rlhf_min.harness.page import html
+from rlhf_min.harness.page import findings, html
 from rlhf_min.harness.report import Recorded
 
 
@@ -38,13 +38,16 @@ class Spared(AbstractContextManager[None]):
 
 
 def show(folder: Path, log: Recorded | None = None) -> list[str]:
-    """Write a run's ``report.html``, and from a log ``curves.png`` with its SVG.
+    """Print the verdict on a run; write it as ``findings.json``, and ``report.html`` that begins
+    with it, and from a log ``curves.png`` with its SVG.
 
     Returns:
-        The names of those that there are.
+        The names of the last two, if they are there.
     """
     files = [folder / html.REPORT, folder / report.CURVES]
     again = f"examples/make_report.py {folder} makes it again"
+    with Spared(folder / findings.FINDINGS, again):
+        findings.conclude(folder)
     with Spared(files[0], again):
         html.write_report(folder)
     if log is not None:

@@ -1,7 +1,8 @@
 """What a run works on: rows of the embedded world or of the user's file, and models for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Inputs:
 
     `prompts` and `test` hold one row for each prompt; `test` rows have ``references``. `monitors`
     are rewards to report beside the learned one: the gold reward of the world and its parts.
+    `report` is what was said of the user's file, a line each.
     """
 
     demonstrations: list[Row] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Inputs:
     eval_prompts: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     monitors: dict[str, RewardFunction] = field(default_factory=dict)
+    report: list[str] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str]:
@@ -74,13 +77,15 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         limit=options.limit,
         seed=seed,
     )
-    print(f"{loaded.report()}\n{loaded.details()}")
+    report: list[str] = []
+    tell = partial(_tell, report)
+    tell(f"{loaded.report()}\n{loaded.details()}")
     if stage == "evaluation":
         require(
             options.heldout_data is None,
             "--data is evaluated on as a whole; leave --heldout_data out",
         )
-        return Inputs(test=loaded.rows)
+        return Inputs(test=loaded.rows, report=report)
     if options.heldout_data is None:
         share = HELDOUT_SHARE if options.heldout_share is None else options.heldout_share
         train, heldout = split_rows(
@@ -95,11 +100,11 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
             split=options.heldout_split,
             usual_split="test",
         )
-        print(f"{own.report()}\n{own.details()}")
-        _check_heldout(loaded, own)
+        tell(f"{own.report()}\n{own.details()}")
+        _check_heldout(loaded, own, tell)
         train, heldout, told = loaded.rows, own.rows, printable(own.source)
-    print(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
-    inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
+    tell(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
+    inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout), report=report)
     if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
         inputs.prompts, inputs.eval_prompts = train, heldout
     elif stage == "sft":
@@ -112,7 +117,12 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
     return inputs
 
 
-def _check_heldout(loaded: LoadedRows, own: LoadedRows) -> None:
+def _tell(report: list[str], text: str) -> None:
+    print(text)
+    report.extend(text.splitlines())
+
+
+def _check_heldout(loaded: LoadedRows, own: LoadedRows, tell: Callable[[str], None]) -> None:
     """Count the prompts that stand in both files.
 
     Raises:
@@ -127,7 +137,7 @@ def _check_heldout(loaded: LoadedRows, own: LoadedRows) -> None:
     trained_on = {row["prompt"].strip() for row in loaded.rows}
     prompts = {row["prompt"].strip() for row in own.rows}
     if both := len(prompts & trained_on):
-        print(
+        tell(
             f"warning: {both} of {plural(len(prompts), 'held-out prompt')} are trained on too, so "
             "what is measured on them says little of new ones; take them out of one of the files"
         )

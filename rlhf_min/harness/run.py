@@ -4,10 +4,13 @@ import errno
 import json
 import math
 import random
+import shlex
 import shutil
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,7 +148,7 @@ def seed_all(configs: Sequence[Any]) -> None:
 
 
 def open_run(out: Path, *configs: Any) -> Path:
-    """Create the run's folder with `run.json`: the configuration and the versions.
+    """Create the run's folder with `run.json`: when and how it began, configuration, versions.
 
     Raises:
         BadInput: if the folder cannot be made.
@@ -162,7 +165,11 @@ def open_run(out: Path, *configs: Any) -> Path:
                 print(f"left in {out}, since no run wrote it: {', '.join(map(str, kept))}")
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
-        _write_record(out, {"config": _config_values(configs), **_circumstances()})
+        begun = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        _write_record(out, {**begun, "config": _config_values(configs), **_circumstances()})
     except OSError as error:
         reason = error.strerror or str(error)  # the latter where Python itself refuses
         raise BadInput(f"--out {out}: cannot be written: {reason}") from error

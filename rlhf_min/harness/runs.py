@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.notes import NOTES
 
 Record = dict[str, Any]
 
@@ -22,6 +23,7 @@ _HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
     SAMPLES: ("samples", ("ppo",)),
     TOKENS: ("token view", ("ppo",)),
     REWARD_MODEL: ("calibration and margins of the reward model", ("reward_model",)),
+    NOTES: ("model sizes and rows, and what was said of them", STAGES),
 }
 CONFIGS = {
     "sft": "SFTConfig",
@@ -42,6 +44,7 @@ class Run:
     samples: list[Record]
     tokens: list[Record]
     reward_model: Record
+    notes: Record
     left_out: list[str]
 
     @property
@@ -63,6 +66,11 @@ class Run:
         """A stage's options; none if the run has not noted any."""
         return self.record.get("config", {}).get(CONFIGS.get(stage), {})
 
+    def noted(self, stage: str, name: str) -> Any:
+        """What the run noted of a stage under this name; None if it did not."""
+        facts = self.notes.get(stage)
+        return facts.get(name) if isinstance(facts, dict) else None
+
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of one stage, where it was measured and finite."""
         rows = [row for row in self.rows if row["stage"] == stage and row.get(name) is not None]
@@ -78,12 +86,12 @@ class Run:
                 told.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
         return told
 
-    def too_far(self) -> str | None:
-        """A sentence, if PPO was ended by its ``max_kl``."""
+    def too_far(self) -> tuple[int, float] | None:
+        """The step at which PPO was ended by its ``max_kl``, and the KL that it had there."""
         limit, (steps, kl) = self.config("ppo").get("max_kl"), self.series("ppo", "k1")
         if not isinstance(limit, (int, float)) or not kl or kl[-1] <= limit:
             return None
-        return f"PPO ended at step {steps[-1]}: its KL of {kl[-1]:.3g} nats exceeds max_kl {limit}."
+        return steps[-1], kl[-1]
 
 
 def read_run(folder: Path) -> Run:
@@ -105,10 +113,10 @@ def read_run(folder: Path) -> Run:
     for name, (holds, writers) in _HOLDS.items():
         if not found[name] and (not writers or stages & set(writers)):
             left_out.append(f"No {holds}: there is no {name}.")
-    record, results, reward_model = (
-        next(iter(found[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL)
+    record, results, reward_model, notes = (
+        next(iter(found[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL, NOTES)
     )
-    return Run(folder, record, rows, results, found[SAMPLES], tokens, reward_model, left_out)
+    return Run(folder, record, rows, results, found[SAMPLES], tokens, reward_model, notes, left_out)
 
 
 def _records(file: Path, left_out: list[str]) -> Iterator[Record]:

@@ -34,9 +34,10 @@ from rlhf_min.harness.inputs import (
     require_some,
 )
 from rlhf_min.harness.metrics import MetricsLog
+from rlhf_min.harness.notes import note
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.resume import Snapshot
-from rlhf_min.harness.rewards import models_in, sources, unserved
+from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
 from rlhf_min.harness.tokens import token_records
 from rlhf_min.models import Critic, Policy, RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
@@ -45,6 +46,34 @@ from rlhf_min.sampling import sample
 NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
 EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
 SAMPLES = 8  # of these, written down as texts each time
+
+
+def tell(*texts: str) -> list[str]:
+    """Print texts; return their lines."""
+    print(*texts, sep="\n")
+    return [line for text in texts for line in text.splitlines()]
+
+
+def note_start(
+    log: MetricsLog, snapshot: Snapshot, inputs: Inputs, told: Sequence[str], *, held_out: int
+) -> None:
+    """Note what a stage begins with: its rows, and its model.
+
+    Args:
+        told: of the rows, when they were encoded.
+        held_out: rows, of those that are looked at during training.
+    """
+    network = snapshot.module.lm if isinstance(snapshot.module, Policy) else snapshot.module.model
+    note(log.folder, "data", report=inputs.report)
+    note(
+        log.folder,
+        snapshot.stage,
+        report=told,
+        rows=len(snapshot.examples),
+        held_out=held_out,
+        model=type(network).__name__,
+        parameters=sum(p.numel() for p in snapshot.module.parameters()),
+    )
 
 
 def run_sft(
@@ -57,8 +86,8 @@ def run_sft(
     """Fine-tune the policy on the demonstrations, and save it in the run's folder."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
-    told = encoded(cut, codec) + encoded_heldout(heldout_cut)
-    print(f"SFT on {len(examples)} demonstrations; {told}")
+    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut)
+    told = tell(f"SFT on {len(examples)} demonstrations; {encoding}")
     state = sft.new_state(policy, examples, config)
     total = sft.total(state.cursor, config)
     snapshot = Snapshot(
@@ -75,6 +104,7 @@ def run_sft(
     if log.preflight and not log.has_checkpoint("sft"):
         check_sft(policy, config, state)
     log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = sft.train(policy, config, state, heldout=heldout)
     log.follow("sft", steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
     save_policy(policy, log.folder / "sft")
@@ -107,9 +137,8 @@ def run_reward(
         sft_policy, codec: if given, the scores are normalised on samples of this policy, else on
             the training responses.
     """
-    prompts = [pair["prompt"] for pair in inputs.pairs] * 2
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
-    examples, heldout = _prepared(reward_model, inputs)
+    examples, heldout, told = _prepared(reward_model, inputs)
     state = reward.new_state(reward_model, examples, config)
     total = reward.total(state.cursor, config)
     snapshot = Snapshot(
@@ -126,6 +155,7 @@ def run_reward(
     if log.preflight and not log.has_checkpoint("reward_model"):
         check_reward(reward_model, config, state)
     log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS])
     log.follow(
         "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
@@ -135,30 +165,33 @@ def run_reward(
     faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
     with Spared(log.folder / runs.REWARD_MODEL, "the page will lack calibration and margins"):
         report.write_json(log.folder / runs.REWARD_MODEL, report.pairs_json(chosen, rejected))
-    told = "scores as trained, not normalised"
-    if config.normalise:
-        source = "training responses"
-        if sft_policy is not None and codec is not None:
-            source = "samples of the SFT model"
-            prompts, responses = sample_texts(
-                sft_policy, codec, inputs.prompts[:NORMALISE_ON], seed=config.seed
-            )
-        told = _normalised(reward_model, prompts, responses, source)
+    scale = "scores as trained, not normalised"
+    if config.normalise and sft_policy is not None and codec is not None:
+        rows = inputs.prompts[:NORMALISE_ON]
+        texts = sample_texts(sft_policy, codec, rows, seed=config.seed)
+        scale = _normalised(reward_model, *texts, "samples of the SFT model")
+    elif config.normalise:
+        prompts = [pair["prompt"] for pair in inputs.pairs] * 2
+        scale = _normalised(reward_model, prompts, responses, "training responses")
     save_reward_model(reward_model, log.folder / "reward_model")
     gold = inputs.monitors.get("gold_reward")
     estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
-    return RewardReport(estimates, told)
+    found = {name: estimate.as_json() for name, estimate in estimates.items()}
+    note(log.folder, "reward_model", estimates=found, scale=scale)
+    return RewardReport(estimates, scale)
 
 
 def _prepared(
     reward_model: RewardModel, inputs: Inputs
-) -> tuple[list[reward.RewardExample], list[reward.RewardExample]]:
-    """The pairs to train on and those held out, without those that are equal to the model."""
+) -> tuple[list[reward.RewardExample], list[reward.RewardExample], list[str]]:
+    """The pairs to train on and those held out, without those that are equal to the model, and
+    what was said of them."""
     examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
     heldout, heldout_cut = reward.prepare_pairs(reward_model, inputs.heldout_pairs)
-    print(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
+    told = tell(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
     if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
-        print(f"  {equal} of {len(inputs.heldout_pairs)} held-out pairs are left out likewise")
+        n = len(inputs.heldout_pairs)
+        told += tell(f"  {equal} of {n} held-out pairs are left out likewise")
     for some, use in [(examples, "train on"), (heldout, "measure on")]:
         require(
             len(some) > 0,
@@ -166,7 +199,7 @@ def _prepared(
             "after the cut or because its tokenizer tells them not apart; give pairs that differ "
             "earlier or in more than signs, or a --reward_model with more positions or tokens",
         )
-    return examples, heldout
+    return examples, heldout, told
 
 
 def _normalised(
@@ -233,10 +266,11 @@ def run_ppo(
         ref_device = reward_model.device
     reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
-    _tell_unserved(reward_model, inputs)
+    unused = unserved(reward_model, list(inputs.prompts[0]))
     prompts, cut = codec.encode_prompts(inputs.prompts)
     eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
-    print(f"PPO on {len(prompts)} prompts; {encoded(cut, codec)}{encoded_heldout(eval_cut)}")
+    encoding = encoded(cut, codec) + encoded_heldout(eval_cut)
+    told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
     if log.preflight and not log.has_checkpoint("ppo"):
@@ -257,6 +291,7 @@ def run_ppo(
         total=config.steps,
     )
     log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(eval_prompts))
     if state.step == 0:
         log.add_samples("ppo", 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
     steps = ppo.train(
@@ -273,26 +308,28 @@ def run_ppo(
         "ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
     )
     save_policy(policy, log.folder / "ppo")
-    _tell_faults(state, config, log)
     if eval_prompts:
-        print(change(before, looks.look()[0]))
-    for scorer in models_in(reward_model):
-        print(f"scored by the reward model; {scorer.cuts}")
+        note(log.folder, "ppo", change=change(before, looks.look()[0]))
+    _tell_rest(state, config, log, reward_model, unused)
     return policy
 
 
-def _tell_unserved(reward_model: RewardModel | RewardFunction, inputs: Inputs) -> None:
-    for line in unserved(reward_model, list(inputs.prompts[0])):
-        print(line)
-
-
-def _tell_faults(state: ppo.State, config: ppo.PPOConfig, log: MetricsLog) -> None:
-    if told := faults.ratio_spikes(log.rows):
-        print(told)
+def _tell_rest(
+    state: ppo.State,
+    config: ppo.PPOConfig,
+    log: MetricsLog,
+    reward_model: RewardModel | RewardFunction,
+    unserved: Sequence[str],
+) -> None:
+    """What ended the run before its last step, and what there is to tell of the reward."""
     if far := faults.too_far(state, config.max_kl):
         print(far[0])
     if state.too_far and state.last is None and state.step < config.steps:
         print("PPO was ended by --max_kl before; another one does not take it up again")
+    notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
+    note(log.folder, "ppo", reward_notes=[*unserved, *notes])
+    for scorer in models_in(reward_model):
+        print(f"scored by the reward model; {scorer.cuts}")
 
 
 @dataclass
@@ -356,16 +393,20 @@ class _Looks:
             yield metrics
 
 
-def change(before: Tensor, after: Tensor) -> str:
-    """What training did to the scores of the same prompts, ``(N,)`` each, and how sure that is."""
-    difference = after - before
-    mean = float(difference.mean())
-    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    told = f", {mean / error:.1f} standard errors of {error:.3f}" if error > 0 else ""
-    return (
-        f"score on {len(before)} fixed prompts: {float(before.mean()):.3f} before, "
-        f"{float(after.mean()):.3f} after ({mean:+.3f}{told})"
-    )
+def change(before: Tensor, after: Tensor) -> dict[str, float]:
+    """What training did to the scores of the same prompts, ``(N,)`` each.
+
+    Returns:
+        Both means, their difference ``mean``, its standard error, and ``n``.
+    """
+    difference, n = after - before, len(before)
+    return {
+        "n": n,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "mean": float(difference.mean()),
+        "error": float(difference.std()) / n**0.5 if n > 1 else 0.0,
+    }
 
 
 def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
@@ -392,7 +433,8 @@ def run_dpo(
     """
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
-    print(f"DPO on {len(examples)} pairs; {encoded(cut, codec)}{encoded_heldout(heldout_cut)}")
+    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut)
+    told = tell(f"DPO on {len(examples)} pairs; {encoding}")
     require(
         len(examples) > 0,
         "no pair is left to train on: all are equal after the cut; raise --max_response_tokens, "
@@ -415,18 +457,20 @@ def run_dpo(
     if log.preflight and not log.has_checkpoint("dpo"):
         check_dpo(policy, ref_policy, config, state)
     log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
     log.follow("dpo", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
+    found = {}
     for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
         if pairs:
             shown = pairs[:HELDOUT_ROWS]
             with state.optimizer.autocast():
-                found = dpo.evaluate(policy, ref_policy, shown, config)
-            faults.require_finite("dpo", found)
-            right = round(found["eval/accuracy"] * len(shown))
-            estimate = proportion_estimate(right, len(shown))
-            print(f"preference accuracy on {len(shown)} pairs {name}: {estimate}")
+                measured = dpo.evaluate(policy, ref_policy, shown, config)
+            faults.require_finite("dpo", measured)
+            right = round(measured["eval/accuracy"] * len(shown))
+            found[name] = proportion_estimate(right, len(shown)).as_json()
     save_policy(policy, log.folder / "dpo")
+    note(log.folder, "dpo", accuracy=found)
     return policy
 
 

@@ -49,7 +49,7 @@ class Curve:
     """A figure of a report: which metrics it draws, and what is healthy.
 
     `lines` are metrics with their labels. The first that was measured is the one that is judged;
-    the figure is left out if there is none.
+    the figure is left out if there is none. `cure` is what to do where it left its range.
     """
 
     stage: str
@@ -58,6 +58,7 @@ class Curve:
     lines: tuple[tuple[str, str], ...]
     healthy: str
     range: Range
+    cure: str
 
     @property
     def name(self) -> str:
@@ -94,6 +95,7 @@ CURVES = (
         (("score", "rollout"), ("eval/score", "eval")),
         "It rises, fast at first, and then flattens; a fall after that is a run that came apart.",
         Range(low=-3, of="steps"),
+        "lower --learning_rate or raise --kl_coef; --keep_best eval/score keeps the best model",
     ),
     Curve(
         "ppo",
@@ -103,6 +105,7 @@ CURVES = (
         "It rises with the score; where it falls while the score goes on rising, the policy "
         "exploits the reward model.",
         Range(low=-3, of="steps"),
+        "raise --kl_coef, take fewer --steps, or train the reward model on more pairs",
     ),
     Curve(
         "ppo",
@@ -112,6 +115,7 @@ CURVES = (
         "It grows from 0 and levels off, with both estimates together; far above 0 the scores are "
         "of texts that the reward model has never seen, below 0 sampling and scoring disagree.",
         Range(-1, 15),
+        "raise --kl_coef or lower --learning_rate",
     ),
     Curve(
         "ppo",
@@ -121,6 +125,7 @@ CURVES = (
         "It sinks slowly as the policy makes up its mind; near 0 all responses are the same, and "
         "nothing more is explored.",
         Range(0.1, 2, of="starts"),
+        "raise --kl_coef or take fewer --steps",
     ),
     Curve(
         "ppo",
@@ -130,6 +135,7 @@ CURVES = (
         "A few in a hundred tokens; many mean that an update goes far from the rollout it learns "
         "from.",
         Range(high=0.3),
+        "lower --learning_rate or take fewer --epochs",
     ),
     Curve(
         "ppo",
@@ -139,6 +145,7 @@ CURVES = (
         "It falls and stays low; rising, it says that the rewards move faster than the values "
         "learn.",
         Range(high=3, of="starts"),
+        "lower --learning_rate, or give --normalise_scores",
     ),
     Curve(
         "ppo",
@@ -147,6 +154,7 @@ CURVES = (
         (("explained_variance", "values"),),
         "It climbs from 0 towards 1; clearly below 0 the values are worse than none.",
         Range(low=-0.2),
+        "take more --steps or a larger --batch_size",
     ),
     Curve(
         "ppo",
@@ -156,6 +164,7 @@ CURVES = (
         "It moves only as far as the task asks; running off to the longest or the shortest "
         "response is a cheap trick that the reward pays for.",
         Range(0.5, 2, of="starts"),
+        "look at the samples, and let the reward not pay for length",
     ),
     Curve(
         "sft",
@@ -165,6 +174,7 @@ CURVES = (
         "Both fall together; where the held-out loss turns up, the model learns its examples by "
         "heart.",
         Range(high=1.05, of="starts"),
+        "take fewer --epochs or a lower --learning_rate",
     ),
     Curve(
         "reward_model",
@@ -174,6 +184,7 @@ CURVES = (
         "It climbs from a half and levels off below 1, since people disagree too; training far "
         "above held-out pairs is learning by heart.",
         Range(low=0.5),
+        "look whether chosen and rejected are the right way round, or lower --learning_rate",
     ),
     Curve(
         "dpo",
@@ -182,6 +193,7 @@ CURVES = (
         (("eval/accuracy", "held out"), ("accuracy", "training")),
         "It climbs from a half and levels off below 1.",
         Range(low=0.5),
+        "look whether chosen and rejected are the right way round, or lower --learning_rate",
     ),
     Curve(
         "dpo",
@@ -196,6 +208,7 @@ CURVES = (
         "The rejected one sinks and the chosen one stays near 0; where both sink far, probability "
         "goes to responses that are in no pair.",
         Range(low=-2),
+        "raise --beta or lower --learning_rate",
     ),
 )
 
@@ -205,13 +218,15 @@ class Verdict:
     """What there is to say of a run's curve.
 
     `course` is a sentence on where it went, `finding` one on whether it left its range, `bounds`
-    are the range in words, and `left` the step and the value with which it left it, if it did.
+    are the range in words, `left` the step and the value with which it left it, if it did, and
+    `back` the step at which it was back.
     """
 
     course: str
     finding: str
     bounds: str
     left: tuple[int, float] | None
+    back: int | None = None
 
 
 def judge(curve: Curve, run: Run) -> Verdict | None:
@@ -234,7 +249,7 @@ def judge(curve: Curve, run: Run) -> Verdict | None:
     if back is not None:
         end = f"was back at step {steps[back]}"
     finding = f"It left its range at step {left[0]} with {number(left[1])} and {end}."
-    return Verdict(course, finding, bounds, left)
+    return Verdict(course, finding, bounds, left, None if back is None else steps[back])
 
 
 def excursion(values: Sequence[float], low: float, high: float) -> tuple[int, int | None] | None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,13 +13,39 @@ from rlhf_min.evaluation import Estimate, proportion_estimate
 from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.page import figures, texts
 from rlhf_min.harness.page.figures import INKS, Line, Mark
+from rlhf_min.harness.page.findings import TITLES, first_lines
 from rlhf_min.harness.page.health import CURVES, Curve, judge, number
 from rlhf_min.harness.page.markup import Html, join, table, tag
 from rlhf_min.harness.report import ROWS, SHARES, note_lines
 from rlhf_min.harness.runs import Record, Run, read_run
 
 REPORT = "report.html"
-STAGES = {"ppo": "PPO", "reward_model": "Reward model", "dpo": "DPO", "sft": "SFT"}
+STAGES = {stage: TITLES[stage] for stage in ("sft", "reward_model", "ppo", "dpo")}
+ROWS_OF = {
+    "sft": "demonstrations",
+    "reward_model": "pairs",
+    "ppo": "prompts",
+    "dpo": "pairs",
+}
+# Metrics, and what the words for them mean.
+MEANINGS = (
+    (
+        {"score"},
+        "Score: what the reward that is trained on gives a whole response, be it a reward model or "
+        "a function; of a reward model made in the same run, 0 is the mean and 1 the deviation on "
+        "samples of the SFT model.",
+    ),
+    (
+        {"gold_reward"},
+        "Gold reward: the true reward, which the embedded world knows and no model sees: 3 for a "
+        "correct answer, 1 if it is polite, 1 if it is brief.",
+    ),
+    (
+        {"kl", "k1", "loss"},
+        "Nat: the unit of KL, entropy and loss; a text that is e = 2.718 times as likely differs "
+        "by one.",
+    ),
+)
 
 STYLE = """
 :root {
@@ -43,6 +71,9 @@ h2 { font-size: 1.35rem; font-weight: 600; margin: 3.2rem 0 .6rem; }
 h3 { font-size: 1.05rem; font-weight: 600; margin: 0 0 .3rem; }
 p, li { max-width: 42rem; margin: .5rem 0; }
 ul { padding-left: 1.2rem; }
+.option { white-space: nowrap; }
+.findings li { border-left: 3px solid var(--alarm); padding-left: .7rem; list-style: none; }
+.findings { padding-left: 0; }
 .quiet { color: var(--muted); font-size: .95rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font: .88rem/1.35 var(--sans);
@@ -83,11 +114,13 @@ def page(runs: Sequence[Run]) -> str:
     """The report of one run, or of several laid over each other."""
     names = ", ".join(run.name for run in runs)
     alone = runs[0] if len(runs) == 1 else None
-    body = [tag("h1", names), *_summary(runs), *_results(runs), *_curves(runs, "ppo")]
+    body = [tag("h1", names), *(_origin(alone) if alone else []), *_summary(runs)]
+    body += [*_results(runs), *_curves(runs, "ppo")]
     body += [*texts.samples(alone), *texts.tokens(alone), *_pairs(alone)] if alone else []
     for stage in ("reward_model", "dpo", "sft"):
         body += _curves(runs, stage)
-    body += [*_costs(runs), *_configuration(runs), *_left_out(runs)]
+    body += [*(_data(alone) if alone else []), *_costs(runs), *_configuration(runs)]
+    body += _left_out(runs)
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -107,48 +140,58 @@ def _prefix(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _summary(runs: Sequence[Run]) -> Iterator[Html]:
-    """Where the models stand, which curves left their range, and what is unfinished."""
+    """What the terminal said in the end: where the models stand, and what to look at."""
     for run in runs:
-        told = [_standing(run, model) for model in run.models[1:]]
-        found = [(curve, judge(curve, run)) for curve in CURVES]
-        verdicts = [(curve, verdict) for curve, verdict in found if verdict is not None]
-        left = [
-            f"{STAGES[curve.stage]}'s {curve.name} at step {verdict.left[0]}"
-            for curve, verdict in verdicts
-            if verdict.left is not None
-        ]
-        if left:
-            told.append(
-                f"{len(left)} of {len(verdicts)} curves left their range: {'; '.join(left)}."
-            )
-        elif verdicts:
-            which = "The one curve" if len(verdicts) == 1 else f"All {len(verdicts)} curves"
-            told.append(f"{which} stayed in {'its' if len(verdicts) == 1 else 'their'} range.")
-        if unfinished := run.unfinished():
-            told.append(f"Unfinished: {'; '.join(unfinished)}.")
-        if too_far := run.too_far():
-            told.append(too_far)
+        told, found = first_lines(run)
         for sentences in told if len(runs) == 1 else [" ".join(told)]:
             yield tag("p", _prefix(run, runs), sentences)
+        if found:
+            lines = [tag("li", *_whole_options(str(finding))) for finding in found]
+            yield tag("ul", *lines, class_="findings")
+    yield from _words_used(runs)
 
 
-def _standing(run: Run, model: str) -> str:
-    """Where a model stands beside the baseline, in words that the intervals allow."""
-    baseline, parts = run.models[0], []
-    for measure in ("score", "gold_reward"):
-        ours, theirs = (run.results[name].get(measure) for name in (model, baseline))
-        if ours is None or theirs is None:
-            continue
-        (low, high), (their_low, their_high) = ours["ci95"], theirs["ci95"]
-        word = "above" if low > their_high else "below" if high < their_low else "against"
-        overlap = " with overlapping intervals" if word == "against" else ""
-        parts.append(
-            f"{ROWS[measure]} {number(ours['mean'])}, {word} {baseline.upper()}'s "
-            f"{number(theirs['mean'])}{overlap}"
-        )
-    if "kl" in run.results[model]:
-        parts.append(f"{number(run.results[model]['kl']['mean'])} nats from the reference")
-    return f"{model.upper()}: {'; '.join(parts)}."
+def _origin(run: Run) -> Iterator[Html]:
+    """When and how a run began, and the models and rows of its stages."""
+    started, command = run.record.get("started"), run.record.get("command")
+    if isinstance(started, str) and isinstance(command, str):
+        yield tag("p", f"{_date(started)}: ", tag("code", *_whole_options(command)), class_="quiet")
+    told = []
+    for stage, title in STAGES.items():
+        rows, size = run.noted(stage, "rows"), run.noted(stage, "parameters")
+        if rows is not None and size is not None:
+            told.append(
+                f"{title}: {run.noted(stage, 'model')}, {size:,} parameters, on {rows:,} "
+                f"{ROWS_OF[stage]}, {run.noted(stage, 'held_out'):,} held out."
+            )
+    if told:
+        yield _quiet(" ".join(told))
+
+
+def _date(started: str) -> str:
+    """A date as it is read: "5 May 2026, 14:30 UTC"."""
+    try:
+        then = datetime.fromisoformat(started).astimezone(timezone.utc)
+    except ValueError:
+        return started
+    return f"{then.day} {then:%B %Y, %H:%M} UTC"
+
+
+def _whole_options(text: str) -> list[object]:
+    """A text in which no option of the command line is broken at its hyphens."""
+    return [
+        tag("span", part, class_="option") if part.startswith("--") else part
+        for part in re.split(r"(--\w{1,40})", text)
+    ]
+
+
+def _words_used(runs: Sequence[Run]) -> Iterator[Html]:
+    """What the first lines speak of."""
+    measured = {name for run in runs for row in run.rows for name in row}
+    measured |= {key for run in runs for model in run.models for key in run.results[model]}
+    told = [meaning for names, meaning in MEANINGS if measured & names]
+    if told:
+        yield _quiet(" ".join(told))
 
 
 def _results(runs: Sequence[Run]) -> Iterator[Html]:
@@ -347,6 +390,14 @@ def calibration(margins: Sequence[float]) -> list[tuple[float, Estimate]]:
 
 
 # What it took
+
+
+def _data(run: Run) -> Iterator[Html]:
+    """What was said of the rows when they were read and encoded."""
+    told = [line for stage in ("data", *STAGES) for line in run.noted(stage, "report") or []]
+    if told:
+        yield tag("h2", "Data")
+        yield tag("ul", *[tag("li", line.strip()) for line in told])
 
 
 def _costs(runs: Sequence[Run]) -> Iterator[Html]:
