@@ -101,6 +101,7 @@ def test_adamw_is_its_formula_and_only_matrices_decay(eps):
             )
             assert float(toy.matrix[i, j].detach()) == pytest.approx(matrix, abs=FP64)
     assert float(toy.frozen) == 7.0
+    assert [p.dim() for p in optimizer.parameters] == [2, 1]  # what is frozen is not among them
     assert optimizer.steps == 3
 
 

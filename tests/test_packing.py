@@ -129,6 +129,12 @@ def test_many_responses_to_one_prompt_are_no_row_without_end():
     ]
 
 
+def test_a_wide_row_holds_all_responses_to_a_prompt():
+    batch = collate([ids(5, 6)] * 5, [ids(1, 2, 3, 4)] * 5, pad_id=0)
+    layout = packed(batch, width=17)
+    assert layout.inputs["position_ids"].tolist() == [[0, 1, *[2, 3, 4] * 5]]
+
+
 def test_packed_rows_have_their_own_padding():
     # 5 tokens and 2 into rows of 5: the second row has 3 cells that nobody reads
     layout = packed(two_families(), width=1)

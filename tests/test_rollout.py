@@ -18,6 +18,7 @@ from tolerances import EXACT, FP64
 
 from rlhf_min.data import Codec, PromptExample
 from rlhf_min.errors import BadInput
+from rlhf_min.logprobs import lm_head_logits
 from rlhf_min.models import Policy, RewardModel
 from rlhf_min.rollout import Rollout, RolloutBuffer, call_reward, collect, score_rollout
 from rlhf_min.sampling import sample
@@ -465,6 +466,26 @@ def test_a_refused_score_stops_collect():
 
     with pytest.raises(BadInput, match="gave nan for the prompt 'ba be bi bo bu da!'"):
         collected(make_policy(), make_policy(), reward)
+
+
+def test_rewards_see_no_outer_white_space():
+    model = make_policy()
+    model.tokenizer.decode = lambda ids, **_: f"\n {len(ids)} words\t\n"
+    assert model.decode(torch.tensor([3, 4])) == "2 words"
+
+
+def test_a_pass_holds_the_logits_of_few_tokens(monkeypatch):
+    rows = []
+
+    def seen(hidden, *args, **kwargs):
+        rows.append(len(hidden))
+        return lm_head_logits(hidden, *args, **kwargs)
+
+    monkeypatch.setattr("rlhf_min.logprobs.lm_head_logits", seen)
+    monkeypatch.setattr("rlhf_min.models.CHUNK_TOKENS", 4)
+    scored(policy(gpt2()), policy(gpt2(seed=9)))
+    assert max(rows) == 4
+    assert sum(rows) == 2 * sum(RESPONSE_LENGTHS)  # policy and reference
 
 
 def test_prompt_examples_of_given_ids_need_no_text():
