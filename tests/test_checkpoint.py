@@ -1,5 +1,6 @@
 """Saved folders: bit-equal for whoever loads them, and never half written."""
 
+import copy
 import os
 import pickle
 
@@ -96,6 +97,8 @@ def test_plain_transformers_reads_a_policy(make, dtype, tmp_path):
     assert not info["unexpected_keys"]
     ids = BATCH.ids
     fuse_gelu(loaded)  # as it is in ours; the weights are the same to the bit
+    # In memory too: where weights begin within a file, some processors round otherwise.
+    loaded = copy.deepcopy(loaded)
     assert_close(loaded.eval()(ids).logits, model.lm(ids).logits, EXACT)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_vocab() == model.tokenizer.get_vocab()

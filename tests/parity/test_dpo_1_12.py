@@ -35,6 +35,8 @@ from rlhf_min.optim import State
 trl = import_trl()
 from datasets import Dataset  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl to transformers
+
 # Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
 # only a low rate keeps two right runs within FP64 of each other.
 RATE = 3e-5

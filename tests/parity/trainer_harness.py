@@ -17,12 +17,18 @@ import pytest
 import torch
 from tiny import WORDS
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 torch.set_num_threads(1)  # models so small only wait for a second thread
 
 VERSION = "1.12.0"
 SHIMMED = "float64, shimmed"  # see `float64`
+# As the installed transformers calls it; the older name goes in version 6.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 SEED = 7  # of the order of the rows, on both sides
 
 Row = dict[str, Any]
@@ -76,7 +82,7 @@ def options(folder: Path, **own: Any) -> dict[str, Any]:
         "output_dir": str(folder),
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        CHECKPOINTING: False,
         "optim": "adamw_torch",
         "report_to": "none",
         "save_strategy": "no",
