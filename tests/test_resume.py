@@ -30,7 +30,7 @@ from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness import faults, resume, run
 from rlhf_min.harness.belongings import clear
-from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.cli import RunOptions, command
 from rlhf_min.harness.identity import weight_digests
 from rlhf_min.harness.metrics import MEASURED, MetricsLog, Saving
 from rlhf_min.harness.resume import (
@@ -49,7 +49,7 @@ from rlhf_min.harness.resume import (
 )
 from rlhf_min.harness.run import read_record, reopen_run
 from rlhf_min.harness.soundness import unsound
-from rlhf_min.harness.stopping import Stopped, catching_signals
+from rlhf_min.harness.stopping import Stopped, catching_signals, to_resume
 from rlhf_min.models import Policy
 from rlhf_min.pairs import TextPair
 from rlhf_min.ppo import PPOConfig
@@ -195,6 +195,50 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(work, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a run"
+    stop_at(monkeypatch, 5, signal.SIGINT)
+    stop_at(monkeypatch, 5, signal.SIGINT)
+    options = [*command_line("sft", work), "--save_every", 2, "--out", out]
+    assert run_command(monkeypatch, "sft", *options) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        "stopped at once; what was saved before is as it was; go on with: python "
+        rf"\S+ --resume '{re.escape(str(out.resolve()))}'",
+        told,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_beside_the_steps_stops_at_once_and_says_so(
+    number, code, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "checkpoints/sft/step-000004").mkdir(parents=True)
+    monkeypatch.setattr(run, "_held", {tmp_path: None})
+    monkeypatch.setattr(sys, "argv", ["a b.py"])
+    before = signal.signal(number, signal.getsignal(number))
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+
+    @command
+    def main():
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit, match=str(code)):
+        main()
+    told = "stopped at once; what was saved before is as it was; go on with: python 'a b.py'"
+    assert capsys.readouterr().err == f"{told} --resume {tmp_path}\n"
+    signal.signal(number, before)
+
+
+def test_a_folder_that_is_no_text_can_be_typed():
+    assert to_resume(Path("b\udcff c")).endswith(r" --resume $'\x62\xff\x20\x63'")
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -393,6 +437,23 @@ NOTICED = {
     "leaving": lambda writer: writer.__exit__(None, None, None),
     "being stopped": lambda writer: writer.__exit__(Stopped, Stopped("", Path(), 130), None),
 }
+
+
+def test_without_a_further_thread_it_is_written_in_the_same_one(tmp_path, monkeypatch):
+    def none(_):
+        raise RuntimeError("can't start new thread")
+
+    shot = snapshot()
+    with Writer(tmp_path / "one", shot, keep_last=1) as writer:
+        writer.write(finished=False, sizes={})
+    with Writer(tmp_path / "other", shot, keep_last=1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            writer.write(finished=False, sizes={})
+        (found,) = (tmp_path / "other").iterdir()  # complete when `write` returns
+        writer.write(finished=False, sizes={})  # and the next has a thread again
+    for file in (tmp_path / "one" / found.name).iterdir():
+        assert (found / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("noticed", NOTICED)

@@ -23,7 +23,7 @@ from rlhf_min.harness.checkpoint import NotWritten
 from rlhf_min.harness.formats import parse_columns
 from rlhf_min.harness.run import continued, how_to_go_on, seed_all
 from rlhf_min.harness.screen import outlive_terminal
-from rlhf_min.harness.stopping import Stopped
+from rlhf_min.harness.stopping import Stopped, raising_signals
 from rlhf_min.harness.trackers import check_trackers
 
 Config = TypeVar("Config", bound=Any)
@@ -287,7 +287,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            main()
+            with raising_signals():
+                main()
         except NotWritten as error:
             _fail(f"{error}; make room there, or writable; {KEPT}{how_to_go_on()}", 2)
         except BadInput as error:
@@ -305,9 +306,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             print(stop, file=sys.stderr)
             finish.show(stop.folder)
             sys.exit(stop.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"stopped at once; {KEPT}{how_to_go_on()}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(getattr(stop, "exit_code", 130))
 
     return wrapped
 

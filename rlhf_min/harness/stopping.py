@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,33 @@ class StopRequest:
     def exit_code(self) -> int:
         """130 for SIGINT, 143 for SIGTERM and 129 for SIGHUP, as shells have it."""
         return 128 + (self.signal or 0)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that stops at once, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def raising_signals() -> Iterator[None]:
+    """Inside, SIGTERM and a closed terminal raise as Ctrl-C does; the second time they kill."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    mine = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine if in_main_thread else ():
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine if in_main_thread else ():
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
