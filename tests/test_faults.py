@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, small_policy, weights
 from tolerances import EXACT, FP64
 
 from rlhf_min import ppo, reward, sft
 from rlhf_min.errors import NonFinite
-from rlhf_min.harness.checkpoint import save_policy
+from rlhf_min.harness.checkpoint import save_policy, saving
 from rlhf_min.harness.cli import command
 from rlhf_min.harness.faults import (
     LAST_METRICS,
@@ -218,6 +219,29 @@ def test_whatever_the_system_refuses_is_told_on_one_line(error, told, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {told}")
     assert said.endswith("; what was saved before is as it was\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "cure"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room: df, quota, ulimit -f"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "make room: df, quota, …"),
+        (OSError(errno.EMFILE, "Too many open files"), "let more files be open: ulimit -n"),
+        (RuntimeError("file write failed"), "look at this path and at its disk"),
+    ],
+)
+def test_what_could_not_be_saved_says_what_helps(cause, cure, capsys, tmp_path):
+    @command
+    def main():
+        with saving(tmp_path / "sft"):
+            raise cause
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/sft: could not be saved: ")
+    assert f"; {cure.removesuffix('…')}" in said
     assert said.count("\n") == 1
 
 

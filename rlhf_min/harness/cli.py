@@ -1,6 +1,7 @@
 """The command line: options from config dataclasses, and errors of one line."""
 
 import argparse
+import atexit
 import copy
 import functools
 import json
@@ -290,7 +291,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             with raising_signals():
                 main()
         except NotWritten as error:
-            _fail(f"{error}; make room there, or writable; {KEPT}{how_to_go_on()}", 2)
+            _fail(f"{error}; {faults.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
         except BadInput as error:
             _fail(str(error), 2)
         except (Diverged, NonFinite) as error:
@@ -315,4 +316,6 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {BadInput(message)}", file=sys.stderr)  # on one line
+    # With no room or no descriptor left, libraries fail once more while Python ends.
+    atexit.register(setattr, sys, "unraisablehook", lambda _: None)
     sys.exit(code)

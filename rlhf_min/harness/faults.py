@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -212,7 +213,14 @@ def refused(error: OSError) -> str:
     given = error.filename
     file = os.fsdecode(given) if isinstance(given, (str, bytes)) else "a file of the run"
     reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
-    return f"{file}: {reason}; {CURES.get(error.errno, 'look at this path and at its disk')}"
+    return f"{file}: {reason}; {cure(error)}"
+
+
+def cure(error: BaseException | None) -> str:
+    """What helps against what the system refuses, be it told by Python or in Rust's words."""
+    in_rust = re.search(r"os error (\d+)", str(error))
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    return CURES.get(number, "look at this path and at its disk")
 
 
 def out_of_threads(error: MemoryError | RuntimeError) -> str | None:
