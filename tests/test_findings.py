@@ -118,7 +118,7 @@ def test_a_curve_that_left_its_range_says_where_and_what_to_do(tmp_path):
 
 
 def test_a_held_out_loss_that_turns_up_is_told_once(tmp_path):
-    rows = rows_of("sft", loss=[3.0, 2, 1, 0.5], eval_of_loss=[2.0, 1.5, 2.5, 3.0])
+    rows = rows_of("sft", loss=[3.0, 2, 1, 0.5], eval_of_loss=[4.0, 1.5, 2.5, 3.0])
     assert found(tmp_path, metrics=rows) == [
         "SFT: the held-out loss turned up after step 2: 1.500 there, 3.000 at step 4: examples are "
         "learned by heart; take fewer --epochs or a lower --learning_rate; --keep_best eval/loss "
@@ -160,7 +160,9 @@ def test_dpo_that_knows_its_own_pairs_only(tmp_path):
         accuracy = {"trained on": trained, "held out": held_out}
         return found(tmp_path, metrics=rows, notes={"dpo": {"accuracy": accuracy}})
 
-    by_heart, guess = lines(estimate(0.99, 0.01, 36), estimate(0.5, 0.3, 4))
+    few = lines(estimate(0.99, 0.01, 36), estimate(0.5, 0.3, 4))
+    assert len(few) == 2
+    by_heart, guess = few
     both = (
         "prefers the chosen response in 0.990 [0.980, 1.000] of 36 pairs trained on and 0.500 "
         "[0.200, 0.800] of 4 pairs held out"
