@@ -296,14 +296,16 @@ def as_scores(found: Any, name: str, n: int) -> list[float]:
             scores.append(_number(score))
         except _NO_NUMBER as error:
             told = " ".join(str(error).split())[:80]
+            if isinstance(error, TypeError):
+                told = f"{score!r:.40} is a {type(score).__name__}, not a number"
             raise BadInput(f"{wanted}; row {row} of the batch: {told}") from error
     return scores
 
 
 def _number(score: Any) -> float:
     """A number of any library's as Python's own."""
-    if isinstance(score, _TEXTS):
-        raise TypeError(f"{score!r:.40} is a {type(score).__name__}, not a number")
+    if isinstance(score, _TEXTS):  # float would read them
+        raise TypeError
     return float(score.item() if isinstance(score, Tensor) else score)
 
 
@@ -330,7 +332,7 @@ def reward_parameters(reward: RewardFunction) -> list[inspect.Parameter]:
     """
     name = _name(reward)
     require(
-        not inspect.iscoroutinefunction(reward),
+        not inspect.iscoroutinefunction(inspect.unwrap(reward)),
         f"reward {name} is async; write it without, with asyncio.run in it where need be",
     )
     try:

@@ -65,6 +65,12 @@ def keyed(prompts, responses):
     return dict.fromkeys(range(len(responses)), 1.0)
 def defaults(prompts, responses, wanted=None, *, weight=2.0, **columns):
     return [weight] * len(responses)
+def silences(prompts, responses):
+    import os, sys
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    return [0.0] * len(responses)
+async def later(prompts, responses):
+    return [0.0] * len(responses)
 def bends(prompts, responses):
     import os, torch
     os.chdir("/")
@@ -281,12 +287,26 @@ def test_what_belongs_to_the_process_is_put_back_and_told_once(folder, capsys):
     assert lines[1].endswith(" (torch.float32 to torch.float64); this was put back")
 
 
+def test_a_reward_cannot_silence_the_run(capsys):
+    call_reward(load_reward(["my_rewards:silences"], model), PROMPTS, RESPONSES)
+    told = [f"reward my_rewards:silences has changed sys.{x}" for x in ("stdout", "stderr")]
+    assert capsys.readouterr().out.splitlines() == [f"{x}; this was put back" for x in told]
+
+
+def test_an_async_reward_is_refused_before_it_is_called(recwarn):
+    with pytest.raises(BadInput, match="reward later is async"):
+        call_reward(load_reward(["my_rewards:later"], model), PROMPTS, RESPONSES)
+    assert not recwarn.list
+
+
 def test_the_handlers_of_signals_are_put_back():
     before = signal.getsignal(signal.SIGINT)
     reward = load_reward(["my_rewards:handles"], model, timeout=0)
     call_reward(reward, PROMPTS, RESPONSES)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "has changed what SIGINT does" in reward.notes[0]
+    assert reward.notes == [
+        "reward my_rewards:handles has changed what SIGINT does; this was put back"
+    ]
     with pytest.raises(BadInput, match=r"main thread.*; --reward_timeout 0 calls it in the main t"):
         call_reward(load_reward(["my_rewards:handles"], model), PROMPTS, RESPONSES)
 

@@ -54,6 +54,8 @@ _OF_THE_PROCESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     ),
+    "sys.stdout": (lambda: sys.stdout, partial(setattr, sys, "stdout")),
+    "sys.stderr": (lambda: sys.stderr, partial(setattr, sys, "stderr")),
     **{
         f"what {number.name} does": (partial(signal.getsignal, number), partial(_handle, number))
         for number in SIGNALS
@@ -288,7 +290,9 @@ def _kept(name: str, tell: Tell) -> Iterator[None]:
             with suppress(OSError):
                 if (now := read()) != value:
                     put_back(value)
-                    tell(f"{name} has changed {what} ({value} to {now}); this was put back")
+                    simple = isinstance(now, (str, int, torch.dtype)) and not callable(value)
+                    values = f" ({value} to {now})" if simple else ""
+                    tell(f"{name} has changed {what}{values}; this was put back")
 
 
 def _told(error: BaseException, folder: Path) -> str:
