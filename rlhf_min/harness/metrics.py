@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from rlhf_min.harness.runs import BEST, CHECKPOINTS, METRICS, SAMPLES, STAGES, T
 from rlhf_min.harness.stopping import Stopped, StopRequest, catching_signals, to_resume
 from rlhf_min.harness.trackers import Track, start_tracker
 
+# Without a thread beside the run: each step looks at the clock.
+tqdm.monitor_interval = 0
+_Bar = partial(tqdm, dynamic_ncols=True, miniters=1)
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
 DAMAGED = "damaged; put the file back as the run wrote it"
 # What each stage measures on held-out rows; PPO also what its monitors are called.
@@ -176,9 +180,7 @@ class MetricsLog:
         every = 0.1 if watched else 30.0  # seconds
         done = 0 if snapshot is None else snapshot.state.step
         folder = self.folder  # made before the bar is drawn, or refused
-        bar = tqdm(
-            steps, f"{stage:>12}", total, initial=done, dynamic_ncols=True, mininterval=every
-        )
+        bar = _Bar(steps, f"{stage:>12}", total, initial=done, mininterval=every)
         shown: dict[str, str] = {}
         self._saved_at, saved, step = time.monotonic(), done, done
         if snapshot is not None:
