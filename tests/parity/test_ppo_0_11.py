@@ -77,6 +77,7 @@ def config_of(name: str) -> ppo.PPOConfig:
     return ppo.PPOConfig(
         steps=len(RUNS[name]["calls"]),
         batch_size=told["batch_size"],
+        max_new_tokens=1,  # not used: the responses are those of trl
         minibatch_size=told["backward_batch_size"],
         epochs=told["ppo_epochs"],
         gamma=told["gamma"],
