@@ -183,7 +183,8 @@ def blind_spots(
     for name, (title, tokenize, least) in _NEEDS.items():
         short = [len(tokenize(text)) < least for text in predictions]
         ref_short = [all(len(tokenize(text)) < least for text in row) for row in references]
-        wholly = all(map(max, short, ref_short))
+        # Of BLEU, which counts all rows together, only the responses' own runs can be missing.
+        wholly = all(short) if name == "bleu" else all(map(max, short, ref_short))
         reasons = []
         if wholly or any(ref_short):
             reasons.append(

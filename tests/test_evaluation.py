@@ -458,6 +458,14 @@ def test_what_is_measured_has_no_note():
     }
 
 
+def test_bleu_of_short_references_alone_is_no_0():
+    response, reference = "the answer is Paris in France", "Paris in France"
+    reasons, wholly = notes((response, reference))
+    assert wholly == set()
+    assert "1 of 1 references and 0 of 1 responses have fewer" in reasons["bleu"]
+    assert Bleu().compute(predictions=[response], references=[[reference]])["bleu"] > 1
+
+
 def test_blind_spots_are_where_a_perfect_answer_has_0():
     rng = random.Random(5)
     for _ in range(100):

@@ -658,6 +658,7 @@ def test_a_scale_that_was_measured_here_may_be_rounded_otherwise(tmp_path):
     Checkpoint(path).restore(snapshot(**frozen(reward_model=rescaled(3.0 * (1 + 1e-6)))))
     for other, what in [
         (rescaled(3.0 * 1.01), "2 of its 25 weights differ, such as model.classifier.bias"),
+        (rescaled(-3.0), "2 of its 25 weights differ, such as model.classifier.bias"),
         (rescaled(3.0, seed=2), "11 of its 25 weights differ"),
     ]:
         with pytest.raises(BadInput, match=f"reward_model is not what .*: {what}"):
@@ -681,19 +682,14 @@ def test_weights_of_nan_are_not_gone_on_with(tmp_path):
         Checkpoint(path).restore(snapshot())
 
 
-def test_a_checkpoint_without_digests_is_used_and_that_is_told(tmp_path, capsys):
-    path = saved(tmp_path, **frozen())
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    del record["models"], record["crc32"]
-    record["format"] = 3
-    record["crc32"] = crc32_of(record)
-    (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    shot = snapshot(step=0, **frozen(ref_policy=small_policy(seed=2)))
-    Checkpoint(path).restore(shot)
-    assert shot.state.step == 4
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1
-    assert f"{path}: written before checkpoints held digests of the models, so whether" in told
+def test_digests_need_no_thread(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    policy = small_policy()
+    usual = weight_digests(policy)
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    assert weight_digests(policy) == usual
 
 
 def test_digests_hold_each_weight_once_and_no_buffer_that_is_computed():
@@ -775,6 +771,13 @@ def test_weights_so_large_that_their_answers_are_not_finite(name, what, dtype):
 
 def test_a_text_longer_than_the_positions_is_no_fault():
     assert unsound(small_policy(), ["red ball " * 50]) is None
+
+
+def test_a_text_that_spells_a_token_without_an_embedding_is_no_fault():
+    policy = small_policy()
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    assert policy.tokenizer("<extra>").input_ids[-1] >= policy.vocabulary
+    assert unsound(policy, ["red <extra> ball"]) is None
 
 
 HUGE = ["--learning_rate", "1e38", "--warmup_share", "0", "--skip_preflight"]

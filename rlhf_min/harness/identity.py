@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from rlhf_min.models import Policy, RewardModel
 # Of a config, what no number depends on, or what is looked at in the weights.
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
-SCALE_TOLERANCE = 1e-3
+SCALE_TOLERANCE = 1e-3  # of the largest number of the layer
 
 
 def identity(model: Policy | RewardModel, *, trained: bool) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def identity(model: Policy | RewardModel, *, trained: bool) -> dict[str, Any]:
     if isinstance(model, RewardModel):
         found["config"]["max_length"] = model.max_length
         if model.rescaled and not trained:
-            found["weights"] |= _sizes(model, model._last_layer)
+            found["weights"] |= _numbers(model, model._last_layer)
     return found
 
 
@@ -61,20 +60,26 @@ def weight_digests(module: nn.Module) -> dict[str, int]:
     saved = module.state_dict().keys()
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     tensors = {name: tensor for name, tensor in named.items() if name in saved}
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(tensors, pool.map(_crc32, tensors.values()), strict=True))
+    try:
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(tensors, pool.map(_crc32, tensors.values()), strict=True))
+    except RuntimeError:  # the system gives no more threads
+        return {name: _crc32(tensor) for name, tensor in tensors.items()}
 
 
-def _sizes(module: nn.Module, layer: nn.Module) -> dict[str, float]:
-    """The norms of a layer's parameters. A scale that was measured since the model was loaded is
-    measured again by a resumed run, where other threads or another device round it otherwise."""
+def _numbers(module: nn.Module, layer: nn.Module) -> dict[str, list[float]]:
+    """All numbers of a layer. A scale that was measured since the model was loaded is measured
+    again by a resumed run, where other threads or another device round it otherwise."""
     own = set(layer.parameters())
-    return {name: float(p.detach().norm()) for name, p in module.named_parameters() if p in own}
+    return {name: p.flatten().tolist() for name, p in module.named_parameters() if p in own}
 
 
-def _same(was: float | None, now: float | None) -> bool:
-    if isinstance(was, float) and isinstance(now, float):
-        return math.isclose(was, now, rel_tol=SCALE_TOLERANCE, abs_tol=SCALE_TOLERANCE)
+def _same(was: int | list[float] | None, now: int | list[float] | None) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        near = SCALE_TOLERANCE * max(1e-30, *map(abs, was))
+        return len(was) == len(now) and all(
+            abs(x - y) <= near for x, y in zip(was, now, strict=True)
+        )
     return was == now
 
 

@@ -34,7 +34,7 @@ from rlhf_min.harness.soundness import unsound
 from rlhf_min.harness.stopping import Stopped
 from rlhf_min.models import Policy, RewardModel
 
-FORMAT, UNCOMPARED = 4, 3  # the older one says nothing of the models that can be compared here
+FORMAT = 4
 RECORD, WEIGHTS = "checkpoint.json", "weights.safetensors"
 STATES = ("state-1.safetensors", "state-2.safetensors")  # as large as the weights, with AdamW
 
@@ -113,7 +113,7 @@ class Checkpoint:
         try:
             self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             require(
-                self.record["format"] in (FORMAT, UNCOMPARED),
+                self.record["format"] == FORMAT,
                 f"{folder}: written by another version, in format {self.record['format']}; go on "
                 "with that version, or start a new run",
             )
@@ -179,12 +179,6 @@ class Checkpoint:
                 )
 
     def _compare(self, snapshot: Snapshot) -> None:
-        if self.record["format"] == UNCOMPARED:
-            print(
-                f"{self.folder}: written before checkpoints held digests of the models, so whether "
-                "tokenizers and frozen models are the same was not looked at"
-            )
-            return
         for name, now in snapshot.identities.items():
             what = difference(self.record["models"][name], now)
             require(
@@ -375,6 +369,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(_plain, value)) if type(value) in (list, tuple) else repr(value)
+    if isinstance(value, (set, frozenset)):  # in no order of its own
+        return sorted(map(repr, value))
     if hasattr(value, "tobytes") and not isinstance(value, np.generic):
         return repr(value), zlib.crc32(value.tobytes())
     return value

@@ -52,8 +52,12 @@ def _answers(module: nn.Module, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _policy_answers(policy: Policy, texts: Sequence[str]) -> dict[str, Tensor]:
-    room = min(TOKENS, getattr(policy.lm.config, "max_position_embeddings", TOKENS)) - 1
-    rows = [policy.tokenizer(text, verbose=False).input_ids[:room] for text in texts]
+    room = int(min(TOKENS, policy.positions)) - 1
+    texts = list(texts)
+    found = (
+        policy.tokenizer(texts, split_special_tokens=True, verbose=False).input_ids if texts else []
+    )
+    rows = [[i for i in row if i < policy.vocabulary][:room] for row in found]
     rows = [row for row in rows if row]
     if not rows:
         return {}

@@ -91,7 +91,9 @@ def catching_signals() -> Iterator[StopRequest]:
         request.signal = request.signal or number
 
     try:
-        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        # A handler that is not of Python (None) could not be put back.
+        left = (signal.SIG_IGN, None)
+        heeded = [number for number in SIGNALS if signal.getsignal(number) not in left]
         before = {number: signal.signal(number, note) for number in heeded}
     except ValueError:  # not in the main thread, where signals never arrive
         yield request
