@@ -90,7 +90,7 @@ def test_what_goes_wrong_in_ppo(tmp_path):
     lines = found(tmp_path, metrics=rows, notes={"ppo": {"reward_notes": ["reward f: odd"]}})
     assert [line.partition(";")[0] for line in lines] == [
         "PPO: reward f: odd",
-        "PPO: 2 updates were skipped from step 39 on: their numbers were not finite",
+        "PPO: 2 updates were skipped from step 39 on: numbers were not finite",
         "PPO: all responses of a rollout had the same score in 40 of 40 steps",
         "PPO: responses were cut in the last fifth of its steps: 50% of them did not end by "
         "themselves",
@@ -208,7 +208,9 @@ def test_a_model_below_its_baseline_and_a_reward_model_that_is_exploited(tmp_pat
         ppo={"score": (1.0, 0.1), "gold_reward": (3.05, 0.1)},
         dpo={"score": (-1.0, 0.1), "gold_reward": (3.0, 0.1)},
     )
-    exploited, below = found(tmp_path, metrics=HEALTHY, results=results)
+    lines = found(tmp_path, metrics=HEALTHY, results=results)
+    assert len(lines) == 2
+    exploited, below = lines
     assert exploited.startswith(
         "Test: PPO's score rose and the gold reward did not on the test prompts: gold reward 3.050 "
         "[2.950, 3.150], SFT's 3.000 [2.900, 3.100]; the reward model is exploited"
@@ -216,6 +218,20 @@ def test_a_model_below_its_baseline_and_a_reward_model_that_is_exploited(tmp_pat
     assert below.startswith(
         "Test: DPO is below SFT by the score on the test prompts: score -1.000 [-1.100, -0.900], "
         "SFT's 0.000 [-0.100, 0.100]; look at the samples"
+    )
+
+
+def test_a_model_that_is_not_shown_to_differ(tmp_path):
+    results = with_estimates(
+        sft={"score": (0.0, 0.1), "gold_reward": (3.0, 0.1)},
+        ppo={"score": (0.1, 0.1), "gold_reward": (3.05, 0.1)},
+        dpo={"score": (0.1, 0.1), "gold_reward": (4.0, 0.1)},
+    )
+    lines = found(tmp_path, metrics=HEALTHY, results=results)
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "Test: PPO is not shown to differ from SFT on the test prompts: score 0.100 [0.000, 0.200],"
+        " SFT's 0.000 [-0.100, 0.100]; gold reward 3.050 [2.950, 3.150], SFT's 3.000 ["
     )
 
 

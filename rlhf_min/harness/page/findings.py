@@ -160,7 +160,8 @@ def _data(run: Run) -> Iterator[Finding]:
                 what, _, to_do = warning.partition("; ")
                 yield Finding(stage, what, to_do=to_do)
             elif dropped is not None and dropped[2] != "0":
-                what = f"{dropped[2]} of {dropped[1]} rows were dropped"
+                verb = "was" if dropped[2] == "1" else "were"
+                what = f"{dropped[2]} of {dropped[1]} rows {verb} dropped"
                 yield Finding("data", what, "", dropped[3], "correct them, or do without")
 
 
@@ -322,6 +323,14 @@ def _test(run: Run) -> Iterator[Finding]:
                     "look at the samples; train with a lower --learning_rate or nearer to the "
                     "reference (--kl_coef, --beta)",
                 )
+        if {*words.values()} - {None} == {"against"}:
+            yield Finding(
+                "test",
+                f"{model.upper()} is not shown to differ from {run.models[0].upper()}",
+                "on the test prompts",
+                "; ".join(_two(run, model, key) for key, word in words.items() if word),
+                "train longer or with a higher --learning_rate, or compare on more --test_prompts",
+            )
         if words["score"] == "above" and words["gold_reward"] in ("below", "against"):
             yield Finding(
                 "test",
@@ -344,10 +353,10 @@ def _skipped(run: Run, stage: str) -> Iterator[Finding]:
         first = next(step for step, n in zip(steps, skipped, strict=True) if n > 0)
         yield Finding(
             stage,
-            f"{skipped[-1]:g} updates were skipped",
+            f"{skipped[-1]:g} update{'s were' if skipped[-1] > 1 else ' was'} skipped",
             f"from step {first} on",
-            "their numbers were not finite",
-            "lower --learning_rate, or see the batch with --on_nonfinite stop",
+            "numbers were not finite",
+            "see which with --on_nonfinite stop; a lower --learning_rate may help",
         )
 
 
