@@ -16,7 +16,7 @@ from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.cli import Parser, command
 from rlhf_min.harness.finish import Spared
 from rlhf_min.harness.page import html
-from rlhf_min.harness.page.findings import first_lines
+from rlhf_min.harness.page.findings import FINDINGS, first_lines, write_findings
 from rlhf_min.harness.runs import read_run
 
 
@@ -39,6 +39,9 @@ def main() -> None:
         curves = out.with_name(report.CURVES)
         with Spared(curves, f"{out} has its own"):
             report.write_curves(curves, runs[0])
+    if alone and options.out is None:
+        with Spared(runs[0].folder / FINDINGS, f"{out} begins with them"):
+            write_findings(runs[0])
     print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
     for run in runs:
         told, found = first_lines(run)

@@ -762,6 +762,10 @@ def test_make_report_of_one_run_writes_into_its_folder(tmp_path, make_report):
     code, printed, _ = make_report(folder)
     assert code == 0
     assert "run: No token view: there is no tokens.jsonl." in printed
+    kept = json.loads((folder / "findings.json").read_text("utf-8"))
+    assert kept["findings"] == []
+    for sentence in kept["told"]:
+        assert f"  run: {sentence}\n" in printed
     assert (folder / "report.html").read_text("utf-8") == page([read_run(folder)])
     assert (folder / "curves.svg").is_file()
 

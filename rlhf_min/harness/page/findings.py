@@ -93,10 +93,17 @@ def conclude(folder: Path) -> None:
         BadInput: if the folder holds no run.
         OSError: if the file cannot be written.
     """
-    told, found = first_lines(read_run(folder))
+    run = read_run(folder)
+    told, found = first_lines(run)
     print("", *told, *(f"  - {finding}" for finding in found), sep="\n")
+    write_findings(run)
+
+
+def write_findings(run: Run) -> None:
+    """Write a run's first lines into its folder, as data."""
+    told, found = first_lines(run)
     content = {"told": told, "findings": [asdict(finding) for finding in found]}
-    write_file(folder / FINDINGS, json.dumps(content, indent=1) + "\n")
+    write_file(run.folder / FINDINGS, json.dumps(content, indent=1) + "\n")
 
 
 def headlines(run: Run) -> Iterator[str]:
