@@ -30,6 +30,7 @@ from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness import faults, resume, run
 from rlhf_min.harness.belongings import clear
+from rlhf_min.harness.checkpoint import NotWritten
 from rlhf_min.harness.cli import RunOptions, command
 from rlhf_min.harness.identity import weight_digests
 from rlhf_min.harness.metrics import MEASURED, MetricsLog, Saving
@@ -474,6 +475,17 @@ def test_what_its_thread_cannot_write_is_told_and_the_one_before_stays(
     with pytest.raises(BadInput, match=f"{tmp_path}/step-000004: could not be saved: no room for"):
         NOTICED[noticed](writer)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_stage_whose_last_checkpoint_does_not_fit_ends_as_usual(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise NotWritten("step-000005: could not be saved: No space left on device")
+
+    monkeypatch.setattr(resume, "begin", full)
+    log, shot = MetricsLog(lambda: tmp_path, preflight=False), snapshot(step=4)
+    log.follow("sft", [{"loss": 1.0}], total=5, show=(), snapshot=shot)
+    told = capsys.readouterr().err
+    assert "warning: step-000005: could not be saved: No space left on device; the model" in told
 
 
 def test_what_its_thread_cannot_write_does_not_hide_what_ended_the_stage(

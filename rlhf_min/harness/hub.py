@@ -51,13 +51,19 @@ def load_hub(data: str, split: str) -> datasets.Dataset:
         BadInput: there is no such dataset, configuration or split.
     """
     name, _, config = data.partition(":")
-    with _offline_without_the_hub():
+    with _offline_without_the_hub() as unanswered:
         try:
             if not config:
                 return datasets.load_dataset(name, split=split)
             return datasets.load_dataset(name, config, split=split)
         except _NOT_READ as error:
             _check_config(name, name, config, error)
+            require(
+                not unanswered,
+                f"{data}: no such file here, none of this name in the cache, and the Hub "
+                f"({huggingface_hub.constants.ENDPOINT}) cannot be asked: no answer within "
+                f"{SECONDS:g} s; look at the name, go online, or give a file",
+            )
             reason = " ".join(str(error).split())
             raise BadInput(
                 f"{data}: no such file here, and the Hub does not give the split {split!r} of such "
@@ -157,15 +163,16 @@ def _check_config(name: str, source: str, config: str, error: Exception) -> None
 
 
 @contextmanager
-def _offline_without_the_hub() -> Iterator[None]:
-    """Inside, a Hub that does not answer is not asked again."""
+def _offline_without_the_hub() -> Iterator[bool]:
+    """Inside, a Hub that does not answer is not asked again. Whether that is so."""
     places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
-    if not any(before) and not _hub_answers():
+    unanswered = not any(before) and not _hub_answers()
+    if unanswered:
         for place in places:
             place.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield unanswered
     finally:
         for place, was in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = was

@@ -212,9 +212,14 @@ class MetricsLog:
             if snapshot and writer:
                 faults.require_kept(snapshot, self.rows[-1] if step > done else {})
                 if step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
-                    self._save(writer, finished=True)
-                    saved = step
-                writer.wait()  # a signal that comes meanwhile counts too
+                    try:
+                        self._save(writer, finished=True)
+                        writer.wait()  # a signal that comes meanwhile counts too
+                        saved = step
+                    except NotWritten as error:  # the model, which is smaller, may still fit
+                        then = "the model itself is saved next; this stage cannot be resumed"
+                        print(f"warning: {error}; {then}", file=sys.stderr)
+                writer.wait()
             self._unsaved = self._unsaved or (writer is not None and saved < step)
             if request.signal is not None:
                 raise self._stopped(request, stage, step, total, saved)
@@ -324,7 +329,7 @@ class MetricsLog:
             before = f"; the last checkpoint is of step {saved}: {to_resume(self.folder)}"
             kept = f"not saved{before if saved else ''}"
         elif self._unsaved:
-            kept = "not saved, since --save_every 0 has kept none of the stages before"
+            kept = "not saved, since a stage before has no checkpoint of its end"
         return Stopped(
             f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
             self.folder,

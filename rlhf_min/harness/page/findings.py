@@ -80,7 +80,7 @@ def first_lines(run: Run) -> tuple[list[str], list[Finding]]:
     told = list(headlines(run))
     if found:
         things = f"{len(found)} thing{'s' * (len(found) > 1)} to look at"
-        told.append(f"{things}; {curves}." if verdicts else f"{things}.")
+        told.append(f"{things}; {curves}." if left else f"{things}.")
     elif verdicts:
         told.append(f"Nothing stands out: {curves}.")
     return told, found
