@@ -408,6 +408,13 @@ DATA = [
 
 OPTIONS = [
     Case("an unknown option", "train_sft --epoch_number 1", "unknown option --epoch_number; …"),
+    Case("an option of training", "chat --save_every 1", "unknown option --save_every; …"),
+    Case("one model of several", "chat --model sft", "give the models to talk to with --models …"),
+    Case("an option where there is none", "pencil --foo", "unknown option --foo; …"),
+    Case(
+        "-1e-3", "train_sft --learning_rate -1e-3", "SFTConfig: learning_rate is -0.001; it must …"
+    ),
+    Case("a folder that is not UTF-8", "train_sft --out 'b\udcff'", r"--out b\udcff: this name …"),
     Case("no value", "train_sft --epochs", "argument --epochs: expected one argument; …"),
     Case("a word too many", "train_sft pairs.jsonl", "unknown option pairs.jsonl; …"),
     Case(

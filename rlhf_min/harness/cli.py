@@ -244,7 +244,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and end with code 2."""
         if message.endswith(("expected one argument", "expected at least one argument")):
-            message += " (a value that begins with - is written --option=-VALUE)"
+            message += "; a value that begins with - is written --option=-VALUE"
         _fail(f"{message}; --help explains all options", 2)
 
 
