@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
-from copy import Error, deepcopy
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Literal
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .data import PromptExample, Sequences, collate, micro_batches
-from .errors import BadInput, BadNumbers, require
+from .errors import BadInput, BadNumbers, one_line, require
 from .kl import exact_kl, kl_estimate
 from .masking import require_right_padded
-from .models import Policy, evaluating, scatter_tokens
+from .models import Policy, RewardModel, evaluating, scatter_tokens
 from .sampling import sample
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
@@ -244,8 +245,8 @@ def call_reward(
             scores = as_scores(found, name, len(responses))
     except SystemExit as error:
         raise BadInput(
-            f"reward {name} ends the process (sys.exit, code {error.code}); let it return scores, "
-            "or raise an error"
+            f"reward {name} ends the process (sys.exit, code {one_line(error.code)}); let it "
+            "return scores, or raise an error"
         ) from error
     bad = [row for row, score in enumerate(scores) if not abs(score) <= LARGEST_SCORE]
     if bad:
@@ -275,6 +276,11 @@ def as_scores(found: Any, name: str, n: int) -> list[float]:
     wanted = f"reward {name} must return one number per response"
     kind = type(found).__name__
     # The keys of a dict, the letters of a text: numbers at times, and never the scores.
+    if inspect.iscoroutine(found):
+        found.close()  # else Python warns that nobody waited for it
+    if isinstance(found, Sized) and not isinstance(found, Iterable):
+        with suppress(*_NO_NUMBER):  # a sequence of the old kind
+            found = [found[i] for i in range(len(found))]  # type: ignore[index]
     require(
         isinstance(found, Iterable) and not isinstance(found, (Mapping, AbstractSet, *_TEXTS)),
         f"{wanted}, in their order, as a list; it returned a {kind}",
@@ -295,9 +301,9 @@ def as_scores(found: Any, name: str, n: int) -> list[float]:
         try:
             scores.append(_number(score))
         except _NO_NUMBER as error:
-            told = " ".join(str(error).split())[:80]
+            told = one_line(error)[:80]
             if isinstance(error, TypeError):
-                told = f"{score!r:.40} is a {type(score).__name__}, not a number"
+                told = f"{one_line(score, repr):.40} is a {type(score).__name__}, not a number"
             raise BadInput(f"{wanted}; row {row} of the batch: {told}") from error
     return scores
 
@@ -319,7 +325,7 @@ def _copies(values: Iterable[Any]) -> list[Any]:
     for value in values:
         try:
             copies.append(deepcopy(value))
-        except (Error, RuntimeError, TypeError):
+        except Exception:
             copies.append(value)
     return copies
 
@@ -330,9 +336,9 @@ def reward_parameters(reward: RewardFunction) -> list[inspect.Parameter]:
     Raises:
         BadInput: if it does not take prompts and responses, in this order.
     """
-    name = _name(reward)
+    name, called = _name(reward), inspect.unwrap(reward)
     require(
-        not inspect.iscoroutinefunction(inspect.unwrap(reward)),
+        not any(map(inspect.iscoroutinefunction, (called, called.__call__))),
         f"reward {name} is async; write it without, with asyncio.run in it where need be",
     )
     try:
@@ -344,6 +350,8 @@ def reward_parameters(reward: RewardFunction) -> list[inspect.Parameter]:
     except TypeError as error:
         raise BadInput(f"reward {name} must take prompts and responses: {error}") from error
     parameters = list(signature.parameters.values())
+    if isinstance(getattr(reward, "__self__", None), RewardModel):
+        return parameters[:2]  # what its score takes further is no column of the data
     # The other way round it would score the prompts, and nothing would look wrong.
     first, second = parameters[0].name, parameters[min(1, len(parameters) - 1)].name
     require(

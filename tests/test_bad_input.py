@@ -321,7 +321,7 @@ DATA = [
         "a margin of 1e300",
         "a.jsonl",
         rows({**PAIR, "margin": 1e300}),
-        "…: margin is beyond 3.4e+38, the largest number of float32 (1: line 1); correct …",
+        "…: margin is beyond 1.7e+07, too large to train on (1: line 1); correct …",
         "reward_model",
     ),
     data(

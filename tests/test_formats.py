@@ -12,7 +12,7 @@ import pytest
 from rlhf_min.data import Conversation
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.datafile import load_rows
-from rlhf_min.harness.formats import Stage
+from rlhf_min.harness.formats import Stage, find_columns
 
 SPEAKERS = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
 
@@ -258,6 +258,32 @@ def test_messages_beside_a_pair_are_its_prompt(chosen, rejected):
         (found,) = rows(row, stage)
         assert (found["chosen"], found["rejected"]) == ("c x", "c y")
         assert found["prompt"].messages == tuple(talk("u:1", "a:2", "u:3"))
+
+
+@pytest.mark.parametrize("name", ["chosen", "response", "answer"])
+def test_messages_beside_a_response_are_its_prompt(name):
+    row = {"conversations": chat("u:1", "a:2", "u:3"), name: "c x", "rejected": "c y"}
+    (found,) = rows(row, "sft")
+    assert found["prompt"].messages == tuple(talk("u:1", "a:2", "u:3"))
+    assert found["response"] == "c x"
+    (found,) = rows(row, "evaluation")
+    assert found["references"] == ["c x"]
+    (found,) = rows(row, "ppo")  # which needs no response
+    assert found["prompt"].messages == tuple(talk("u:1", "a:2", "u:3"))
+    whole = {"messages": talk("u:1", "a:2"), name: "3"}
+    with pytest.raises(BadInput) as raised:
+        rows(whole, "sft")
+    assert str(raised.value) == (
+        "the frame: no usable row among the 1 read: messages ends with an assistant message and "
+        f"{name} is a response too (give --columns messages=messages to leave {name} out) "
+        "(1: row 1); correct these rows"
+    )
+
+
+def test_messages_that_are_named_are_the_whole_conversation():
+    named = {"messages": "messages"}
+    used = find_columns(["messages", "answer"], "sft", "a.jsonl", named)
+    assert used == {"messages": "messages"}
 
 
 def test_one_message_is_a_list_of_one():

@@ -288,10 +288,16 @@ def test_a_report_names_what_was_dropped_and_refuses_if_nothing_is_left():
     assert lines[0].endswith(
         "; 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
     )
-    assert encoded_heldout(report) == (
+    assert encoded_heldout(report, 5) == (
         "\n  held out: 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
     )
-    assert encoded_heldout(CutReport(prompts=3)) == ""
+    assert encoded_heldout(CutReport(prompts=3), 3) == encoded_heldout(CutReport(), 0) == ""
+    nothing = "\n  warning: no held-out row is left, so nothing is measured on such rows"
+    assert encoded_heldout(report, 0) == encoded_heldout(report, 5) + nothing
+    equal = CutReport(prompts=3, equal_after_cut=2, equal_tokens=1)
+    assert (
+        encoded_heldout(equal, 0) == "\n  held out: 3 pairs dropped: equal to the model" + nothing
+    )
     report = codec.encode_prompts([{"prompt": ""}])[1]
     with pytest.raises(BadInput, match=r"no row is left: the tokenizer .*\(1: row 1\); change"):
         encoded(report, codec)

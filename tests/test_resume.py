@@ -1296,6 +1296,7 @@ def test_nothing_can_be_the_best_without_held_out_rows(tmp_path, capsys):
     with pytest.raises(BadInput, match="--keep_best eval/score: ppo has no held-out rows to measu"):
         log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)
     assert log.rows == []
+    assert capsys.readouterr().err == ""  # no bar that the error would stand behind
     log.follow("sft", [{"loss": 1.0}], total=1, show=(), snapshot=replace(shot, stage="sft"))
     log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)  # too late to refuse it
     assert "ppo has no held-out rows to measure it on" in capsys.readouterr().out

@@ -299,6 +299,48 @@ def test_an_async_reward_is_refused_before_it_is_called(recwarn):
     assert not recwarn.list
 
 
+def test_what_cannot_be_shown_is_named_by_its_type(folder):
+    code = """
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("mute")
+    __repr__ = __str__
+def raises(p, r): raise Mute
+def gives(p, r): return [Mute()] * len(r)
+def keeps(p, r, further=Mute()): return [0.0] * len(r)
+"""
+    (folder / "mute.py").write_text(code, encoding="utf-8")
+    (folder / "mute_module.py").write_text(f"{code}\nraise Mute", encoding="utf-8")
+    shown = "a Mute that cannot be shown"
+    for name, says in [
+        ("raises", f"raised Mute: {shown}"),
+        ("gives", f"row 0 of the batch: {shown}"),
+    ]:
+        with pytest.raises(BadInput, match=says):
+            call_reward(load_reward([f"mute.py:{name}"], model), PROMPTS, RESPONSES)
+    (line,) = unserved(load_reward(["mute.py:keeps"], model), ["prompt"])
+    assert f"keeps its default {shown}" in line
+    with pytest.raises(BadInput, match=rf"cannot be imported \({shown}"):
+        load_reward(["mute_module.py:f"], model)
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_a_reward_may_empty_its_responses(folder, timeout):
+    code = "def f(p, r): return [float(len(r.pop())) for _ in range(len(r))][::-1]"
+    (folder / "pops.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["pops.py:f"], model, timeout=timeout)
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [len(x) for x in RESPONSES]
+
+
+def test_a_reward_model_in_a_sum_gets_no_columns():
+    reward_model = RewardModel(bert(), bert_words())
+    reward = WeightedSum({"bert": (1.0, reward_model.score)})
+    assert unserved(reward, ["prompt"]) == []
+    columns = [{"max_tokens": "many"}] * len(PROMPTS)
+    scores = call_reward(reward, PROMPTS, RESPONSES, columns)
+    assert scores.equal(reward_model.score(PROMPTS, RESPONSES))
+    assert call_reward(reward_model.score, PROMPTS, RESPONSES, columns).equal(scores)
+
+
 def test_the_handlers_of_signals_are_put_back():
     before = signal.getsignal(signal.SIGINT)
     reward = load_reward(["my_rewards:handles"], model, timeout=0)

@@ -453,12 +453,51 @@ def test_a_reward_that_takes_responses_first_is_refused():
             call_reward(reward, ["p"], ["r"])
 
 
-def test_an_async_reward_is_refused():
+def test_an_async_reward_is_refused(recwarn):
     async def reward(_prompts, _responses):
         return [0.0]
 
-    with pytest.raises(BadInput, match="reward reward is async"):
-        call_reward(reward, ["p"], ["r"])
+    class Caller:
+        async def __call__(self, _prompts, _responses):
+            return [0.0]
+
+    for refused, name in [(reward, "reward"), (Caller(), "Caller")]:
+        with pytest.raises(BadInput, match=f"reward {name} is async"):
+            call_reward(refused, ["p"], ["r"])
+    with pytest.raises(BadInput, match="as a list; it returned a coroutine"):
+        call_reward(lambda p, r: reward(p, r), ["p"], ["r"])
+    assert not recwarn.list
+
+
+class Indexed:
+    """A sequence of the old kind: a length and numbered items alone."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return [0.5, 1.5, 2.5][i]
+
+
+def test_a_sequence_of_the_old_kind_will_do():
+    assert call_reward(give(Indexed()), ["p"] * 3, ["r"] * 3).tolist() == [0.5, 1.5, 2.5]
+    with pytest.raises(BadInput, match="returned 3 scores for 2 responses"):
+        call_reward(give(Indexed()), ["p"] * 2, ["r"] * 2)
+
+
+def test_what_cannot_be_copied_is_handed_over_itself():
+    class Alone:
+        def __deepcopy__(self, memo):
+            raise ValueError("there is only one")
+
+    alone, seen = Alone(), []
+
+    def reward(_prompts, responses, what):
+        seen.extend(what)
+        return [0.0] * len(responses)
+
+    call_reward(reward, ["p"], ["r"], [{"what": alone}])
+    assert seen == [alone]
 
 
 def test_a_refused_score_stops_collect():

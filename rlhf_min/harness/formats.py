@@ -12,7 +12,6 @@ from decimal import Decimal
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from rlhf_min.data import Conversation
 from rlhf_min.errors import BadInput, require
@@ -54,7 +53,7 @@ _SPOKEN = re.compile(  # a message written down, in JSON or as Python shows it
     r"""['"](?:role|from)['"]\s*:\s*['"](?:system|developer|user|human|assistant|gpt|tool)['"]""",
     re.IGNORECASE,
 )
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+_LARGEST_MARGIN = 2.0**24  # beyond it float32 has no place for a difference of 1 in the scores
 
 
 class Unusable(ValueError):
@@ -121,7 +120,14 @@ def find_columns(
     needed = _NEEDED[stage]
     served = {name: find(*names) for name, names in needed.items()}
     if None in served.values():
-        served = _without_prompt(served, stage, find(*_MESSAGES), find("chosen"), find("rejected"))
+        served = _without_prompt(
+            served,
+            stage,
+            find(*_MESSAGES),
+            find("chosen"),
+            find("rejected"),
+            alone="messages" in named,
+        )
     missing = [name for name, column in served.items() if column is None]
     if missing:
         remedies = " and ".join(_remedy(name, needed[name]) for name in missing)
@@ -149,9 +155,15 @@ def _without_prompt(
     messages: str | None,
     chosen: str | None,
     rejected: str | None,
+    *,
+    alone: bool,
 ) -> dict[str, str | None]:
-    """The columns of another format, if the file has them."""
-    if messages is not None and stage not in ("reward", "dpo"):
+    """The columns of another format, if the file has them.
+
+    Messages beside a response or a pair are its prompt, unless the user named them (`alone`).
+    """
+    beside = served["prompt"] is None and any(served.values())
+    if messages is not None and stage not in ("reward", "dpo") and (alone or not beside):
         return {"messages": messages}
     if messages is not None and served["prompt"] is None:
         return served | {"prompt": messages}
@@ -189,6 +201,8 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
         clean = _from_messages(values["messages"], stage)
     elif "prompt" in values:
         clean = values | _from_columns(values)
+        if stage in ("sft", "evaluation") and _plain_name(used["prompt"]) in _MESSAGES:
+            _require_open(clean["prompt"], used)
     else:
         clean = _from_pair(values.pop("chosen"), values.pop("rejected")) | values
     for name, value in clean.items():
@@ -205,6 +219,18 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
     if not _is_blank(system):
         clean["prompt"] = _with_system(clean["prompt"], system)
     return _for_stage(clean, stage)
+
+
+def _require_open(prompt: Any, used: Mapping[str, str]) -> None:
+    """A conversation that has its response already is no prompt of another one."""
+    messages = getattr(prompt, "messages", ())
+    if messages and messages[-1]["role"] == "assistant":
+        (other,) = used.keys() & {"response", "references"}
+        ours, theirs = shown(used["prompt"]), shown(used[other])
+        raise Unusable(
+            f"{ours} ends with an assistant message and {theirs} is a response too (give --columns "
+            f"messages={ours} to leave {theirs} out)"
+        )
 
 
 def _with_system(prompt: str, system: Any) -> Conversation:
@@ -453,8 +479,8 @@ def _problem(name: str, value: Any) -> str | None:
     """Why the value cannot be used in our column of this name (None if it can)."""
     if name == "margin":
         number = _number(value)
-        if number is not None and abs(number) > _FLOAT32_MAX:
-            return f"margin is beyond {_FLOAT32_MAX:.2g}, the largest number of float32"
+        if number is not None and abs(number) > _LARGEST_MARGIN:
+            return f"margin is beyond {_LARGEST_MARGIN:.2g}, too large to train on"
         return "margin is not a finite number" if number is None else None
     if name == "input" and _is_blank(value):
         return None

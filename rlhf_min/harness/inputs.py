@@ -206,9 +206,16 @@ def encoded(cut: CutReport, codec: Codec) -> str:
     return _with_lengths(cut, supervised, cure, codec.notes(cut))
 
 
-def encoded_heldout(cut: CutReport) -> str:
-    """A line on the held-out rows if some are dropped, else nothing."""
-    return f"\n  held out: {len(cut.dropped)} rows dropped: {cut.reasons()}" if cut.dropped else ""
+def encoded_heldout(cut: CutReport, left: int) -> str:
+    """A line on the held-out rows if some are dropped, else nothing; a warning if none is left."""
+    told = ""
+    if cut.dropped:
+        told = f"\n  held out: {len(cut.dropped)} rows dropped: {cut.reasons()}"
+    if equal := cut.equal_after_cut + cut.equal_tokens:
+        told += f"\n  held out: {equal} pairs dropped: equal to the model"
+    if told and not left:
+        told += "\n  warning: no held-out row is left, so nothing is measured on such rows"
+    return told
 
 
 def require_some(cut: CutReport) -> None:

@@ -180,12 +180,12 @@ class MetricsLog:
         every = 0.1 if watched else 30.0  # seconds
         done = 0 if snapshot is None else snapshot.state.step
         folder = self.folder  # made before the bar is drawn, or refused
-        bar = _Bar(steps, f"{stage:>12}", total, initial=done, mininterval=every)
-        shown: dict[str, str] = {}
-        self._saved_at, saved, step = time.monotonic(), done, done
         if snapshot is not None:
             self._require_heldout(stage, snapshot)
             self._best = self._best_before(stage, done)
+        bar = _Bar(steps, f"{stage:>12}", total, initial=done, mininterval=every)
+        shown: dict[str, str] = {}
+        self._saved_at, saved, step = time.monotonic(), done, done
         with ExitStack() as stack:
             request = stack.enter_context(catching_signals())
             stack.enter_context(faults.saved(folder, self.rows, snapshot))
@@ -318,7 +318,8 @@ class MetricsLog:
         name = self._saving.keep_best
         if name is not None and snapshot.heldout == [] and _measures(stage, name):
             told = f"--keep_best {name}: {stage} has no held-out rows to measure it on"
-            require(bool(self.rows), f"{told}; give more rows, or a larger --heldout_share")
+            cure = "give more rows, a larger --heldout_share, or other rows as --heldout_data"
+            require(bool(self.rows), f"{told}; {cure}")
             print(told)
 
     def _stopped(

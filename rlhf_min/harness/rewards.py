@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_min.errors import BadInput, require
+from rlhf_min.errors import BadInput, one_line, require
 from rlhf_min.harness.stopping import SIGNALS
 from rlhf_min.models import RewardModel
 from rlhf_min.rollout import RewardFunction, as_scores, call_reward, reward_parameters
@@ -180,7 +180,8 @@ def unserved(reward: RewardModel | RewardFunction, columns: Collection[str]) -> 
         for p in reward_parameters(function)[2:]:
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in {"prompt", *columns}:
                 continue
-            kept = "" if p.default is p.empty else f" and keeps its default {p.default!r:.40}"
+            default = f" and keeps its default {one_line(p.default, repr):.40}"
+            kept = "" if p.default is p.empty else default
             lines.append(
                 f"reward {getattr(function, '__name__', type(function).__name__)}: its parameter "
                 f"{p.name} is no column of the data{kept}; the columns are {', '.join(columns)}"
@@ -260,10 +261,11 @@ class _Answer(AbstractContextManager[None]):
         columns: Mapping[str, Any],
     ) -> None:
         """Call the user's function; what it generates, and turns into numbers, is so here too."""
+        n = len(texts[-1])  # the function may change its list
         with self:
             self.found = reward(*texts, **columns)
             try:
-                self.scores = as_scores(self.found, name, len(texts[-1]))
+                self.scores = as_scores(self.found, name, n)
             except BadInput as refused:
                 self.refused = refused
 
@@ -299,7 +301,7 @@ def _told(error: BaseException, folder: Path) -> str:
     """Type, message and place of an error, on one line."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is our own call
     places = [frame for frame in frames if Path(frame.filename).parent == folder] or frames
-    message = " ".join(str(error).split())[:200]
+    message = one_line(error)[:200]
     told = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return f"{told} ({places[-1].filename}:{places[-1].lineno})" if places else told
 
@@ -329,7 +331,7 @@ def _module(where: str) -> ModuleType:
     if beside not in sys.path:
         sys.path.append(beside)  # a function may import a neighbour when it is called
     if imported.error is not None:
-        told = " ".join(str(imported.error).split())
+        told = one_line(imported.error)
         if isinstance(imported.error, SystemExit):
             told = f"it ends the process: {_told(imported.error, Path(beside))}"
         raise BadInput(

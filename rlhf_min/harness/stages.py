@@ -86,7 +86,7 @@ def run_sft(
     """Fine-tune the policy on the demonstrations, and save it in the run's folder."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
-    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut)
+    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
     told = tell(f"SFT on {len(examples)} demonstrations; {encoding}")
     state = sft.new_state(policy, examples, config)
     total = sft.total(state.cursor, config)
@@ -192,13 +192,20 @@ def _prepared(
     if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
         n = len(inputs.heldout_pairs)
         told += tell(f"  {equal} of {n} held-out pairs are left out likewise")
-    for some, use in [(examples, "train on"), (heldout, "measure on")]:
-        require(
-            len(some) > 0,
-            f"no pair is left to {use}: the reward model reads the same on both sides of all, "
-            "after the cut or because its tokenizer tells them not apart; give pairs that differ "
-            "earlier or in more than signs, or a --reward_model with more positions or tokens",
-        )
+    of_all = (
+        "the reward model reads the same on both sides of all, after the cut or because its "
+        "tokenizer tells them not apart"
+    )
+    require(
+        len(examples) > 0,
+        f"no pair is left to train on: {of_all}; give pairs that differ earlier or in more than "
+        "signs, or a --reward_model with more positions or tokens",
+    )
+    require(
+        len(heldout) > 0,
+        f"no held-out pair is left to measure on: {of_all} {len(inputs.heldout_pairs)}; give "
+        "another --seed, a larger --heldout_share, or other pairs as --heldout_data",
+    )
     return examples, heldout, told
 
 
@@ -269,7 +276,7 @@ def run_ppo(
     unused = unserved(reward_model, list(inputs.prompts[0]))
     prompts, cut = codec.encode_prompts(inputs.prompts)
     eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
-    encoding = encoded(cut, codec) + encoded_heldout(eval_cut)
+    encoding = encoded(cut, codec) + encoded_heldout(eval_cut, len(eval_prompts))
     told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
@@ -433,7 +440,7 @@ def run_dpo(
     """
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
-    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut)
+    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
     told = tell(f"DPO on {len(examples)} pairs; {encoding}")
     require(
         len(examples) > 0,
