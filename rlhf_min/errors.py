@@ -1,6 +1,6 @@
 """The few errors of rlhf_min. Each message is one line: what, where, and what to do."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,18 +21,6 @@ class BadInput(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
-
-
-def one_line(value: Any, spell: Callable[[Any], str] = str) -> str:
-    """An object of a user's as text on one line, even if its own ``__str__`` raises.
-
-    >>> one_line(ValueError("a\\n b"))
-    'a b'
-    """
-    try:
-        return " ".join(spell(value).split())
-    except Exception as error:
-        return f"a {type(value).__name__} that cannot be shown: {type(error).__name__}"
 
 
 class BadNumbers(BadInput):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import PromptExample, Sequences, collate, micro_batches
-from .errors import BadInput, BadNumbers, one_line, require
+from .errors import BadInput, BadNumbers, require
 from .kl import exact_kl, kl_estimate
 from .masking import require_right_padded
 from .models import Policy, RewardModel, evaluating, scatter_tokens
@@ -315,18 +315,23 @@ def _number(score: Any) -> float:
     return float(score.item() if isinstance(score, Tensor) else score)
 
 
+def one_line(value: Any, spell: Callable[[Any], str] = str) -> str:
+    """An object of a user's as text on one line, even if its own ``__str__`` raises."""
+    with suppress(Exception):  # a user's code may raise anything
+        return " ".join(spell(value).split())
+    return f"a {type(value).__name__} that cannot be shown"
+
+
 def _name(reward: RewardFunction) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
 def _copies(values: Iterable[Any]) -> list[Any]:
     """Each value with all that lies in it, unless it is of a kind that cannot be copied."""
-    copies = []
-    for value in values:
-        try:
-            copies.append(deepcopy(value))
-        except Exception:
-            copies.append(value)
+    copies = list(values)
+    for i, value in enumerate(copies):
+        with suppress(Exception):  # a user's code may raise anything
+            copies[i] = deepcopy(value)
     return copies
 
 

@@ -12,6 +12,7 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_policy
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import (
+    Inputs,
     encoded,
     encoded_heldout,
     encoded_pairs,
@@ -279,6 +280,10 @@ def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
     kept = [*inputs.prompts, *inputs.eval_prompts]
     assert sorted(kept, key=lambda row: row["wanted"]) == given
     assert len(inputs.eval_prompts) == 2
+
+
+def test_further_columns_that_are_no_texts_make_no_tokenizer():
+    assert Inputs(prompts=[{"prompt": "p", "chosen": {"value": "c"}}]).texts == ["p"]
 
 
 def test_a_report_names_what_was_dropped_and_refuses_if_nothing_is_left():

@@ -14,7 +14,7 @@ from small import (
     shuffled,
     small_reward_model,
 )
-from tiny import gpt2_classifier, text, words
+from tiny import bert, bert_words, gpt2_classifier, text, words
 from tolerances import FP32, FP64
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -22,6 +22,8 @@ from rlhf_min import reward
 from rlhf_min.data import Cursor
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_reward_model
+from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.stages import _prepared
 from rlhf_min.models import RewardModel
 from rlhf_min.optim import Optimizer, State
 
@@ -340,3 +342,13 @@ def test_resume(dropout):
 
 def test_determinism():
     assert_deterministic(build)
+
+
+def test_held_out_pairs_that_are_all_equal_have_a_cure_of_their_own():
+    model = RewardModel(bert(), bert_words())
+    equal = {"prompt": "ba", "chosen": "zzz", "rejected": "qqq"}  # unknown words
+    good = {"prompt": "ba", "chosen": "ba", "rejected": "be"}
+    with pytest.raises(BadInput, match=r"of all 1 held out, .*; give another --seed, a larg"):
+        _prepared(model, Inputs(pairs=[good, equal], heldout_pairs=[equal]))
+    with pytest.raises(BadInput, match=r"no pair is left to train on: .*; give pairs that differ"):
+        _prepared(model, Inputs(pairs=[equal], heldout_pairs=[good]))

@@ -53,7 +53,7 @@ class Inputs:
             for rows in (self.demonstrations, self.pairs, self.prompts)
             for row in rows
             for column in ("prompt", "response", "chosen", "rejected")
-            if (text := row.get(column)) is not None
+            if isinstance(text := row.get(column), str)  # else further columns of PPO
         )
         return list(texts)
 

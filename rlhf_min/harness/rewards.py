@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_min.errors import BadInput, one_line, require
+from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.stopping import SIGNALS
 from rlhf_min.models import RewardModel
-from rlhf_min.rollout import RewardFunction, as_scores, call_reward, reward_parameters
+from rlhf_min.rollout import RewardFunction, as_scores, call_reward, one_line, reward_parameters
 
 SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"

@@ -192,19 +192,18 @@ def _prepared(
     if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
         n = len(inputs.heldout_pairs)
         told += tell(f"  {equal} of {n} held-out pairs are left out likewise")
-    of_all = (
-        "the reward model reads the same on both sides of all, after the cut or because its "
-        "tokenizer tells them not apart"
-    )
+    alike = "after the cut or because its tokenizer tells them not apart"
     require(
         len(examples) > 0,
-        f"no pair is left to train on: {of_all}; give pairs that differ earlier or in more than "
-        "signs, or a --reward_model with more positions or tokens",
+        f"no pair is left to train on: the reward model reads the same on both sides of all, "
+        f"{alike}; give pairs that differ earlier or in more than signs, or a --reward_model with more "
+        "positions or tokens",
     )
     require(
         len(heldout) > 0,
-        f"no held-out pair is left to measure on: {of_all} {len(inputs.heldout_pairs)}; give "
-        "another --seed, a larger --heldout_share, or other pairs as --heldout_data",
+        "no pair is left to measure on: the reward model reads the same on both sides of all "
+        f"{len(inputs.heldout_pairs)} held out, {alike}; give another --seed, a larger "
+        "--heldout_share, or other pairs as --heldout_data",
     )
     return examples, heldout, told
 
