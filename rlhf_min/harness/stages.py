@@ -195,9 +195,9 @@ def _prepared(
     alike = "after the cut or because its tokenizer tells them not apart"
     require(
         len(examples) > 0,
-        f"no pair is left to train on: the reward model reads the same on both sides of all, "
-        f"{alike}; give pairs that differ earlier or in more than signs, or a --reward_model with more "
-        "positions or tokens",
+        "no pair is left to train on: the reward model reads the same on both sides of all, "
+        f"{alike}; give pairs that differ earlier or in more than signs, or a --reward_model with "
+        "more positions or tokens",
     )
     require(
         len(heldout) > 0,
