@@ -357,7 +357,6 @@ class RewardModel(nn.Module):
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.tokenizer.model_max_length = max_length  # saved with the model
         self.codec = PairCodec(tokenizer, max_length)
-        self.padding_side = "right"
         self.cuts = CutReport()  # of all texts that were scored
         self.new_weights: list[str] = []  # what had to be drawn anew when it was loaded
         self.rescaled = False  # since it was loaded
@@ -394,7 +393,7 @@ class RewardModel(nn.Module):
         """Encoded texts as one padded batch of the classifier's inputs."""
         # Where a model has no embeddings for types, as GPT-2, it would add those of two words.
         types = getattr(self.model.config, "type_vocab_size", 0) > 1
-        return self.codec.pad(pairs, side=self.padding_side, types=types)
+        return self.codec.pad(pairs, side=self.tokenizer.padding_side, types=types)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], *, max_tokens: int = 16384
@@ -465,19 +464,33 @@ class RewardModel(nn.Module):
         return [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
 
     def _choose_padding_side(self) -> None:
-        """The right, or the left as XLNet needs it: where a text's neighbours change nothing."""
+        """The right, or the left as XLNet needs it: where a text's neighbours change nothing.
+
+        What the last layer reads decides, by its direction: a new head may score all texts alike.
+        The side is the tokenizer's from here on, and saved with it.
+        """
+        rng = torch.Generator().manual_seed(0)
+        weight = torch.randn(self._last_layer.weight.shape, generator=rng, dtype=torch.float32)
+
+        def by_direction(_layer: nn.Linear, inputs: tuple[Tensor], _output: Tensor) -> Tensor:
+            return F.linear(F.normalize(inputs[0].float(), dim=-1), weight.to(self.device))
+
         pairs, _ = self.codec.encode(["What?"] * 2, ["This. " * 9, "This."])
         near = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32)) ** 0.5
-        for side in ("right", "left"):
-            self.padding_side = side
-            with evaluating(self):
-                alone, beside = self.forward_pairs(pairs[1:])[0], self.forward_pairs(pairs)[1]
-            if torch.allclose(alone, beside, rtol=near, atol=near, equal_nan=True):
-                return
+        hook = self._last_layer.register_forward_hook(by_direction)
+        try:
+            for side in ("right", "left"):
+                self.tokenizer.padding_side = side
+                self.tokenizer.init_kwargs["padding_side"] = side  # what is saved
+                with evaluating(self):
+                    alone, beside = self.forward_pairs(pairs[1:])[0], self.forward_pairs(pairs)[1]
+                if torch.allclose(alone, beside, rtol=near, atol=near, equal_nan=True):
+                    return
+        finally:
+            hook.remove()
         raise BadInput(
-            f"{type(self.model).__name__} scores a text {float(alone):.4g} alone and "
-            f"{float(beside):.4g} beside a longer one, so padding changes its scores; give a "
-            "classifier that heeds attention_mask"
+            f"{type(self.model).__name__} scores a text otherwise alone than beside a longer one, "
+            "so padding changes its scores; give a classifier that heeds attention_mask"
         )
 
 

@@ -65,6 +65,7 @@ from transformers import (
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.harness.identity import tokenizer_digest
 from rlhf_min.models import (
     VALUE_FILE,
     Policy,
@@ -824,8 +825,25 @@ def test_a_score_depends_on_no_neighbour_whatever_side_the_tokenizer_pads(name, 
     assert_close(model(*TEXTS).detach().double(), alone, tolerance)
     if side == "left":
         assert_close(scorer(name).score(*TEXTS), alone, tolerance)
-        assert model.tokenizer.padding_side == "left"  # as it was given
-    assert model.padding_side == ("left" if name == "xlnet" else "right")
+    assert model.tokenizer.padding_side == ("left" if name == "xlnet" else "right")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6])
+def test_the_side_of_the_padding_is_found_whatever_the_head_and_saved(scale, tmp_path):
+    model = CLASSIFIERS["xlnet"]().eval()
+    model.logits_proj.weight.data.mul_(scale)
+    model.logits_proj.bias.data.zero_()
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    tokenizer = words()
+    ours = RewardModel(model, tokenizer)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert tokenizer.padding_side == "right"
+    assert not ours(["ba"], ["be"]).any() or scale  # its own head is back
+    digest = tokenizer_digest(ours.tokenizer)
+    save_reward_model(ours, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    assert tokenizer_digest(RewardModel.from_pretrained(tmp_path).tokenizer) == digest
 
 
 ROUNDED = ("llama", "qwen2", "roberta")  # with norms, or all of it, in float32
@@ -843,7 +861,7 @@ def test_the_tokenizer_that_was_given_stays_as_it_is(tmp_path):
         assert before == after
     save_reward_model(model, tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert saved["padding_side"] == "left"
+    assert saved["padding_side"] == "right"  # that of the model
     assert saved["pad_token"] == "<eos>"
     assert RewardModel.from_pretrained(tmp_path / "saved").max_length == 20
 
