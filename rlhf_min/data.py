@@ -421,7 +421,10 @@ class Codec:
                 for text, ids in zip(sides, read, strict=True)
             )
             if torch.equal(chosen_ids, rejected_ids):
-                report.equal_after_cut += 1
+                if any(len(ids.ids) > self.max_response_tokens or ids.in_part for ids in read):
+                    report.equal_after_cut += 1
+                else:
+                    report.equal_tokens += 1
                 return []
             return [PreferenceExample(prompt_ids, chosen_ids, rejected_ids)]
 
@@ -572,20 +575,23 @@ class Codec:
 
     def _spelled(self, what: str, text: str, place: Place) -> Iterator[Spelled]:
         special = set(self._special.findall(text)) if self._special else set()
-        foreign = set(MARKS.findall(text)) - special
-        foreign -= {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        foreign = set(MARKS.findall(text)) - special - self._added.keys()
         for known, marks in ((True, special), (False, foreign)):
             if marks:
                 yield Spelled(what, known, tuple(sorted(marks, key=text.index)), place)
+
+    @cached_property
+    def _added(self) -> dict[str, int]:
+        """The id of each token that was added to the vocabulary."""
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
 
     @cached_property
     def _template_pieces(self) -> list[int | str]:
         """The template as the texts between its special tokens, and the ids of these."""
         if self._special is None:
             return [self.template]
-        ids = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
         pieces = re.split(f"({self._special.pattern})", self.template)
-        return [ids.get(piece, piece) for piece in pieces if piece]
+        return [self._added.get(piece, piece) for piece in pieces if piece]
 
     @cached_property
     def _special(self) -> re.Pattern[str] | None:

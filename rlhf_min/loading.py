@@ -251,12 +251,7 @@ def _load(
         f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
         "would be random; give a model that was trained for this, or train its head first",
     )
-    largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
-    require(
-        largest < rows,
-        f"{name_or_path}: the tokenizer has ids up to {largest}, but the model only {rows} "
-        "embeddings; save the model's own tokenizer there, or resize the embeddings and train them",
-    )
+    require_embeddings(name_or_path, model, tokenizer)
     _require_finite(name_or_path, model.named_parameters())
     _require_chat_templates(name_or_path, tokenizer)
     _try_to_save(model, tokenizer)
@@ -288,6 +283,18 @@ def _read(
     if prefixed or "gguf_file" in source:
         model = _plain(model)
     return model, tokenizer, info
+
+
+def require_embeddings(
+    name_or_path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise `BadInput` unless the model has an embedding for every id of the tokenizer."""
+    largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    require(
+        largest < rows,
+        f"{name_or_path}: the tokenizer has ids up to {largest}, but the model only {rows} "
+        "embeddings; save the model's own tokenizer there, or resize the embeddings and train them",
+    )
 
 
 def _require_finite(name_or_path: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -15,7 +15,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from .data import CutReport, Sequences, micro_batches
 from .errors import BadInput, require
 from .fast import can_pack, separate_trunk, speed_up
-from .loading import VALUE_FILE, Reading, load_causal_lm, load_classifier
+from .loading import VALUE_FILE, Reading, load_causal_lm, load_classifier, require_embeddings
 from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
 from .packing import Layout, packed, padded
 from .pairs import PairCodec, TextPair
@@ -102,6 +102,9 @@ class Policy(nn.Module):
             new_tokens: how many are to be written after each row.
         """
         name, positions, vocabulary = type(self.lm).__name__, self.positions, self.vocabulary
+        rows = [tuple(parts) for parts in rows]
+        if _all_fit(rows, positions - new_tokens, vocabulary):
+            return
         for row, parts in enumerate(rows):
             for ids in parts:
                 require(
@@ -256,6 +259,17 @@ class Policy(nn.Module):
         return packed(batch, width=self.lm.config.hidden_size // 3)
 
 
+def _all_fit(rows: list[tuple[Tensor, ...]], positions: float, vocabulary: int) -> bool:
+    """Whether all ids are sound, seen at once; False too where that cannot be seen at once."""
+    every = [ids for parts in rows for ids in parts]
+    if not all(ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0 for ids in every):
+        return False
+    if len({ids.device for ids in every}) != 1 or positions < max(sum(map(len, x)) for x in rows):
+        return False
+    low, high = torch.cat(every).aminmax()
+    return bool(low >= 0 and high < vocabulary)
+
+
 def _hidden_states(trunk: nn.Module, layout: Layout) -> Tensor:
     """The states that predict the real response tokens, row after row. Shape ``(N, H)``."""
     hidden = trunk(**layout.inputs, use_cache=False).last_hidden_state  # (R, W, H)
@@ -353,6 +367,7 @@ class RewardModel(nn.Module):
             8 <= max_length <= positions,
             f"max_length {max_length} must lie between 8 and the model's {positions} positions",
         )
+        require_embeddings("the reward model", model, tokenizer)
         speed_up(model)
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.tokenizer.model_max_length = max_length  # saved with the model
@@ -377,6 +392,8 @@ class RewardModel(nn.Module):
 
         Rows of similar length pass together, so that little of the work is padding.
         """
+        if not pairs:
+            return torch.zeros(0, dtype=torch.float32, device=self.device)
         groups = micro_batches([len(pair.ids) for pair in pairs], max_tokens=SIMILAR_TOKENS)
         parts = []
         for rows in groups:

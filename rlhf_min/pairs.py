@@ -4,8 +4,9 @@
     RoBERTa   <s> prompt </s> </s> response </s>
     GPT-2     prompt "\\n" response EOS
 
-Where no token separates the two, a new line does, and EOS ends the response. A response that is too
-long loses its end, then a prompt its beginning.
+Where no separator stands between the two, a new line does, and EOS ends the response, if the
+tokenizer does not put it there by itself, as T5's does. A response that is too long loses its end,
+then a prompt its beginning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,6 @@ class PairCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.separates = tokenizer.sep_token is not None
         pair = tokenizer("x", "x", return_token_type_ids=True)
         of = pair.sequence_ids(0)  # 0 and 1 at the tokens of the texts, None at special ones
         require({0, 1} <= set(of), "the reward model's tokenizer makes no token of the letter x")
@@ -57,6 +57,7 @@ class PairCodec:
         ends = first + of.count(0), second + of.count(1)
         slices = slice(first), slice(ends[0], second), slice(ends[1], None)
         self.special_ids = [pair.input_ids[part] for part in slices]  # before, between and after
+        self.separates = tokenizer.sep_token_id in self.special_ids[1]
         self.special_types = [pair.token_type_ids[part] for part in slices]
         self.text_types = pair.token_type_ids[first], pair.token_type_ids[second]
         self.room = max_length - sum(map(len, self.special_ids))
@@ -69,7 +70,8 @@ class PairCodec:
         """The ids of each row, and what of the texts was cut or is unknown."""
         pairs, report = [], CutReport(prompts=len(prompts), responses=len(responses))
         before, between, after = self.special_ids
-        eos_id = None if self.separates else self.tokenizer.eos_token_id
+        ended = self.separates or self.tokenizer.eos_token_id in after
+        eos_id = None if ended else self.tokenizer.eos_token_id
         if not self.separates:
             prompts = [f"{prompt}\n" for prompt in prompts]
         for prompt, response in zip(

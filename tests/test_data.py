@@ -247,6 +247,24 @@ def test_encode_preferences_shares_the_prompt_and_drops_what_the_cut_made_equal(
     )
 
 
+def test_pairs_that_are_equal_without_a_cut_are_told_as_such():
+    rows = [{"prompt": "ba", "chosen": "bo bu", "rejected": "bo  bu"}]
+    examples, report = codec(prompt=2, response=3).encode_preferences(rows)
+    assert (len(examples), report.equal_tokens, report.equal_after_cut) == (0, 1, 0)
+
+
+def test_the_added_tokens_are_read_once(monkeypatch):
+    reads, made = [], codec(prompt=2, response=3)
+    read = type(made.tokenizer).added_tokens_decoder.fget
+    counted = property(lambda tokenizer: reads.append(1) or read(tokenizer))
+    monkeypatch.setattr(type(made.tokenizer), "added_tokens_decoder", counted)
+    rows = [{"prompt": "ba", "response": "be"}]
+    made.encode_demonstrations(rows)
+    before = len(reads)
+    made.encode_demonstrations(rows * 9)
+    assert len(reads) == before
+
+
 # Conversation
 
 TALK = [

@@ -31,6 +31,7 @@ from tiny import (
     token_rows,
     words,
 )
+from tokenizers import processors
 from tolerances import EXACT, FP32, FP64
 from torch.nn import functional as F
 from transformers import (
@@ -58,6 +59,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
     XLNetConfig,
     XLNetForSequenceClassification,
 )
@@ -864,6 +867,30 @@ def test_the_tokenizer_that_was_given_stays_as_it_is(tmp_path):
     assert saved["padding_side"] == "right"  # that of the model
     assert saved["pad_token"] == "<eos>"
     assert RewardModel.from_pretrained(tmp_path / "saved").max_length == 20
+
+
+def test_an_id_beyond_the_embeddings_is_refused():
+    tokenizer = words(pad=None)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(BadInput, match="has ids up to 28, but the model only 28 embed") as raised:
+        RewardModel(gpt2_classifier(), tokenizer)
+    one_line(raised)
+
+
+def test_no_text_has_no_score():
+    assert scorer("bert").forward([], []).shape == scorer("bert").score([], []).shape == (0,)
+
+
+def test_a_classifier_that_counts_ends_takes_responses_that_are_cut():
+    sizes = {"d_model": WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=28, eos_token_id=1, decoder_start_token_id=0, **sizes)
+    tokenizer = words()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", EOS)]
+    )
+    model = RewardModel(classifier(config, T5ForSequenceClassification), tokenizer, max_length=12)
+    assert model.score(["ba", "ba"], ["be", "be " * 40]).isfinite().all()
+    assert model.cuts.responses_cut == 1
 
 
 def test_a_classifier_that_heeds_no_mask_is_refused():

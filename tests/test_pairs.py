@@ -50,6 +50,21 @@ def llama_words():
     return with_template(template)
 
 
+def t5_words():
+    """An end behind each of the two, and no separator by name."""
+    template = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+    )
+    return with_template(template)
+
+
+def words_with_sep():
+    """It has a separator, and does not put it between two texts."""
+    tokenizer = words()
+    tokenizer.sep_token = "<unk>"
+    return tokenizer
+
+
 def unigram():
     """A SentencePiece vocabulary, in which special tokens are pieces like all others."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -85,7 +100,7 @@ def test_a_tokenizer_that_separates_joins_the_two_in_its_own_way(make, prompt, r
     assert (pair.prompt_tokens, pair.response_tokens) == (len(prompt), len(response))
 
 
-@pytest.mark.parametrize("make", [words, llama_words, bytewise])
+@pytest.mark.parametrize("make", [words, words_with_sep, llama_words, bytewise])
 @given(prompt=numbers(1), response=numbers(1))
 def test_elsewhere_a_new_line_and_an_eos_are_added(make, prompt, response):
     tokenizer = make()
@@ -94,6 +109,16 @@ def test_elsewhere_a_new_line_and_an_eos_are_added(make, prompt, response):
     both = f"{text(prompt)}\n", f"{text(response)}"
     expected = tokenizer(*both).input_ids
     assert pair.ids.tolist() == [*expected, tokenizer.eos_token_id]
+
+
+@given(prompt=numbers(1), response=numbers(1))
+def test_an_end_that_the_tokenizer_puts_there_is_no_second_time(prompt, response):
+    tokenizer = t5_words()
+    (pair,), report = PairCodec(tokenizer, 20).encode([text(prompt)], [text(response)])
+    if report.responses_cut == report.prompts_cut == 0:
+        assert pair.ids.tolist() == tokenizer(text(prompt), text(response)).input_ids
+    assert pair.ids[-1] == tokenizer.eos_token_id
+    assert int((pair.ids == tokenizer.eos_token_id).sum()) == 2  # of a response that is cut, too
 
 
 SPELLED = {

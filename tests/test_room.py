@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import BALL, BIG, DEMONSTRATIONS, END, ONE, PREFERENCES, PROMPTS, RED, ids, small_policy
 from tiny import VOCABULARY, StubTokenizer, seeded
+from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -170,6 +171,16 @@ def test_a_response_that_the_model_has_no_room_for(untouched, response):
 def test_ids_are_a_row_of_whole_numbers(untouched, prompt):
     with pytest.raises(BadInput, match="row 1: ids of shape"):
         sampled(untouched, prompt)
+
+
+def test_sound_rows_are_seen_at_once(monkeypatch):
+    policy, calls = small_policy(), []
+    monkeypatch.setattr(
+        Tensor, "aminmax", lambda ids: calls.append(len(ids)) or (ids.min(), ids.max())
+    )
+    policy.require_room([(ids(RED), ids(RED, BALL)), (ids(BIG).int(),)])
+    assert calls == [4]
+    policy.require_room([])
 
 
 def test_more_new_tokens_than_the_state_was_made_for(untouched):

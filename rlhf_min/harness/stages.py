@@ -443,8 +443,8 @@ def run_dpo(
     told = tell(f"DPO on {len(examples)} pairs; {encoding}")
     require(
         len(examples) > 0,
-        "no pair is left to train on: all are equal after the cut; raise --max_response_tokens, "
-        "and --max_length with it",
+        "no pair is left to train on: all are equal as tokens or equal after the cut; raise "
+        "--max_response_tokens, and --max_length with it, or give other pairs",
     )
     policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
