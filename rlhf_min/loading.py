@@ -289,7 +289,8 @@ def require_embeddings(
     name_or_path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raise `BadInput` unless the model has an embedding for every id of the tokenizer."""
-    largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    embeddings: Any = model.get_input_embeddings()
+    largest, rows = max(tokenizer.get_vocab().values()), len(embeddings.weight)
     require(
         largest < rows,
         f"{name_or_path}: the tokenizer has ids up to {largest}, but the model only {rows} "

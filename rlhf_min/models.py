@@ -259,7 +259,7 @@ class Policy(nn.Module):
         return packed(batch, width=self.lm.config.hidden_size // 3)
 
 
-def _all_fit(rows: list[tuple[Tensor, ...]], positions: float, vocabulary: int) -> bool:
+def _all_fit(rows: list[Sequence[Tensor]], positions: float, vocabulary: int) -> bool:
     """Whether all ids are sound, seen at once; False too where that cannot be seen at once."""
     every = [ids for parts in rows for ids in parts]
     if not all(ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0 for ids in every):
