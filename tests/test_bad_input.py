@@ -393,7 +393,7 @@ DATA = [
     Case(
         "rows of 1 MB",
         f"{SFT}{BRIEF} --data a.jsonl",
-        "SFT on 8 demonstrations; 1 of 8 prompts cut (262136 tokens lost); 1 of 8 responses …",
+        "SFT on 8 demonstrations; 1 of 8 prompts cut (65528 tokens lost); 1 of 8 responses …",
         rows(*pairs(8), {"prompt": "red " * 2**18, "chosen": "blue " * 2**18, "rejected": "one"}),
         0,
     ),
@@ -572,12 +572,16 @@ MODELS = [
         "a: BartForConditionalGeneration is an encoder-decoder and cannot be the policy; give …",
         "a",
     ),
-    model("no weights", without(WEIGHTS), f"sft: {BAD}Error no file named model.safetensors, …"),
+    model("no weights", without(WEIGHTS), f"sft: {BAD}there is a config.json, but no {WEIGHTS}; …"),
     model("weights of no bytes", file(WEIGHTS), DAMAGED),
     model("truncated weights", cut(WEIGHTS), DAMAGED),
     model("weights cut in their header", cut(WEIGHTS, 100), DAMAGED),
     model("a header of 2^63 bytes", file(WEIGHTS, struct.pack("<Q", 2**63)), DAMAGED),
-    model("a pointer to weights", file(WEIGHTS, "version https://git-lfs.github.com/\n"), DAMAGED),
+    model(
+        "a pointer to weights",
+        file(WEIGHTS, "version https://git-lfs.github.com/\n"),
+        f"sft: {BAD}{WEIGHTS} is a pointer of Git LFS and not the weights; run git lfs pull",
+    ),
     model(
         "a weight that is missing",
         weights(WEIGHTS, lambda tensors: tensors.pop("transformer.ln_f.weight")),
@@ -607,7 +611,7 @@ MODELS = [
             without(WEIGHTS),
             file(f"{WEIGHTS}.index.json", '{"metadata": {}, "weight_map": {"a": "../../b"}}'),
         ),
-        f"sft: {BAD}…No such file or directory: …",
+        f"sft: {BAD}{WEIGHTS}.index.json names ../../b, and no such file is there; copy all parts",
     ),
     model(
         "a model with code",
