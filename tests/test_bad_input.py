@@ -572,7 +572,11 @@ MODELS = [
         "a: BartForConditionalGeneration is an encoder-decoder and cannot be the policy; give …",
         "a",
     ),
-    model("no weights", without(WEIGHTS), f"sft: {BAD}there is a config.json, but no {WEIGHTS}; …"),
+    model(
+        "no weights",
+        without(WEIGHTS),
+        f"sft: {BAD}there is a config.json, but no model.safetensors; …",
+    ),
     model("weights of no bytes", file(WEIGHTS), DAMAGED),
     model("truncated weights", cut(WEIGHTS), DAMAGED),
     model("weights cut in their header", cut(WEIGHTS, 100), DAMAGED),
@@ -580,7 +584,7 @@ MODELS = [
     model(
         "a pointer to weights",
         file(WEIGHTS, "version https://git-lfs.github.com/\n"),
-        f"sft: {BAD}{WEIGHTS} is a pointer of Git LFS and not the weights; run git lfs pull",
+        f"sft: {BAD}model.safetensors is a pointer of Git LFS and not the weights; run git lfs pull",
     ),
     model(
         "a weight that is missing",
@@ -611,7 +615,7 @@ MODELS = [
             without(WEIGHTS),
             file(f"{WEIGHTS}.index.json", '{"metadata": {}, "weight_map": {"a": "../../b"}}'),
         ),
-        f"sft: {BAD}{WEIGHTS}.index.json names ../../b, and no such file is there; copy all parts",
+        f"sft: {BAD}model.safetensors.index.json names ../../b, and no such file is there; copy all parts",
     ),
     model(
         "a model with code",
