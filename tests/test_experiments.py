@@ -299,8 +299,17 @@ def start(models, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("given", [(), ("model",), ("reward_model",), ("model", "reward_model")])
 def test_models_are_trained_unless_they_are_given(given, models, monkeypatch, tmp_path):
     trained = []
-    monkeypatch.setattr(stages, "run_sft", lambda *_: trained.append("model"))
-    monkeypatch.setattr(stages, "run_reward", lambda *_, **__: trained.append("reward_model"))
+
+    def run_sft(policy, codec, inputs, config, log):
+        trained.append("model")
+        save_policy(policy, log.folder / "sft")
+
+    def run_reward(reward_model, inputs, config, log, **_):
+        trained.append("reward_model")
+        save_reward_model(reward_model, log.folder / "reward_model")
+
+    monkeypatch.setattr(stages, "run_sft", run_sft)
+    monkeypatch.setattr(stages, "run_reward", run_reward)
     save_policy(models[0], tmp_path / "model")
     save_reward_model(models[1], tmp_path / "reward_model")
     options = ExperimentOptions(max_length=64, **{name: str(tmp_path / name) for name in given})
