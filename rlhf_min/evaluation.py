@@ -197,7 +197,7 @@ def blind_spots(
         if reasons:
             end = "; not measured" if wholly else ""
             if any(ref_short) and not wholly:
-                end = "; such rows have no run of 4" if name == "bleu" else "; such rows count as 0"
+                end = "; such rows match no run of 4" if name == "bleu" else "; such rows count as 0"
             reason = f"{title}: {', '.join(reasons)}{end}"
             found[name] = Blind(reason, wholly)
     return found
