@@ -1225,7 +1225,7 @@ MUTANTS = [
 
     Mutant("a rollout of NaN is learned from", "ppo._finite_rollout",
            "None if optimizer.refused(rollout) else rollout", "rollout",
-           "test_nonfinite.py::test_a_rollout_that_is_skipped_reaches_nothing"),
+           "test_nonfinite.py::test_a_rollout_whose_values_are_nan_is_skipped"),
     Mutant("a ratio may be infinite", "ppo.minibatch_step",
            "optimizer.check(stats, zip(rows, alone, strict=True))", "pass",
            "test_nonfinite.py::test_a_minibatch_names_the_rows_of_the_rollout[ratio--200.0]"),

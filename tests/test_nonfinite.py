@@ -398,6 +398,21 @@ def test_a_rollout_that_is_skipped_reaches_nothing():
     assert state.kl_control.coef != coef
 
 
+def test_a_rollout_whose_values_are_nan_is_skipped():
+    policy, _, state, steps = ppo_run(on_nonfinite="skip")
+    next(steps)
+    before = weights(policy)
+    handle = policy.value_head.register_forward_hook(
+        lambda _module, _inputs, values: values if torch.is_grad_enabled() else values * math.nan
+    )
+    assert next(steps) == {"skipped": 1}
+    handle.remove()
+    assert_untouched(policy, before)
+    assert next(steps)["skipped"] == 1
+    assert (state.step, state.optimizer.steps) == (3, 2)
+    assert largest_difference(policy, before) > 0
+
+
 def test_a_reward_that_gives_nan_is_bad_input_or_skipped():
     def score(_prompts, responses):
         calls.append(len(responses))
