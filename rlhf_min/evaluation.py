@@ -197,7 +197,8 @@ def blind_spots(
         if reasons:
             end = "; not measured" if wholly else ""
             if any(ref_short) and not wholly:
-                end = "; such rows match no run of 4" if name == "bleu" else "; such rows count as 0"
+                end = "match no run of 4" if name == "bleu" else "count as 0"
+                end = f"; such rows {end}"
             reason = f"{title}: {', '.join(reasons)}{end}"
             found[name] = Blind(reason, wholly)
     return found

@@ -584,7 +584,7 @@ MODELS = [
     model(
         "a pointer to weights",
         file(WEIGHTS, "version https://git-lfs.github.com/\n"),
-        f"sft: {BAD}model.safetensors is a pointer of Git LFS and not the weights; run git lfs pull",
+        f"sft: {BAD}model.safetensors is a pointer of Git LFS and not the weights; …",
     ),
     model(
         "a weight that is missing",
@@ -615,7 +615,7 @@ MODELS = [
             without(WEIGHTS),
             file(f"{WEIGHTS}.index.json", '{"metadata": {}, "weight_map": {"a": "../../b"}}'),
         ),
-        f"sft: {BAD}model.safetensors.index.json names ../../b, and no such file is there; copy all parts",
+        f"sft: {BAD}model.safetensors.index.json names ../../b, and no such file is …",
     ),
     model(
         "a model with code",

@@ -300,11 +300,11 @@ def start(models, monkeypatch, tmp_path, capsys):
 def test_models_are_trained_unless_they_are_given(given, models, monkeypatch, tmp_path):
     trained = []
 
-    def run_sft(policy, codec, inputs, config, log):
+    def run_sft(policy, _codec, _inputs, _config, log):
         trained.append("model")
         save_policy(policy, log.folder / "sft")
 
-    def run_reward(reward_model, inputs, config, log, **_):
+    def run_reward(reward_model, _inputs, _config, log, **_):
         trained.append("reward_model")
         save_reward_model(reward_model, log.folder / "reward_model")
 

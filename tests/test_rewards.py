@@ -342,7 +342,9 @@ def test_a_reward_model_in_a_sum_gets_no_columns():
 
 
 def test_the_handlers_of_signals_are_put_back():
-    before = signal.getsignal(signal.SIGINT)
+    at_start = signal.getsignal(signal.SIGINT)  # ignored in a job in the background
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     reward = load_reward(["my_rewards:handles"], model, timeout=0)
     call_reward(reward, PROMPTS, RESPONSES)
     assert signal.getsignal(signal.SIGINT) is before
@@ -351,6 +353,7 @@ def test_the_handlers_of_signals_are_put_back():
     ]
     with pytest.raises(BadInput, match=r"main thread.*; --reward_timeout 0 calls it in the main t"):
         call_reward(load_reward(["my_rewards:handles"], model), PROMPTS, RESPONSES)
+    signal.signal(signal.SIGINT, at_start)
 
 
 def test_a_module_that_bends_the_process_when_imported(folder):
