@@ -1111,6 +1111,7 @@ def main() -> None:
                     continue
                 lines = [f"error: {our_line(found.err)}"] if case.code else found.out.splitlines()
                 shown = next(line for line in lines if case.code or fits(case.says, line))
+                shown = re.sub(rf"{re.escape(folder)}/\S*/", "", shown)  # of this run alone
                 print(markdown(case.given, shown.strip()))
 
 
