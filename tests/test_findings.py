@@ -212,8 +212,8 @@ def test_a_model_below_its_baseline_and_a_reward_model_that_is_exploited(tmp_pat
     assert len(lines) == 2
     exploited, below = lines
     assert exploited.startswith(
-        "Test: PPO's score rose and the gold reward did not on the test prompts: gold reward 3.050 "
-        "[2.950, 3.150], SFT's 3.000 [2.900, 3.100]; the reward model is exploited"
+        "Test: PPO's score rose, the gold reward is not shown to have risen on the test prompts: "
+        "gold reward 3.050 [2.950, 3.150], SFT's 3.000 [2.900, 3.100]; the reward model may be"
     )
     assert below.startswith(
         "Test: DPO is below SFT by the score on the test prompts: score -1.000 [-1.100, -0.900], "

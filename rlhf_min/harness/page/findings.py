@@ -341,10 +341,10 @@ def _test(run: Run) -> Iterator[Finding]:
         if words["score"] == "above" and words["gold_reward"] in ("below", "against"):
             yield Finding(
                 "test",
-                f"{model.upper()}'s score rose and the gold reward did not",
+                f"{model.upper()}'s score rose, the gold reward is not shown to have risen",
                 "on the test prompts",
                 _two(run, model, "gold_reward"),
-                "the reward model is exploited: raise --kl_coef, or train it on more pairs",
+                "the reward model may be exploited: raise --kl_coef, or train it on more pairs",
             )
 
 
