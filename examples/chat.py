@@ -15,8 +15,8 @@ from rlhf_min.data import CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
 from rlhf_min.harness.inputs import make_codec, model_folders, start_policy
-from rlhf_min.harness.screen import is_read
-from rlhf_min.models import RewardModel
+from rlhf_min.harness.run.terminal import is_read
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import sample
 
 UNUSED = (

@@ -11,11 +11,11 @@ from pathlib import Path
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.harness import finish, report
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
 from rlhf_min.harness.inputs import encoded, load_inputs, make_codec, model_folders, start_policy
-from rlhf_min.harness.run import check_out, open_run, run_seed
-from rlhf_min.models import RewardModel
+from rlhf_min.harness.report import finish, results
+from rlhf_min.harness.run.folder import check_out, open_run, run_seed
+from rlhf_min.reward_model import RewardModel
 
 UNUSED = OF_TRAINING
 
@@ -85,10 +85,10 @@ def main() -> None:
         max_tokens=8192,
         seed=seed,
     )
-    results = report.results_json(evaluations, reward_model={}, seed=seed)
-    print(report.results_table(evaluations, baseline=baseline))
-    report.write_json(out / "results.json", results)
-    report.write_samples(out / "samples.md", evaluations, [prompt.text for prompt in prompts])
+    found = results.results_json(evaluations, reward_model={}, seed=seed)
+    print(results.results_table(evaluations, baseline=baseline))
+    results.write_json(out / "results.json", found)
+    results.write_samples(out / "samples.md", evaluations, [prompt.text for prompt in prompts])
     shown = finish.show(out)
     print(f"{', '.join([*shown, 'results.json'])} and samples.md are in {out}")
 

@@ -17,7 +17,7 @@ from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness import experiments
 from rlhf_min.harness.cli import command, parse
 from rlhf_min.harness.experiments import Point
-from rlhf_min.harness.run import check_out
+from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 SHOWN |= {name: name for name in ("correct", "polite", "brief")}

@@ -11,13 +11,12 @@ import argparse
 from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness import report
-from rlhf_min.harness.checkpoint import write_file
 from rlhf_min.harness.cli import Parser, command
-from rlhf_min.harness.finish import Spared
-from rlhf_min.harness.page import html
-from rlhf_min.harness.page.findings import FINDINGS, first_lines, write_findings
-from rlhf_min.harness.runs import read_run
+from rlhf_min.harness.report import page, results
+from rlhf_min.harness.report.findings import FINDINGS, first_lines, write_findings
+from rlhf_min.harness.report.finish import Spared
+from rlhf_min.harness.run.finished import write_file
+from rlhf_min.harness.run.layout import read_run
 
 
 @command
@@ -29,16 +28,16 @@ def main() -> None:
 
     runs = [read_run(folder) for folder in options.runs]
     alone = len(runs) == 1
-    out = options.out or (runs[0].folder if alone else Path()) / html.REPORT
+    out = options.out or (runs[0].folder if alone else Path()) / page.REPORT
     require(out.suffix == ".html", f"--out {out} must end in .html, so that browsers open it")
     try:
-        write_file(out, html.page(runs))
+        write_file(out, page.page(runs))
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     if alone and runs[0].rows:
-        curves = out.with_name(report.CURVES)
+        curves = out.with_name(results.CURVES)
         with Spared(curves, f"{out} has its own"):
-            report.write_curves(curves, runs[0])
+            results.write_curves(curves, runs[0])
     if alone and options.out is None:
         with Spared(runs[0].folder / FINDINGS, f"{out} begins with them"):
             write_findings(runs[0])

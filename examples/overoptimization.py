@@ -19,7 +19,7 @@ from rlhf_min.errors import require
 from rlhf_min.harness import experiments
 from rlhf_min.harness.cli import command, parse
 from rlhf_min.harness.experiments import Point
-from rlhf_min.harness.run import check_out
+from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats

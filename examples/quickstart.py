@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.harness import finish, report, stages
+from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.run import check_out, start_log
+from rlhf_min.harness.report import finish, results
+from rlhf_min.harness.run.folder import check_out, start_log
 
 MINIBATCH = ppo.PPOConfig.minibatch_size
 
@@ -81,9 +82,9 @@ def main() -> None:
         seed=options.seed,
     )
     pairs = reward_report.estimates
-    results = report.results_json(evaluations, reward_model=pairs, seed=options.seed)
-    print(report.results_table(evaluations, baseline="sft"))
-    report.write_json(out / "results.json", results)
+    found = results.results_json(evaluations, reward_model=pairs, seed=options.seed)
+    print(results.results_table(evaluations, baseline="sft"))
+    results.write_json(out / "results.json", found)
     shown = finish.show(out, log)
     seconds = time.perf_counter() - started
     print(f"\n{seconds:.0f} s; {', '.join([*shown, 'models'])} are in {out}")

@@ -15,13 +15,15 @@ import torch
 from rlhf_min import reward, sft
 from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
-from rlhf_min.harness import finish, stages
+from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.report import finish
 from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
-from rlhf_min.harness.run import check_out, start_log
-from rlhf_min.models import Critic, RewardModel
+from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.policy import Critic
 from rlhf_min.ppo import PPOConfig
+from rlhf_min.reward_model import RewardModel
 
 
 @dataclass(frozen=True)

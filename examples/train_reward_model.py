@@ -4,10 +4,11 @@ Without options: a small new BERT on the embedded world. With --model its scores
 samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
 """
 
-from rlhf_min.harness import finish, report, stages
+from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
-from rlhf_min.harness.run import check_out, start_log
+from rlhf_min.harness.report import finish, results
+from rlhf_min.harness.run.folder import check_out, start_log
 from rlhf_min.reward import RewardConfig
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     print(found)
 
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}
-    report.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
+    results.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
     shown = finish.show(out, log)
     print(f"{', '.join(['model', *shown])}, results.json and metrics.jsonl are in {out}")
 

@@ -12,8 +12,9 @@ from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
 from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
 from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
-from .models import Policy, RewardModel
+from .policy import Policy
 from .ppo import judge, ppo_epoch, ppo_update
+from .reward_model import RewardModel
 from .rollout import Rollout, RolloutBuffer, collect, score_rollout
 from .sampling import sample
 

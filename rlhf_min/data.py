@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .chat import MARKS, Refused, doubts, holds, render, require_content
+from .encoding.chat import MARKS, Refused, doubts, holds, render, require_content
 from .errors import BadInput, require
 from .masking import response_mask
 

@@ -18,8 +18,8 @@ from .config import (
 from .data import Cursor, PreferenceExample, collate, in_groups
 from .errors import require
 from .losses import DPOLoss, dpo_loss
-from .models import Policy, disable_dropout, evaluating
 from .optim import OnNonFinite, Precision, Schedule, State, adamw
+from .policy import Policy, disable_dropout, evaluating
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from .config import (
     require_share,
 )
 from .data import Cursor, CutReport, in_groups
+from .encoding.pairs import TextPair
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
-from .models import RewardModel, evaluating
 from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
-from .pairs import TextPair
+from .policy import evaluating
+from .reward_model import RewardModel
 
 Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
 

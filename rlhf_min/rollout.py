@@ -18,7 +18,8 @@ from .data import PromptExample, Sequences, collate, micro_batches
 from .errors import BadInput, BadNumbers, require
 from .kl import exact_kl, kl_estimate
 from .masking import require_right_padded
-from .models import Policy, RewardModel, evaluating, scatter_tokens
+from .policy import Policy, evaluating, scatter_tokens
+from .reward_model import RewardModel
 from .sampling import sample
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
 from .errors import BadNumbers, require
-from .models import Policy, evaluating, lm_head, lm_head_logits
+from .policy import Policy, evaluating, lm_head, lm_head_logits
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
 SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed

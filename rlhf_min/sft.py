@@ -16,8 +16,8 @@ from .config import (
 )
 from .data import Cursor, SFTExample, collate, in_groups
 from .losses import SFTLoss, sft_loss
-from .models import Policy, evaluating
 from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
+from .policy import Policy, evaluating
 
 
 @dataclass(frozen=True)

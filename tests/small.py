@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
-from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.policy import Critic, Policy
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import build_wordpiece
 
 torch.set_num_threads(1)  # models so small only wait for a second thread

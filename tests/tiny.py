@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_min.models import Policy
+from rlhf_min.policy import Policy
 
 WIDTH, VOCABULARY, POSITIONS = 16, 32, 64
 EOS, PAD = 1, 0

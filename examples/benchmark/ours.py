@@ -18,7 +18,8 @@ from rlhf_min import ppo as our_ppo
 from rlhf_min import reward as our_reward
 from rlhf_min import sampling as our_sampling
 from rlhf_min.data import PreferenceExample, PromptExample
-from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.policy import Critic, Policy
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import collect
 
 ENDLESS = 10**6  # steps; the parent says when it is enough

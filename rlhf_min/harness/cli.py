@@ -19,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.data import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
-from rlhf_min.harness import faults, finish
-from rlhf_min.harness.checkpoint import NotWritten
-from rlhf_min.harness.formats import parse_columns
-from rlhf_min.harness.run import continued, how_to_go_on, seed_all
-from rlhf_min.harness.screen import outlive_terminal
-from rlhf_min.harness.stopping import Stopped, raising_signals
+from rlhf_min.harness.report import finish
+from rlhf_min.harness.rows.formats import parse_columns
+from rlhf_min.harness.run import faults
+from rlhf_min.harness.run.finished import NotWritten
+from rlhf_min.harness.run.folder import continued, how_to_go_on, seed_all
+from rlhf_min.harness.run.signals import Stopped, raising_signals
+from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.trackers import check_trackers
 
 Config = TypeVar("Config", bound=Any)

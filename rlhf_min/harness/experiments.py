@@ -17,13 +17,17 @@ from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.best_of_n import best_of_n_bound, best_of_n_kl, best_of_n_mean
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.data import Codec
 from rlhf_min.errors import BadInput, NonFinite, require
-from rlhf_min.evaluation import Estimate, mean_estimate
-from rlhf_min.harness import report, stages
-from rlhf_min.harness.checkpoint import save_policy, save_reward_model
+from rlhf_min.evaluation import (
+    Estimate,
+    best_of_n_bound,
+    best_of_n_kl,
+    best_of_n_mean,
+    mean_estimate,
+)
+from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import (
     Inputs,
@@ -32,9 +36,12 @@ from rlhf_min.harness.inputs import (
     start_policy,
     start_reward_model,
 )
-from rlhf_min.harness.run import read_record, start_log
-from rlhf_min.harness.screen import outlive_terminal
-from rlhf_min.models import Policy, RewardModel
+from rlhf_min.harness.report import results
+from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.folder import read_record, start_log
+from rlhf_min.harness.run.terminal import outlive_terminal
+from rlhf_min.policy import Policy
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import call_reward, collect
 
 LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
@@ -380,8 +387,8 @@ def _reach(values: np.ndarray) -> np.ndarray:  # (steps, seeds) -> (2, steps), d
     return np.array([mean - values.min(1), values.max(1) - mean])
 
 
-def save(out: Path, name: str, figure: Figure, **results: Any) -> None:
+def save(out: Path, name: str, figure: Figure, **found: Any) -> None:
     """Write the results, after the run's configuration, as JSON, and the figure as PNG and SVG."""
-    report.write_json(out / f"{name}.json", read_record(out) | results)
+    results.write_json(out / f"{name}.json", read_record(out) | found)
     for suffix in ("png", "svg"):
         figure.savefig(out / f"{name}.{suffix}", dpi=110)

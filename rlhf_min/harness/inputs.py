@@ -11,10 +11,11 @@ import torch
 from rlhf_min.data import AS_IS, CHAT, Codec, CutReport, PlacedRow
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.datafile import LoadedRows, load_rows, split_rows
-from rlhf_min.harness.files import plural, printable
-from rlhf_min.harness.formats import Stage, parse_columns
-from rlhf_min.models import Critic, Policy, RewardModel
+from rlhf_min.harness.rows.files import plural, printable
+from rlhf_min.harness.rows.formats import Stage, parse_columns
+from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
+from rlhf_min.policy import Critic, Policy
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction
 from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small_gpt2, train_bpe
 

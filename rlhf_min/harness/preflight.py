@@ -27,9 +27,10 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness.rewards import models_in
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.masking import masked_mean
-from rlhf_min.models import CHUNK_TOKENS, Policy, RewardModel, evaluating
 from rlhf_min.optim import Optimizer
 from rlhf_min.optim import State as OptimState
+from rlhf_min.policy import CHUNK_TOKENS, Policy, evaluating
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
 from rlhf_min.sampling import cache_bytes, rows_at_once, sample
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.stopping import SIGNALS
-from rlhf_min.models import RewardModel
+from rlhf_min.harness.run.signals import SIGNALS
+from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction, as_scores, call_reward, one_line, reward_parameters
 
 SECONDS = 600.0  # that a function may take for one batch

@@ -27,8 +27,8 @@ from rlhf_min import ppo
 from rlhf_min.data import Sequences
 from rlhf_min.logprobs import entropy
 from rlhf_min.masking import masked_whiten, response_mask
-from rlhf_min.models import Policy, PolicyOutput, disable_dropout, evaluating
 from rlhf_min.optim import Optimizer
+from rlhf_min.policy import Policy, PolicyOutput, disable_dropout, evaluating
 from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -13,7 +13,7 @@ from trl.data_utils import extract_prompt
 
 from rlhf_min.data import Conversation
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.datafile import load_rows
+from rlhf_min.harness.rows.load import load_rows
 
 CASES = 1000
 ROLES = ("system", "user", "assistant")

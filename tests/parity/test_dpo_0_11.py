@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_min import dpo
 from rlhf_min.data import PreferenceExample, collate
-from rlhf_min.models import Policy, evaluating
 from rlhf_min.optim import State
+from rlhf_min.policy import Policy, evaluating
 
 RECORDED = Recording("dpo")
 RUN: dict[str, Any] = RECORDED.facts["run"]

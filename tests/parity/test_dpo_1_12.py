@@ -29,8 +29,8 @@ from trainer_harness import (
 
 from rlhf_min import dpo
 from rlhf_min.data import Codec, PreferenceExample
-from rlhf_min.models import Policy
 from rlhf_min.optim import State
+from rlhf_min.policy import Policy
 
 trl = import_trl()
 from datasets import Dataset  # noqa: E402

@@ -27,13 +27,7 @@ from trl.trainer.utils import entropy_from_logits
 from rlhf_min.advantages import gae
 from rlhf_min.kl import kl_estimate, shape_rewards
 from rlhf_min.logprobs import entropy, token_logprobs
-from rlhf_min.masking import (
-    masked_mean,
-    masked_scale,
-    masked_var,
-    masked_whiten,
-    response_mask,
-)
+from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
 from rlhf_min.ppo import PPOConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl to transformers

@@ -23,8 +23,8 @@ from rlhf_min import ppo
 from rlhf_min.data import PromptExample, Sequences
 from rlhf_min.kl import kl_estimate
 from rlhf_min.masking import masked_mean, masked_var
-from rlhf_min.models import Policy, PolicyOutput
 from rlhf_min.optim import Optimizer
+from rlhf_min.policy import Policy, PolicyOutput
 from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 
 RECORDED = Recording("ppo_step")

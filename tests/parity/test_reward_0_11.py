@@ -13,7 +13,7 @@ from trainer_harness import Parity, gradients, largest_gap
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_min import reward
-from rlhf_min.models import RewardModel
+from rlhf_min.reward_model import RewardModel
 
 RECORDED = Recording("reward")
 BATCHES: dict[str, list[list[int]]] = RECORDED.facts["batches"]

@@ -29,7 +29,7 @@ from trainer_harness import (
 )
 
 from rlhf_min import reward
-from rlhf_min.models import RewardModel
+from rlhf_min.reward_model import RewardModel
 
 trl = import_trl()
 from datasets import Dataset  # noqa: E402

@@ -29,7 +29,7 @@ from trainer_harness import (
 
 from rlhf_min import sft
 from rlhf_min.data import Codec, SFTExample
-from rlhf_min.models import Policy
+from rlhf_min.policy import Policy
 
 trl = import_trl()
 from datasets import Dataset  # noqa: E402

@@ -1,0 +1,133 @@
+"""Chat templates: what a tokenizer's own makes of messages, and what it leaves out or does twice.
+
+A template is a program of its own, and it comes with the model. What it writes is therefore looked
+at: with messages of our own before anything is read, and then with each row's.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import require
+
+Messages = Sequence[Mapping[str, str]]
+
+# What a template can raise.
+_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
+
+# Marks of well-known templates. Of a tokenizer that has them they are tokens; of another, letters.
+MARKS = re.compile(
+    r"<[|｜][^\s<>]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|</?s>|<[be]os>"
+    r"|\[/?(?:SYSTEM_PROMPT|gMASK)\]"
+    r"|(?m:^### ?(?:Human|Assistant|User|System|Instruction|Response):)"
+)
+
+_USER = {"role": "user", "content": "Which river is 7 km long?"}
+_ASSISTANT = {"role": "assistant", "content": "None that is known, it seems."}
+
+
+class Refused(ValueError):
+    """A chat template raised; the message is its reason."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The text of the messages, up to where the response begins.
+
+    A turn of the assistant that is last goes on in the response.
+
+    Raises:
+        Refused: if the template does not take these messages.
+    """
+    begun = messages[-1]["role"] == "assistant"
+    return _render(tokenizer, messages, add_generation_prompt=not begun, continue_last=begun)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool,
+    continue_last: bool = False,
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_last,
+            )
+        )
+    except _ERRORS as error:
+        raise Refused(" ".join(str(error).split())) from error
+
+
+def holds(rendered: str, messages: Messages) -> bool:
+    """Whether each message stands in the text as it is, outer white space aside.
+
+    >>> holds("<user> Hi <end>", [{"role": "system", "content": "Be brief."}])
+    False
+    """
+    return all(message["content"].strip() in rendered for message in messages)
+
+
+def require_content(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `BadInput` if the chat template does not write what the user says.
+
+    Changed cases and white space are let pass here: where they meet a row, `holds` tells.
+    """
+    try:
+        rendered = render(tokenizer, [_USER])
+    except Refused:
+        return  # perhaps it takes the rows
+    require(
+        _letters(_USER["content"]) in _letters(rendered),
+        f"the tokenizer's chat template leaves out what the user says: of {_USER['content']!r} it "
+        f"makes {rendered[:80]!r}; correct the template, or give --template with {{prompt}}",
+    )
+
+
+def doubts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What of a chat template may surprise somebody who trains with it, a line for each."""
+    found = []
+    if "strftime_now" in tokenizer.get_chat_template():
+        found.append(
+            "the chat template writes today's date: on another day the prompts are others, and a "
+            "run cannot be resumed; put a fixed date into the template"
+        )
+    try:
+        begun = render(tokenizer, [_USER])
+        whole = _render(tokenizer, [_USER, _ASSISTANT], add_generation_prompt=False)
+    except Refused:
+        return found
+    before, said, after = whole.partition(_ASSISTANT["content"])
+    if said and before.rstrip() != begun.rstrip():
+        found.append(
+            f"the chat template begins a response with {_end(begun)!r}, but an assistant's turn in "
+            f"a conversation with {_end(before)!r}; responses are trained and sampled after the "
+            "first"
+        )
+    if said and not after.strip().startswith(str(tokenizer.eos_token)):
+        found.append(
+            f"the chat template ends an assistant's turn with {after[:20]!r}, but a response ends "
+            f"with EOS, {tokenizer.eos_token!r}"
+        )
+    return found
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _end(text: str) -> str:
+    return text.partition(_USER["content"])[2][-40:]

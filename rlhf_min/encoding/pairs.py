@@ -1,0 +1,162 @@
+"""What a reward model reads: a prompt and a response, joined as its tokenizer joins two texts.
+
+    BERT      [CLS] prompt [SEP] response [SEP]
+    RoBERTa   <s> prompt </s> </s> response </s>
+    GPT-2     prompt "\\n" response EOS
+
+Where no separator stands between the two, a new line does, and EOS ends the response, if the
+tokenizer does not put it there by itself, as T5's does. A response that is too long loses its end,
+then a prompt its beginning.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from tokenizers import Encoding
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from ..data import CutReport
+from ..errors import require
+
+AT_ONCE = 1000  # texts in one call of the tokenizer
+LETTERS = 64  # for each token that there is room for; what is beyond them is not read
+
+
+class TextPair(NamedTuple):
+    """A prompt with a response: all ids, ``(L,)``, and how many of them each text has.
+
+    `cut` says whether the response lost its end.
+    """
+
+    ids: Tensor
+    prompt_tokens: int
+    response_tokens: int
+    cut: bool
+
+
+class PairCodec:
+    """Texts to ids for one tokenizer, the same in training and scoring.
+
+    What a text spells like a special token is read as text, or, where the tokenizer cannot do so,
+    as unknown: neither data nor a policy can write a separator, an end or padding.
+
+    Args:
+        tokenizer: a fast one with a pad token.
+        max_length: tokens of both texts together, special tokens included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        pair = tokenizer("x", "x", return_token_type_ids=True)
+        of = pair.sequence_ids(0)  # 0 and 1 at the tokens of the texts, None at special ones
+        require({0, 1} <= set(of), "the reward model's tokenizer makes no token of the letter x")
+        first, second = of.index(0), of.index(1)
+        ends = first + of.count(0), second + of.count(1)
+        slices = slice(first), slice(ends[0], second), slice(ends[1], None)
+        self.special_ids = [pair.input_ids[part] for part in slices]  # before, between and after
+        self.separates = tokenizer.sep_token_id in self.special_ids[1]
+        self.special_types = [pair.token_type_ids[part] for part in slices]
+        self.text_types = pair.token_type_ids[first], pair.token_type_ids[second]
+        self.room = max_length - sum(map(len, self.special_ids))
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.spelled = special - {tokenizer.unk_token_id}
+
+    def encode(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[list[TextPair], CutReport]:
+        """The ids of each row, and what of the texts was cut or is unknown."""
+        pairs, report = [], CutReport(prompts=len(prompts), responses=len(responses))
+        before, between, after = self.special_ids
+        ended = self.separates or self.tokenizer.eos_token_id in after
+        eos_id = None if ended else self.tokenizer.eos_token_id
+        if not self.separates:
+            prompts = [f"{prompt}\n" for prompt in prompts]
+        for prompt, response in zip(
+            self._read(prompts, report, from_end=True),
+            self._read(responses, report, eos_id=eos_id),
+            strict=True,
+        ):
+            # At least a quarter of the room stays for the prompt that the response is judged by.
+            kept = response.fitting(self.room * 3 // 4)
+            prompt_ids = prompt.ids[max(0, len(prompt.ids) - self.room + kept) :]
+            ids = [*before, *prompt_ids, *between, *response.ids[:kept], *after]
+            pair = TextPair(torch.tensor(ids), len(prompt_ids), kept, response.total > kept)
+            pairs.append(pair)
+            report.prompts_cut += prompt.total > len(prompt_ids)
+            report.prompt_tokens_cut += prompt.total - len(prompt_ids)
+            report.prompt_lengths.append(prompt.total)
+            report.responses_cut += pair.cut
+            report.response_tokens_cut += response.total - kept
+            report.response_lengths.append(response.total)
+        return pairs, report
+
+    def pad(self, pairs: Sequence[TextPair], *, side: str, types: bool) -> BatchEncoding:
+        """The rows as a batch, ``(B, L)`` each.
+
+        Args:
+            side: "right" or "left".
+            types: whether the model has embeddings for the types of the two texts.
+        """
+
+        def padded(rows: list[Tensor], value: int) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+        inputs = {
+            "input_ids": padded([pair.ids for pair in pairs], self.tokenizer.pad_token_id),
+            "attention_mask": padded([torch.ones_like(pair.ids) for pair in pairs], 0),
+        }
+        if types:
+            rows = [self._types(pair) for pair in pairs]
+            inputs["token_type_ids"] = padded(rows, self.tokenizer.pad_token_type_id)
+        return BatchEncoding(inputs)
+
+    def _types(self, pair: TextPair) -> Tensor:
+        before, between, after = self.special_types
+        prompt = [self.text_types[0]] * pair.prompt_tokens
+        response = [self.text_types[1]] * pair.response_tokens
+        return torch.tensor([*before, *prompt, *between, *response, *after])
+
+    def _read(
+        self,
+        texts: Sequence[str],
+        report: CutReport,
+        *,
+        from_end: bool = False,
+        eos_id: int | None = None,
+    ) -> Iterator["_Tokens"]:
+        """Each text's tokens, from its beginning or its end as far as any could be kept."""
+        letters, unknown_id = LETTERS * self.max_length, self.tokenizer.unk_token_id
+        for first in range(0, len(texts), AT_ONCE):
+            some = texts[first : first + AT_ONCE]
+            found = self.tokenizer(
+                [text[-letters:] if from_end else text[:letters] for text in some],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                verbose=False,
+            )
+            for text, encoding in zip(some, found.encodings, strict=True):
+                ids = [unknown_id if i in self.spelled else i for i in encoding.ids]
+                ids = [i for i in ids if i is not None]
+                report.tokens += len(ids)
+                report.unknown_tokens += ids.count(unknown_id)
+                in_part = len(text) > letters
+                report.read_in_part += in_part
+                if eos_id is not None and not in_part:
+                    ids.append(eos_id)
+                yield _Tokens(ids, encoding, len(ids) + in_part)
+
+
+class _Tokens(NamedTuple):
+    ids: list[int]
+    encoding: Encoding
+    total: int  # of the whole text, at least
+
+    def fitting(self, room: int) -> int:
+        """How many tokens are kept: no character that is several of them is cut in two."""
+        kept, spans = min(room, len(self.ids)), self.encoding.offsets
+        while 0 < kept < len(spans) and spans[kept][0] < spans[kept - 1][1]:
+            kept -= 1
+        return kept

@@ -1,0 +1,248 @@
+"""What a run says and leaves when its numbers go wrong."""
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhf_min import ppo
+from rlhf_min.errors import BadInput, BadNumbers, Diverged, NonFinite
+from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
+from rlhf_min.harness.run.finite import unsound
+from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
+from rlhf_min.policy import Policy
+
+LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
+SAMPLES = 3  # shown where the KL is too large
+CURES: dict[int | None, str] = {}  # for what the system refuses
+CURES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room: df, quota, ulimit -f")
+CURES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open: ulimit -n")
+CURES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable")
+
+Decode = Callable[[Tensor], str]
+
+
+def require_kept(snapshot: Snapshot, metrics: Mapping[str, Any]) -> None:
+    """Raise `Diverged` unless the model may be published, or replace one that was kept.
+
+    Every step looks at its loss and gradient before it changes the weights; this looks after it.
+
+    Args:
+        snapshot: of the stage.
+        metrics: of the step; what begins with ``eval/`` was measured with these weights.
+    """
+    measured = (k for k, x in metrics.items() if k.startswith("eval/") and not math.isfinite(x))
+    if fault := unsound(snapshot.module, snapshot.texts) or next(measured, None):
+        raise _diverged(snapshot, fault, metrics)
+
+
+def _diverged(snapshot: Snapshot, fault: str, metrics: Mapping[str, Any]) -> Diverged:
+    names = {"learning rate": "learning_rate", "gradient norm": "grad_norm"}
+    size = ", ".join(f"{k} {metrics[name]:.3g}" for k, name in names.items() if name in metrics)
+    return Diverged(
+        f"{snapshot.stage}, step {snapshot.state.step} of {snapshot.total}: {fault} is not finite "
+        f"after the update{f' ({size})' if size else ''}; this model is not kept"
+    )
+
+
+def require_finite(stage: str, measured: Mapping[str, float]) -> None:
+    """Raise `Diverged` if what was measured of a trained model is not finite."""
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{stage}: {name} of the trained model is not finite, so it is not published; its "
+                "checkpoints are as they are; train with a lower learning rate, or in fp32"
+            )
+
+
+@contextmanager
+def saved(
+    folder: Path, metrics: Sequence[Mapping[str, Any]], snapshot: Snapshot | None
+) -> Iterator[None]:
+    """Inside, a `NonFinite` leaves its batch and the model in the run's folder and says where.
+    Where the weights are at fault it becomes `Diverged`, which says what was kept before.
+
+    Args:
+        folder: of the run.
+        metrics: a row for each step so far; it may still grow.
+        snapshot: of the stage that runs, if there is one.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        policy = snapshot.module if snapshot and isinstance(snapshot.module, Policy) else None
+        fault = unsound(snapshot.module, snapshot.texts) if snapshot else None
+        try:
+            file = save_nonfinite(error, folder, metrics, policy.decode if policy else None)
+            told = f"the batch is in {file}"
+            if snapshot is not None and fault is None:
+                snapshot.save_model(folder / LAST_GOOD / snapshot.stage)
+                told += f", the model in {folder / LAST_GOOD / snapshot.stage}"
+        except (OSError, SafetensorError, BadInput) as reason:  # the fault is what matters
+            told = f"not all could be saved: {' '.join(str(reason).split())}"
+        if snapshot is not None and fault is not None:
+            what = f"{fault}, and so {error.tensor} of step {snapshot.state.step + 1},"
+            before = _diverged(snapshot, what, metrics[-1] if metrics else {})
+            raise _with_earlier(before, folder, snapshot, told) from error
+        error.args = (f"{error}; {told}",)
+        raise
+    except BadNumbers as error:
+        name, rows = error.fault
+        if name == "scores" or snapshot is None:  # the reward is at fault
+            raise
+        fault = unsound(snapshot.module, snapshot.texts) or f"{name} in row {rows[0]}"
+        raise _with_earlier(_diverged(snapshot, fault, {}), folder, snapshot) from error
+    except Diverged as error:
+        if snapshot is not None:
+            _with_earlier(error, folder, snapshot)
+        raise
+
+
+def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *told: str) -> Diverged:
+    """The error, which also says what was kept of the stage before, and what to do."""
+    saved = checkpoints(folder / CHECKPOINTS / snapshot.stage)[-1:]
+    best = [path for path in [folder / BEST / snapshot.stage] if path.is_dir()]
+    kept = " and ".join(map(str, saved + best))
+    before = f"what was good before is in {kept}" if kept else "nothing was kept before it"
+    cure = (
+        f"go on from there with a lower learning rate (--resume {folder} --allow_config_change)"
+        if saved
+        else "start anew with a lower learning rate, and with --save_every"
+    )
+    error.args = ("; ".join([str(error), *told, before, cure]),)
+    return error
+
+
+def save_nonfinite(
+    error: NonFinite,
+    folder: Path,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    decode: Decode | None = None,
+) -> Path:
+    """Write what the step was computed from: tensors in safetensors, all else in JSON beside it.
+
+    Args:
+        error: with the batch.
+        folder: where ``nonfinite-step-N.json`` and ``.safetensors`` appear.
+        metrics: a row for each step so far; the last ones are written.
+        decode: makes texts of ids.
+
+    Returns:
+        The JSON file. It says under which name each tensor is in the other.
+    """
+    tensors: dict[str, Tensor] = {}
+    record = {
+        "step": error.step,
+        "tensor": error.tensor,
+        "rows": error.rows,
+        "batch": _split(error.batch, "batch", tensors, decode),
+        "metrics": _split(list(metrics[-LAST_METRICS:]), "metrics", tensors, decode),
+    }
+    file = folder / f"nonfinite-step-{error.step}.json"
+    new = file.with_name(f".{file.name}-{os.getpid()}")
+    save_file(tensors, new)
+    os.replace(new, file.with_suffix(".safetensors"))
+    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, file)
+    return file
+
+
+def _split(value: Any, name: str, tensors: dict[str, Tensor], decode: Decode | None) -> Any:
+    """The value as JSON, with its tensors moved to `tensors` under their paths."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        is_text = decode is not None and value.ndim == 1 and name.endswith("ids")
+        return {"tensor": name, "text": decode(value)} if is_text and decode else {"tensor": name}
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        items = {str(key): item for key, item in value.items()}
+        return {key: _split(item, f"{name}.{key}", tensors, decode) for key, item in items.items()}
+    if isinstance(value, (list, tuple)):
+        return [_split(item, f"{name}.{i}", tensors, decode) for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    # JSON has no NaN and no infinity, and a user's column may hold anything.
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str, Any]]] | None:
+    """Why the KL has ended a run of PPO: what to print, and the responses that show it.
+
+    Returns:
+        The text, and `SAMPLES` rows with ``prompt``, ``response``, ``kl`` in nats and ``score``;
+        None if it has not ended the run.
+    """
+    if not state.too_far or state.last is None:
+        return None
+    rollout = state.last.rollout
+    k1 = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)  # (B,)
+    samples = [
+        {
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "kl": float(k1[row]),
+            "score": float(rollout.scores[row]),
+        }
+        for row in k1.argsort(descending=True)[:SAMPLES].tolist()
+    ]
+    lines = [
+        f"ended after step {state.step}: the KL to the reference is {float(k1.mean()):.3f} nats "
+        f"per response, above --max_kl {max_kl}; its largest:"
+    ]
+    for x in samples:
+        lines.append(
+            f"  KL {x['kl']:.2f}, score {x['score']:.3f}: {x['prompt']!r} -> {x['response']!r}"
+        )
+    return "\n".join(lines), samples
+
+
+def refused(error: OSError) -> str:
+    """A line about what the system does not do: which file, why, and what helps."""
+    given = error.filename
+    file = os.fsdecode(given) if isinstance(given, (str, bytes)) else "a file of the run"
+    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{file}: {reason}; {cure(error)}"
+
+
+def cure(error: BaseException | None) -> str:
+    """What helps against what the system refuses, be it told by Python or in Rust's words."""
+    in_rust = re.search(r"os error (\d+)", str(error))
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    return CURES.get(number, "look at this path and at its disk")
+
+
+def out_of_threads(error: MemoryError | RuntimeError) -> str | None:
+    """A line with what helps, if that is what the error is about."""
+    if "can't start new thread" not in str(error):
+        return None
+    return (
+        "the system gives no further thread; end other processes of yours, or raise the limit of "
+        "ulimit -u or of the container"
+    )
+
+
+def out_of_memory(error: MemoryError | RuntimeError) -> str | None:
+    """A line with the options that help, if that is what the error is about."""
+    told = " ".join(str(error).split())
+    if not (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in told
+        or "can't allocate memory" in told
+    ):
+        return None
+    return (
+        f"out of memory ({told[:100] or 'no more is told'}); lower --max_tokens, give "
+        "--gradient_checkpointing, or make --batch_size or --minibatch_size smaller"
+    )

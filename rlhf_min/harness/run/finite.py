@@ -1,0 +1,69 @@
+"""Whether a model can be kept: its weights are finite, and so is what they give."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_min.data import collate
+from rlhf_min.policy import Policy, evaluating
+from rlhf_min.reward_model import RewardModel
+
+TEXTS, TOKENS, CHARACTERS = 3, 16, 400  # that a model is tried on: few texts, and little of them
+
+
+def unsound(module: nn.Module, texts: Sequence[str] = ()) -> str | None:
+    """What of a model is infinite or NaN: a weight by its name, or what the weights give.
+
+    Args:
+        module: a `Policy` or a `RewardModel` is also tried on the texts; of others only the
+            weights are looked at.
+        texts: of which a few are taken.
+
+    Returns:
+        A name for messages; None if all is finite.
+    """
+    if name := nonfinite_weight(module):
+        return name
+    given = _answers(module, [text[:CHARACTERS] for text in texts[:TEXTS]])
+    for name, answer in given.items():
+        if not bool(answer.isfinite().all()):
+            sizes = ((float(p.detach().abs().max()), k) for k, p in module.named_parameters())
+            largest, weight = max(sizes)
+            return f"{name} (the largest weight is {largest:.2g}, in {weight})"
+    return None
+
+
+def nonfinite_weight(module: nn.Module) -> str | None:
+    """The name of the first parameter that holds an infinite number or NaN."""
+    for name, p in module.named_parameters():
+        # One pass without a copy; isfinite().all() takes sixty times as long on a CPU.
+        if p.numel() and not bool(torch.stack(p.detach().aminmax()).isfinite().all()):
+            return name
+    return None
+
+
+def _answers(module: nn.Module, texts: Sequence[str]) -> dict[str, Tensor]:
+    with evaluating(module):
+        if isinstance(module, RewardModel) and texts:
+            return {"the score": module([""] * len(texts), texts)}
+        if isinstance(module, Policy):
+            return _policy_answers(module, texts)
+    return {}
+
+
+def _policy_answers(policy: Policy, texts: Sequence[str]) -> dict[str, Tensor]:
+    room = int(min(TOKENS, policy.positions)) - 1
+    texts = list(texts)
+    found = (
+        policy.tokenizer(texts, split_special_tokens=True, verbose=False).input_ids if texts else []
+    )
+    rows = [[i for i in row if i < policy.vocabulary][:room] for row in found]
+    rows = [row for row in rows if row]
+    if not rows:
+        return {}
+    start = torch.tensor([policy.tokenizer.eos_token_id])  # stands for the prompt
+    batch = collate([start] * len(rows), [torch.tensor(row) for row in rows], pad_id=policy.pad_id)
+    logprobs, entropy, values = policy(batch.to(policy.device))
+    answers = {"the log-probability": logprobs, "the entropy": entropy}
+    return answers if values is None else answers | {"the value": values}

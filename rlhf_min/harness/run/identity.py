@@ -1,0 +1,111 @@
+"""What a resumed run must find as it was: tokenizers, configs, and the weights of frozen models."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf_min.policy import Policy
+from rlhf_min.reward_model import RewardModel
+
+# Of a config, what no number depends on, or what is looked at in the weights.
+NO_MATTER = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+
+SCALE_TOLERANCE = 1e-3  # of the largest number of the layer
+
+
+def identity(model: Policy | RewardModel, *, trained: bool) -> dict[str, Any]:
+    """What a model is, as JSON.
+
+    Args:
+        trained: the weights change, and come back from a checkpoint; they are left out.
+    """
+    inner = model.lm if isinstance(model, Policy) else model.model
+    found: dict[str, Any] = {
+        "tokenizer": tokenizer_digest(model.tokenizer),
+        "config": _settings(inner.config),
+    }
+    if not trained:
+        found["weights"] = weight_digests(model)
+    if isinstance(model, RewardModel):
+        found["config"]["max_length"] = model.max_length
+        if model.rescaled and not trained:
+            found["weights"] |= _numbers(model, model._last_layer)
+    return found
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In what two identities differ, in words; None if they do not."""
+    if was["tokenizer"] != now["tokenizer"]:
+        return "its tokenizer or chat template is another"
+    for name in was["config"].keys() & now["config"].keys():  # other versions know others too
+        if was["config"][name] != now["config"][name]:
+            return f"{name} in its config was {was['config'][name]}, now {now['config'][name]}"
+    then, weights = was.get("weights", {}), now.get("weights", {})
+    names = sorted(
+        x for x in then.keys() | weights.keys() if not _same(then.get(x), weights.get(x))
+    )
+    if names:
+        return f"{len(names)} of its {len(weights)} weights differ, such as {names[0]}"
+    return None
+
+
+def weight_digests(module: nn.Module) -> dict[str, int]:
+    """The CRC-32 of each parameter and saved buffer, each once, however many names it has."""
+    saved = module.state_dict().keys()
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: tensor for name, tensor in named.items() if name in saved}
+    try:
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(tensors, pool.map(_crc32, tensors.values()), strict=True))
+    except RuntimeError:  # the system gives no more threads
+        return {name: _crc32(tensor) for name, tensor in tensors.items()}
+
+
+def _numbers(module: nn.Module, layer: nn.Module) -> dict[str, list[float]]:
+    """All numbers of a layer. A scale that was measured since the model was loaded is measured
+    again by a resumed run, where other threads or another device round it otherwise."""
+    own = set(layer.parameters())
+    return {name: p.flatten().tolist() for name, p in module.named_parameters() if p in own}
+
+
+def _same(was: int | list[float] | None, now: int | list[float] | None) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        near = SCALE_TOLERANCE * max(1e-30, *map(abs, was))
+        return len(was) == len(now) and all(
+            abs(x - y) <= near for x, y in zip(was, now, strict=True)
+        )
+    return was == now
+
+
+def _crc32(tensor: Tensor) -> int:
+    given = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(given))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that says how texts become ids, and ids texts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own: Any = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # it notes there how it was called last
+        own |= {"padding": None, "truncation": None}
+    given = {
+        "own": own,
+        "special": tokenizer.special_tokens_map,
+        "template": getattr(tokenizer, "chat_template", None),
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+    }
+    text = json.dumps(given, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=16).hexdigest()
+
+
+def _settings(config: PreTrainedConfig) -> dict[str, Any]:
+    told = json.loads(config.to_json_string(use_diff=False), parse_constant=str)  # Infinity
+    return {name: value for name, value in told.items() if name not in NO_MATTER}

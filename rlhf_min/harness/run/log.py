@@ -1,0 +1,455 @@
+"""What a run writes while it goes on: metrics and samples line by line, and its checkpoints."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.run import checkpoint, faults
+from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, Writer, checkpoints
+from rlhf_min.harness.run.finished import NotWritten, flush, write_file
+from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, METRICS, SAMPLES, STAGES, TOKENS
+from rlhf_min.harness.run.ownership import foreign, remove
+from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
+from rlhf_min.harness.trackers import Track, start_tracker
+
+# Without a thread beside the run: each step looks at the clock.
+tqdm.monitor_interval = 0
+_Bar = partial(tqdm, dynamic_ncols=True, miniters=1)
+SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
+DAMAGED = "damaged; put the file back as the run wrote it"
+# What each stage measures on held-out rows; PPO also what its monitors are called.
+MEASURED = {
+    "sft": ("loss", "perplexity"),
+    "reward_model": ("loss", "accuracy", "ties", "margin"),
+    "ppo": ("score", "k1", "response_length", "distinct_2", "repeated_4"),
+    "dpo": (
+        *("loss", "accuracy", "margin", "chosen_rewards", "rejected_rewards"),
+        *("chosen_logprobs", "rejected_logprobs"),
+        *("chosen_logprobs_change", "rejected_logprobs_change"),
+    ),
+}
+LOWER_IS_BETTER = (
+    *("loss", "perplexity", "ties", "k1", "repeated_4"),
+    *("rejected_rewards", "rejected_logprobs", "rejected_logprobs_change"),
+)
+BEST_FILE = "best.json"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written, and which are kept.
+
+    Args:
+        every: steps of a stage from one to the next; None: `SAVE_SECONDS`; 0: none at all but when
+            a signal stops the run.
+        keep_last: so many of each stage.
+        keep_best: a metric like ``eval/score``; the model with its best value is kept beside.
+    """
+
+    every: int | None = None
+    keep_last: int = 1
+    keep_best: str | None = None
+
+
+class MetricsLog:
+    """Appends each step's metrics to ``metrics.jsonl`` and keeps them for the curves.
+
+    Args:
+        open_run: makes the run's folder and returns it. Called when the first stage starts to
+            train, so that an input that is refused before leaves nothing behind.
+        report_to: names of trackers that get the metrics too.
+        saving: of checkpoints, where `follow` is given what to save.
+        resumed: the folder is there already; `resuming` until the stages that it holds are back.
+        on_resume: called when a resumed run goes on with other options.
+        preflight: what a stage relies on is measured before it starts.
+    """
+
+    def __init__(
+        self,
+        open_run: Callable[[], Path],
+        *,
+        report_to: Sequence[str] = (),
+        saving: Saving | None = None,
+        resumed: bool = False,
+        on_resume: Callable[[], None] | None = None,
+        preflight: bool = True,
+    ) -> None:
+        self._open_run, self._report_to = open_run, report_to
+        self._saving = saving or Saving()
+        self.resuming, self.preflight = resumed, preflight
+        self._on_resume, self._changed = on_resume, on_resume is not None
+        self._folder: Path | None = None
+        self._trackers: list[Track] | None = None  # until there is a step to send
+        self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
+        self._restored: set[str] = set()
+        self._saved_at = 0.0
+        self._best: float | None = None  # of the stage that runs, the larger the better
+        self._unsaved = False  # a stage is over of which there is no checkpoint
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, made when it is first asked for."""
+        if self._folder is None:
+            self._folder = self._open_run()
+        return self._folder
+
+    def has_checkpoint(self, stage: str) -> bool:
+        """Whether the run is resumed and this stage goes on from somewhere."""
+        return self.resuming and bool(checkpoints(self._checkpoints(stage)))
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Put a stage back to its newest checkpoint, if the run is resumed and there is one.
+
+        What stages wrote after that is removed: it will be written again.
+
+        Raises:
+            BadInput: if the checkpoint is of other models or other data, or if starting anew would
+                destroy what later steps or stages have written. Nothing on the disk has changed.
+        """
+        if not self.resuming:
+            return
+        found = checkpoint.latest(self._checkpoints(snapshot.stage))
+        at_end = found is not None and (found.finished or found.step >= snapshot.total)
+        if not at_end:
+            self._require_nothing_later(snapshot.stage)
+        if found is None:
+            self._require_unfinished(snapshot)
+        else:
+            found.restore(snapshot)
+            self._sizes = found.sizes
+            self._restored.add(snapshot.stage)
+        self._require_lines(found)
+        self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
+
+        # Until here nothing was changed, from here on nothing is refused.
+        if found is None:
+            print(f"{snapshot.stage}: there is no checkpoint of it, so it starts anew")
+        else:
+            checkpoint.keep(found.folder.parent, found.folder, self._saving.keep_last)
+            print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
+        more_steps = found is not None and max(found.step, found.total) < snapshot.total
+        if not at_end or more_steps:
+            self.resuming = False
+            self.note_changes()
+            self._forget_later()
+
+    def note_changes(self) -> None:
+        """Write down with what other options a resumed run goes on, when it does."""
+        if self._on_resume is not None:
+            self._on_resume()
+            self._on_resume = None
+
+    def follow(
+        self,
+        stage: str,
+        steps: Iterable[dict[str, float]],
+        *,
+        total: int,
+        show: tuple[str, ...],
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        """Run a stage to its end, or from where it was resumed.
+
+        Args:
+            stage: written beside each step.
+            steps: what a ``train`` function returns.
+            total: number of steps, for the bar.
+            show: names of the metrics in the bar.
+            snapshot: what checkpoints are taken of.
+
+        Raises:
+            Stopped: after the step in which a signal came; it says whether that is saved.
+            Diverged: if an update has broken the model; it replaces nothing that was kept.
+            BadInput: if nothing can be measured that ``--keep_best`` names.
+        """
+        # A file that the bar is redirected to would get thousands of its states.
+        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        every = 0.1 if watched else 30.0  # seconds
+        done = 0 if snapshot is None else snapshot.state.step
+        folder = self.folder  # made before the bar is drawn, or refused
+        if snapshot is not None:
+            self._require_heldout(stage, snapshot)
+            self._best = self._best_before(stage, done)
+        bar = _Bar(steps, f"{stage:>12}", total, initial=done, mininterval=every)
+        shown: dict[str, str] = {}
+        self._saved_at, saved, step = time.monotonic(), done, done
+        with ExitStack() as stack:
+            request = stack.enter_context(catching_signals())
+            stack.enter_context(faults.saved(folder, self.rows, snapshot))
+            writer = snapshot and stack.enter_context(
+                Writer(self._checkpoints(stage), snapshot, keep_last=self._saving.keep_last)
+            )
+            for step, metrics in enumerate(bar, start=done + 1):
+                self._write(stage, step, metrics)
+                shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
+                bar.set_postfix(shown, refresh=False)
+                ended = step >= total or getattr(snapshot and snapshot.state, "too_far", False)
+                stop = request.signal is not None  # looked at once: it may come at any time
+                if snapshot and writer:
+                    writer.check()
+                    self._keep_best(snapshot, metrics)
+                    due = self._due(step) or (stop and not self._unsaved)
+                    if not ended and due:
+                        faults.require_kept(snapshot, {})
+                        self._save(writer)
+                        saved = step
+                if stop and not ended:
+                    raise self._stopped(request, stage, step, total, saved)
+            stop = request.signal is not None
+            if snapshot and writer:
+                faults.require_kept(snapshot, self.rows[-1] if step > done else {})
+                if step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
+                    try:
+                        self._save(writer, finished=True)
+                        writer.wait()  # a signal that comes meanwhile counts too
+                        saved = step
+                    except NotWritten as error:  # the model, which is smaller, may still fit
+                        then = "the model itself is saved next; this stage cannot be resumed"
+                        print(f"warning: {error}; {then}", file=sys.stderr)
+                writer.wait()
+            self._unsaved = self._unsaved or (writer is not None and saved < step)
+            if request.signal is not None:
+                raise self._stopped(request, stage, step, total, saved)
+        best = self._saving.keep_best if snapshot is not None and step > done else None
+        if best is not None and _measures(stage, best) and not self.series(stage, best)[0]:
+            print(f"--keep_best {best}: {stage} never measured it, so none was kept")
+
+    def add_samples(
+        self, stage: str, step: int, rows: Iterable[Mapping[str, Any]], *, anew: bool = False
+    ) -> None:
+        """Append texts to ``samples.jsonl``, one line for each; `anew` removes the stage's others.
+
+        A finished run that is resumed is measured again, and would hold them twice.
+        """
+        file = self.folder / SAMPLES
+        if anew and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+            try:
+                kept = [line for line in whole if json.loads(line)["stage"] != stage]
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise BadInput(f"{file}: {DAMAGED}") from error
+            write_file(file, "".join(kept))
+        self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
+
+    def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric of one stage, where it was measured."""
+        rows = [row for row in self.rows if row["stage"] == stage and name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def _write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        row = {"stage": stage, "step": step, **metrics}
+        self.rows.append(row)
+        self.append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
+        if self._trackers is None:
+            self._trackers = [
+                start_tracker(name, self.folder, anew=self._changed) for name in self._report_to
+            ]
+        for track in self._trackers:
+            track(stage, step, metrics)
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a file of lines of JSON, which goes back with the run when it is resumed.
+
+        Raises:
+            NotWritten: if they cannot be written.
+        """
+        file = self.folder / name
+        try:
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise NotWritten(f"{file}: could not be written: {error.strerror}") from error
+
+    def _due(self, step: int) -> bool:
+        if self._saving.every is None:
+            return time.monotonic() - self._saved_at > SAVE_SECONDS
+        return self._saving.every > 0 and step % self._saving.every == 0
+
+    def _save(self, writer: Writer, *, finished: bool = False) -> None:
+        # All lines until here must be on the disk before the checkpoint that counts on them.
+        sizes = {name: _flushed_size(file) for name, file in self._growing() if file.exists()}
+        flush(self.folder)
+        self._saved_at = time.monotonic()
+        writer.write(finished=finished, sizes=sizes)
+
+    def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
+        name = self._saving.keep_best
+        if name is None or not math.isfinite(metrics.get(name, math.nan)):
+            return
+        value = _sign(name) * metrics[name]
+        if self._best is None or value > self._best:
+            faults.require_kept(snapshot, {})
+            folder = self.folder / BEST / snapshot.stage
+            snapshot.save_model(folder)
+            told = {"metric": name, "step": snapshot.state.step, "value": metrics[name]}
+            report = json.dumps(told) + "\n"
+            (folder / BEST_FILE).write_text(report, encoding="utf-8")
+            self._best = value
+
+    def _best_before(self, stage: str, done: int) -> float | None:
+        """How good the kept model is, if it is of this run: of the same metric, and of a step that
+        the run did not go back behind."""
+        try:
+            file = self.folder / BEST / stage / BEST_FILE
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if told["metric"] != self._saving.keep_best or told["step"] > done:
+                return None
+            return _sign(told["metric"]) * float(told["value"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+
+    def _require_heldout(self, stage: str, snapshot: Snapshot) -> None:
+        """Nothing can be the best without held-out rows. Once other stages are trained it is only
+        told."""
+        name = self._saving.keep_best
+        if name is not None and snapshot.heldout == [] and _measures(stage, name):
+            told = f"--keep_best {name}: {stage} has no held-out rows to measure it on"
+            cure = "give more rows, a larger --heldout_share, or other rows as --heldout_data"
+            require(bool(self.rows), f"{told}; {cure}")
+            print(told)
+
+    def _stopped(
+        self, request: StopRequest, stage: str, step: int, total: int, saved: int
+    ) -> Stopped:
+        kept = f"saved; go on with: {to_resume(self.folder)}"
+        if saved < step:
+            before = f"; the last checkpoint is of step {saved}: {to_resume(self.folder)}"
+            kept = f"not saved{before if saved else ''}"
+        elif self._unsaved:
+            kept = "not saved, since a stage before has no checkpoint of its end"
+        return Stopped(
+            f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
+            self.folder,
+            request.exit_code,
+        )
+
+    def _checkpoints(self, stage: str) -> Path:
+        return self.folder / CHECKPOINTS / stage
+
+    def _growing(self) -> list[tuple[str, Path]]:
+        return [(name, self.folder / name) for name in (METRICS, SAMPLES, TOKENS)]
+
+    def _require_nothing_later(self, stage: str) -> None:
+        """A stage that goes on before its end would delete the checkpoints of those after it."""
+        others = sorted(set(STAGES) - {stage, *self._restored})
+        later = [x for x in others if checkpoints(self._checkpoints(x))]
+        require(
+            not later,
+            f"--resume {self.folder}: {stage} has no checkpoint of its end, but there are some of "
+            f"{', '.join(later)}, which would be lost; put it back, or move these away",
+        )
+
+    def _require_unfinished(self, snapshot: Snapshot) -> None:
+        """A stage without a checkpoint starts anew, unless that would destroy what is done."""
+        rows = _last_rows(self.folder / METRICS)
+        others = rows.keys() - {snapshot.stage, *self._restored}
+        saved = not self._restored and (self.folder / snapshot.stage).is_dir()
+        require(
+            rows.get(snapshot.stage, 0) < snapshot.total or not (others or saved),
+            f"--resume {self.folder}: {snapshot.stage} was finished and has no checkpoint, so it "
+            "would be trained again; put it back, or start a new run without --save_every 0",
+        )
+
+    def _require_lines(self, found: Checkpoint | None) -> None:
+        for name, file in self._growing():
+            size = self._sizes.get(name, 0)
+            require(
+                size == 0 or (file.exists() and file.stat().st_size >= size),
+                f"{file} is shorter than when {found.folder if found else 'the run'} was saved; "
+                "put the whole file back",
+            )
+
+    def _forget_later(self) -> None:
+        """Remove what was written after the step that the run goes on from."""
+        for name, file in self._growing():
+            if file.exists():
+                os.truncate(file, self._sizes.get(name, 0))
+        for stage in set(STAGES) - self._restored:
+            for later in checkpoints(self._checkpoints(stage)):
+                remove(later)
+        for path in foreign(self.folder / CHECKPOINTS):
+            print(f"left alone, since no run wrote it: {path}")
+
+
+def _measures(stage: str, name: str) -> bool:
+    """Whether a stage would measure this; what no stage is known for may be a monitor of PPO."""
+    bare = name.removeprefix("eval/")
+    known = bare in {metric for metrics in MEASURED.values() for metric in metrics}
+    return bare in MEASURED.get(stage, ()) or (not known and stage == "ppo")
+
+
+def require_measured(name: str | None, stages: Iterable[str], monitors: Iterable[str]) -> None:
+    """Raise `BadInput` for a ``--keep_best`` that none of these stages will measure.
+
+    Args:
+        name: what is given, if anything is.
+        stages: that the command trains.
+        monitors: the rewards that PPO reports beside its own.
+    """
+    names = {
+        f"eval/{name}"
+        for stage in stages
+        for name in (*MEASURED[stage], *(monitors if stage == "ppo" else ()))
+    }
+    require(
+        name is None or name in names,
+        f"--keep_best {name} is measured by no stage of this run; give one of "
+        f"{', '.join(sorted(names))}",
+    )
+
+
+def _last_rows(file: Path) -> dict[str, int]:
+    """The last step of each stage in a file of metrics, of which the last line may be cut."""
+    last: dict[str, int] = {}
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            row = json.loads(line)
+            last[str(row["stage"])] = int(row["step"])
+    return last
+
+
+def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:
+    """The rows in the first `size` bytes of a file; null is NaN again.
+
+    Raises:
+        BadInput: if they are not what `MetricsLog` writes.
+    """
+    if size == 0:
+        return []
+    try:
+        with file.open("rb") as opened:
+            lines = opened.read(size).decode("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{file}: {DAMAGED}") from error
+
+
+def _flushed_size(file: Path) -> int:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return os.fstat(opened.fileno()).st_size
+
+
+def _sign(name: str) -> int:
+    return -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

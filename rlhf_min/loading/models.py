@@ -1,0 +1,413 @@
+"""From a name, a folder or a GGUF file to a model with its tokenizer, or to one line why not."""
+
+import copy
+import io
+import json
+import re
+import struct
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from ..errors import BadInput, require
+from .sources import (
+    NOT_LOADED,
+    hub_answers,
+    require_known,
+    require_plain,
+    require_source,
+    require_weights,
+)
+
+VALUE_FILE = "value_head.safetensors"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("spm.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+)
+TRL_HEAD = {"v_head.summary.weight": "value_head.weight", "v_head.summary.bias": "value_head.bias"}
+TRL_PREFIX = "pretrained_model."  # some checkpoints of trl have it before the model's own names
+
+MAX_LABELS = 100_000
+MAX_LAYERS = 1000  # more than any model has, and few enough to be made before weights are missed
+CHAT_TEMPLATE_NAME = re.compile(r"[\w. -]{1,100}")  # each is saved as a file of its name
+
+# What transformers raises for a folder whose files are not what they should be.
+_LOADING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+    struct.error,
+)
+
+
+class CausalLM(NamedTuple):
+    """A language model, its tokenizer, and the tensors of the value head that lay beside it."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    value_head: dict[str, Tensor] | None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, ``transformers`` shows no bar, table or warning of its own; a download keeps its bar.
+
+    What a caller has to act on is an error here, or said in our own words.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    loading = transformers_logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one comes where the environment forbids the Hub's bars
+        try:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()  # which disables the Hub's too
+            if downloads:
+                enable_progress_bars()
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if loading:
+                transformers_logging.enable_progress_bar()  # and this enables them
+            if not downloads:
+                disable_progress_bars()
+
+
+@quiet()
+def load_causal_lm(name_or_path: str | Path) -> CausalLM:
+    """A causal language model in at least float32, with what belongs to it.
+
+    The value head may be ours, in a file of its own, or that of trl 0.x, which keeps it among the
+    model's weights (``AutoModelForCausalLMWithValueHead``).
+
+    Args:
+        name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file.
+
+    Raises:
+        BadInput: if it is no causal language model, or lacks something, or its tokenizer does not
+            fit. What other libraries raise is left to `Reading`.
+    """
+    config = _config(name_or_path)
+    kind = _architecture(config)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    for wrong, name in [
+        (config.is_encoder_decoder, "an encoder-decoder"),
+        (encoder and not getattr(config, "is_decoder", False), "an encoder"),
+        (kind.endswith("ForSequenceClassification"), "a classifier"),
+    ]:
+        require(
+            not wrong,
+            f"{name_or_path}: {kind} is {name} and cannot be the policy; give a causal language "
+            "model, such as a GPT-2, Llama or Qwen",
+        )
+    model, tokenizer, info = _load(AutoModelForCausalLM, name_or_path, config, may_lack_head=False)
+    require(
+        tokenizer.eos_token_id is not None,
+        f"{name_or_path}: the tokenizer has no EOS token, so no response could end; set its "
+        "eos_token to one of its tokens and save it there",
+    )
+    with Reading(name_or_path, "the value head cannot be read"):
+        head = _value_head(name_or_path, info["unexpected_keys"])
+    _require_finite(name_or_path, (head or {}).items())
+    return CausalLM(model, tokenizer, head)
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier, its tokenizer, and the names of its weights that were drawn anew."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_weights: list[str]
+
+
+@quiet()
+def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
+    """A one-label sequence classifier in at least float32, with what belongs to it.
+
+    Args:
+        name_or_path: as in `load_causal_lm`.
+        new_head: whether a missing classifier may be drawn anew; only to begin training.
+
+    Raises:
+        BadInput: if it has several labels or lacks its head, or its tokenizer does not fit. What
+            other libraries raise is left to `Reading`.
+    """
+    config = _config(name_or_path)
+    kind = _architecture(config)
+    names = ", ".join(map(str, list((config.id2label or {}).values())[:5]))
+    require(
+        "Classification" not in kind or config.num_labels == 1,
+        f"{name_or_path}: {kind} has {config.num_labels} labels ({names}) and a reward model "
+        "exactly one score; to take one of them as reward, give --reward FILE.py:FUNCTION, a "
+        "function of yours that loads this model and returns its logits for that label",
+    )
+    config.num_labels = 1
+    auto_class = AutoModelForSequenceClassification
+    model, tokenizer, info = _load(auto_class, name_or_path, config, may_lack_head=new_head)
+    return Classifier(model, tokenizer, sorted(info["missing_keys"]))
+
+
+def _config(name_or_path: str | Path) -> PreTrainedConfig:
+    path, prefix = Path(name_or_path), f"{name_or_path}: {NOT_LOADED}: "
+    require_source(name_or_path)
+    nowhere = "" if path.exists() else ": no such folder here, and from the Hub"
+    if not path.exists():
+        with Reading(name_or_path, NOT_LOADED + nowhere):
+            require_known(str(name_or_path))
+    labels = _labels(path)
+    require(
+        labels <= MAX_LABELS,
+        f"{prefix}config.json says {labels} labels; at most {MAX_LABELS} are named",
+    )
+    with Reading(name_or_path, NOT_LOADED + nowhere):
+        config = AutoConfig.from_pretrained(**_source(name_or_path))
+    require_plain(name_or_path, config)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    require(
+        layers <= MAX_LAYERS,
+        f"{prefix}config.json says {layers} layers; at most {MAX_LAYERS} are made",
+    )
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = str(getattr(part, "_attn_implementation", None))
+        require(
+            "/" not in attention, f"{prefix}its attention {attention} is code, which is not run"
+        )
+    return config
+
+
+def _labels(folder: Path) -> int:
+    """How many labels the config.json has, before ``transformers`` makes a name for each."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_labels"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return 0  # it has none, or `Reading` tells what is wrong
+    return found if isinstance(found, int) else 0
+
+
+def _load(
+    auto_class: Any, name_or_path: str | Path, config: PreTrainedConfig, *, may_lack_head: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The model, its tokenizer, and what ``transformers`` says of missing and unexpected keys."""
+    require_weights(name_or_path)
+    model, tokenizer, info = _read(auto_class, _source(name_or_path), config)
+    folder = Path(name_or_path)
+    require(
+        not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
+        f"{name_or_path}: there is no tokenizer beside the model; save it there too",
+    )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise BadInput(
+            f"{name_or_path}: {name} is {tuple(found)}, but config.json says {tuple(expected)}; "
+            "give the config that these weights were saved with"
+        )
+    trunk = f"{model.base_model_prefix}."
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if not may_lack_head or (name.startswith(trunk) and ".pooler." not in name)
+    )
+    require(
+        not missing,
+        f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
+        "would be random; give a model that was trained for this, or train its head first",
+    )
+    require_embeddings(name_or_path, model, tokenizer)
+    _require_finite(name_or_path, model.named_parameters())
+    _require_chat_templates(name_or_path, tokenizer)
+    _try_to_save(model, tokenizer)
+    # Half-precision weights lose small updates: training keeps float32 and may use autocast.
+    model = model.to(torch.promote_types(model.dtype, torch.float32)).eval()
+    # Still in the file, the weights would begin where its header ends; some processors then round
+    # products otherwise, and a file that is overwritten would change them.
+    for p in model.parameters():
+        p.data = p.data.clone()
+    return model, tokenizer, info
+
+
+def _read(
+    auto_class: Any, source: dict[str, Any], config: PreTrainedConfig
+) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are told by name afterwards
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if "gguf_file" in source and gguf_config:  # older versions do this by themselves
+        options["quantization_config"] = gguf_config(dequantize=True)
+    # For a GGUF file there is a bar that `quiet` does not reach.
+    with redirect_stderr(io.StringIO() if "gguf_file" in source else sys.stderr):
+        model, info = auto_class.from_pretrained(**options)
+    prefixed = any(name.startswith(TRL_PREFIX) for name in info["unexpected_keys"])
+    if prefixed:
+        without = {"^" + re.escape(TRL_PREFIX): ""}
+        model, info = auto_class.from_pretrained(**options, key_mapping=without)
+    if prefixed or "gguf_file" in source:
+        model = _plain(model)
+    return model, tokenizer, info
+
+
+def require_embeddings(
+    name_or_path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise `BadInput` unless the model has an embedding for every id of the tokenizer."""
+    embeddings: Any = model.get_input_embeddings()
+    largest, rows = max(tokenizer.get_vocab().values()), len(embeddings.weight)
+    require(
+        largest < rows,
+        f"{name_or_path}: the tokenizer has ids up to {largest}, but the model only {rows} "
+        "embeddings; save the model's own tokenizer there, or resize the embeddings and train them",
+    )
+
+
+def _require_finite(name_or_path: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        require(
+            bool(tensor.isfinite().all()),
+            f"{name_or_path}: {name} holds NaN or infinite numbers; give weights from before they "
+            "went wrong",
+        )
+
+
+def _require_chat_templates(name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = getattr(tokenizer, "chat_template", None) or {}
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    for name, template in named.items():
+        require(
+            isinstance(template, str) and CHAT_TEMPLATE_NAME.fullmatch(str(name)) is not None,
+            f"{name_or_path}: the chat template {name!r} is no text, or no file can be called so; "
+            "correct the tokenizer_config.json there",
+        )
+
+
+def _try_to_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What cannot be saved is noticed now, and not when it has been trained."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not know how they were stored: saving would heed it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        plain: Any = type(model)(config)
+    plain.to(model.dtype).load_state_dict(model.state_dict())
+    return plain
+
+
+def _value_head(name_or_path: str | Path, extra: set[str]) -> dict[str, Tensor] | None:
+    if Path(name_or_path).is_file():
+        return None
+    folder = Path(name_or_path)
+    if not folder.is_dir():  # a name: the folder that its files were downloaded to
+        found = snapshot_download(
+            str(name_or_path), allow_patterns=[VALUE_FILE], local_files_only=not hub_answers()
+        )
+        folder = Path(found)
+    if (folder / VALUE_FILE).is_file():
+        tensors = load_file(folder / VALUE_FILE)
+    elif extra >= TRL_HEAD.keys():
+        tensors = {name: _stored(folder, name) for name in TRL_HEAD}
+    else:
+        return None
+    return {TRL_HEAD.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _stored(folder: Path, name: str) -> Tensor:
+    """One tensor of a checkpoint, whole or in shards, in safetensors or pickled."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / f"{file}.index.json").is_file():
+            index = json.loads((folder / f"{file}.index.json").read_text(encoding="utf-8"))
+            file = index["weight_map"][name]
+        if (folder / file).is_file():
+            break
+    if file.endswith(".safetensors"):
+        with safe_open(folder / file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    return torch.load(folder / file, weights_only=True, map_location="cpu")[name]
+
+
+def _source(name_or_path: str | Path) -> dict[str, Any]:
+    """Where ``transformers`` finds it. Unless told not to, it would ask whether to run its code."""
+    path, source = Path(name_or_path), dict[str, Any](trust_remote_code=False)
+    if path.suffix == ".gguf":
+        return source | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    source["pretrained_model_name_or_path"] = str(name_or_path)
+    return source if path.is_dir() else source | {"local_files_only": not hub_answers()}
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [type(config).__name__])[0]
+
+
+class Reading(AbstractContextManager[None]):
+    """Inside, what other libraries raise becomes `BadInput`: one line, with the name before it."""
+
+    def __init__(self, name_or_path: str | Path, what: str = NOT_LOADED) -> None:
+        self.prefix = f"{name_or_path}: {what}: "
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        # The tokenizers library has no error of its own: it raises bare Exceptions.
+        known = kind is Exception or isinstance(error, _LOADING_ERRORS)
+        if error is not None and known and not isinstance(error, BadInput):
+            raise BadInput(self.prefix + _line(error)) from error
+
+
+def _line(error: BaseException) -> str:
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    if isinstance(error, UnpicklingError):
+        return "its pickled weights hold more than tensors and are not read; give safetensors"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run; give a model that transformers knows"
+    if isinstance(error, SafetensorError | EOFError):
+        return f"its weights are damaged ({text or 'they are empty'}); copy or save them again"
+    if type(error) is Exception:
+        return f"its tokenizer is damaged ({text}); copy or save it again"
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its JSON files is damaged ({text}); copy or save it again"
+    if isinstance(error, OSError | RuntimeError | StrictDataclassError | ValueError):
+        return text
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,558 @@
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import small_policy, small_reward_model
+
+from rlhf_min.dpo import DPOConfig
+from rlhf_min.errors import BadInput
+from rlhf_min.harness.cli import RunOptions, parse
+from rlhf_min.harness.inputs import make_codec
+from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.folder import check_out, open_run
+from rlhf_min.policy import Policy
+from rlhf_min.ppo import PPOConfig
+from rlhf_min.reward import RewardConfig
+from rlhf_min.sft import SFTConfig
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    """The module of an example, without running it."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# What the options of each command are declared in.
+COMMANDS = {
+    "train_sft": [RunOptions, SFTConfig],
+    "train_reward_model": [RunOptions, RewardConfig],
+    "train_ppo": [example("train_ppo").PPOOptions, PPOConfig],
+    "train_dpo": [RunOptions, DPOConfig],
+    "quickstart": [example("quickstart").QuickstartOptions],
+    "evaluate_models": [example("evaluate_models").EvaluateOptions],
+    "chat": [example("chat").ChatOptions],
+}
+
+
+def our_line(err):
+    """What a command said in the end, in one line; a library may have said something before it."""
+    *before, line = err.splitlines()
+    assert line.startswith("error: "), err
+    assert not any(x.startswith(("error: ", "Traceback ")) for x in before), err
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("err", "line"),
+    [
+        ("error: --x is 3\n", "--x is 3"),
+        ("a.py:3: FutureWarning: y goes\n  y()\n 50%|##\nerror: --x is 3\n", "--x is 3"),
+        ("error: --x is 3\nand 4\n", None),
+        ("error: --x is 3\nerror: --y is 4\n", None),
+        ("error: --x is 3\nFutureWarning: y goes\n", None),
+        ("Traceback (most recent call last):\n  f()\nerror: --x is 3\n", None),
+        ("--x is 3\n", None),
+    ],
+)
+def test_our_line_is_the_last_and_the_only_one_of_ours(err, line):
+    if line is None:
+        with pytest.raises(AssertionError):
+            our_line(err)
+    else:
+        assert our_line(err) == line
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs an example in an empty folder and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "10000")  # nothing is wrapped
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    threads = torch.get_num_threads()
+
+    def start(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        try:
+            example(name).main()
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    yield start
+    torch.set_num_threads(threads)
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def pairs(n):
+    """Rows that are demonstrations, preferences and prompts alike."""
+    words = ["red", "blue", "green", "big", "small", "ball", "one", "two"]
+    return [
+        {
+            "prompt": f"{words[i % 8]} {words[i // 8]}",
+            "chosen": f"{words[i % 8]} ball",
+            "rejected": "two two",
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_policy(small_policy(dtype=torch.float32), folder / "sft")
+    save_reward_model(small_reward_model(dtype=torch.float32), folder / "reward_model")
+    return folder
+
+
+# Values out of range
+
+POSITIVE = ([0, -1, math.nan, math.inf], [1])
+AT_LEAST_0 = ([-1, math.nan, math.inf], [0])
+SHARE = ([-0.1, 1.1, math.nan], [0, 1])
+OPTIMIZER = {
+    "batch_size": POSITIVE,
+    "learning_rate": POSITIVE,
+    "warmup_share": SHARE,
+    "weight_decay": AT_LEAST_0,
+    "max_grad_norm": POSITIVE,
+    "eval_every": POSITIVE,
+    "epochs": POSITIVE,
+    "seed": AT_LEAST_0,
+}
+RUN = {
+    "heldout_share": ([0, 1, -0.1, math.nan], [0.01, 0.99]),
+    "max_response_tokens": POSITIVE,
+    "max_length": POSITIVE,
+    "threads": ([0, -1, 1025, 99999999999], [1, 1024]),
+    "limit": POSITIVE,
+    "save_every": ([-1], [0]),
+    "keep_last": POSITIVE,
+}
+# Every number of every config: what it must not be, and what it may just be.
+BOUNDS = {
+    SFTConfig: OPTIMIZER | {"max_tokens": POSITIVE},
+    RewardConfig: OPTIMIZER | {"max_tokens": POSITIVE, "center_coef": AT_LEAST_0},
+    DPOConfig: OPTIMIZER
+    | {
+        "max_tokens": POSITIVE,
+        "beta": POSITIVE,
+        "label_smoothing": ([-0.1, 0.5, math.nan], [0, 0.49]),
+    },
+    PPOConfig: OPTIMIZER
+    | {
+        "steps": POSITIVE,
+        "batch_size": ([0, -1, 2**20 + 1], [32, 2**20]),
+        "minibatch_size": ([0, -1, 129], [1, 128]),  # no more than batch_size
+        "max_new_tokens": POSITIVE,
+        "temperature": POSITIVE,
+        "adam_eps": POSITIVE,
+        "gamma": SHARE,
+        "lam": SHARE,
+        "clip": POSITIVE,
+        "value_clip": ([0, -1, math.nan], [0.1, math.inf]),
+        "value_coef": AT_LEAST_0,
+        "kl_coef": AT_LEAST_0,
+        "kl_target": POSITIVE,
+        "kl_horizon": POSITIVE,
+        "score_clip": POSITIVE,
+        "eos_penalty": AT_LEAST_0,
+        "stop_kl": POSITIVE,
+        "max_kl": POSITIVE,
+        "max_tokens": POSITIVE,
+    },
+    RunOptions: RUN | {"max_response_tokens": ([0, -1, 128, 200], [1, 127])},
+    example("train_ppo").PPOOptions: RUN
+    | {"max_response_tokens": ([0, -1, 128, 200], [1, 127]), "reward_timeout": AT_LEAST_0},
+    example("quickstart").QuickstartOptions: RUN
+    | {
+        "seed": AT_LEAST_0,
+        "sft_epochs": POSITIVE,
+        "reward_epochs": POSITIVE,
+        "ppo_steps": POSITIVE,
+        "ppo_batch_size": POSITIVE,
+        "dpo_epochs": POSITIVE,
+        "test_prompts": POSITIVE,
+    },
+    example("evaluate_models").EvaluateOptions: RUN
+    | {"seed": AT_LEAST_0, "test_prompts": POSITIVE},
+    example("chat").ChatOptions: RUN | {"seed": AT_LEAST_0, "temperature": POSITIVE},
+}
+
+
+@pytest.mark.parametrize("config", BOUNDS, ids=lambda config: config.__name__)
+def test_every_number_of_a_config_has_a_bound(config):
+    numbers = {f.name: f for f in dataclasses.fields(config) if {"int", "float"} & words_of(f.type)}
+    assert set(BOUNDS[config]) == set(numbers)
+    for name, (bad, fine) in BOUNDS[config].items():
+        for value in bad:
+            with pytest.raises(BadInput) as caught:
+                config(**{name: value})
+            message = str(caught.value)
+            assert name in message
+            assert str(value) in message
+            assert "\n" not in message
+        # One token of response is all that fits beside a prompt of one token.
+        room = {"max_length": {"max_response_tokens": 1}}.get(name, {})
+        for value in [2] if name == "max_length" else fine:
+            assert getattr(config(**{name: value} | room), name) == value
+        if "None" in words_of(numbers[name].type):
+            assert getattr(config(**{name: None}), name) is None
+
+
+def words_of(annotation):
+    return set(getattr(annotation, "__name__", str(annotation)).replace("|", " ").split())
+
+
+def test_a_value_out_of_range_is_told_on_one_line(run, capsys):
+    assert run("train_dpo", "--label_smoothing", "0.7") == 2
+    found = capsys.readouterr()
+    assert our_line(found.err).startswith("DPOConfig: label_smoothing is 0.7")
+
+
+# Options
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(run, capsys, name):
+    assert run(name, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " ".join(example(name).__doc__.split()) in shown
+    unused = getattr(example(name), "UNUSED", ())
+    for config in COMMANDS[name]:
+        for field in dataclasses.fields(config):
+            assert (f"--{field.name} " in shown) == (field.name not in unused)
+            if field.name in unused:
+                continue
+            assert " ".join(field.metadata["help"].split()) in shown
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "pencil", "frontier"])
+def test_an_unknown_option_is_refused(run, capsys, tmp_path, name):
+    assert run(name, "--nonsense", "1") == 2
+    assert "unknown option --nonsense" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--epochs", "many"), ("--schedule", "steep"), ("--learning_rate",)]
+)
+def test_a_value_that_cannot_be_read_is_refused(run, capsys, arguments):
+    assert run("train_sft", *arguments) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-1E9", "-inf", "-Infinity", "-nan", "-1_0."])
+def test_a_negative_number_is_a_value_however_it_is_spelled(run, capsys, value):
+    assert run("train_sft", "--learning_rate", value) == 2
+    told = f"error: SFTConfig: learning_rate is {float(value)}; it must be above 0 and finite\n"
+    assert capsys.readouterr().err == told
+
+
+def test_how_a_value_is_given_that_looks_like_an_option(run, capsys):
+    assert run("train_sft", "--template", "-{prompt}") == 2
+    told = "; a value that begins with - is written --option=-VALUE; --help explains all options\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.parametrize("name", ["chat", "evaluate_models"])
+def test_an_option_that_would_do_nothing_is_refused(run, capsys, name):
+    for option in example(name).UNUSED:
+        assert run(name, f"--{option}", "1") == 2
+        told = f"error: unknown option --{option}; --help explains all options\n"
+        assert capsys.readouterr().err == told
+
+
+def test_options_reach_their_configs(monkeypatch):
+    arguments = "--epochs 7 --learning_rate 1e-5 --overwrite --max_grad_norm 2 --threads 1"
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *arguments.split()])
+    options, config = parse("", RunOptions, SFTConfig)
+    assert options == RunOptions(overwrite=True, threads=1)
+    assert config == SFTConfig(epochs=7, learning_rate=1e-5, max_grad_norm=2.0)
+
+
+# Pretrained models
+
+
+def made_here(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"small_world": true}', encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig])
+def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, config):
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+        return parse("", RunOptions, config)[1]
+
+    published = {name: value for name, (value, _) in config.pretrained.items()}
+    option = f"--{config.trains}"
+    assert parsed() == parsed(option, made_here(tmp_path / "small")) == config()
+    assert parsed(option, "gpt2-medium") == dataclasses.replace(config(), **published)
+    # What is given stands, however it is spelled.
+    given = parsed(option, "gpt2-medium", "--learning-rate", "0.5")
+    assert given == dataclasses.replace(config(), **(published | {"learning_rate": 0.5}))
+
+
+def test_the_help_says_who_published_a_setting(run, capsys):
+    assert run("train_dpo", "--help") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("--beta")]
+    assert "Pretrained models: 0.1 (Rafailov et al. 2023)." in line
+
+
+def test_threads_are_set(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["x", "--threads", "2"])
+    try:
+        parse("", RunOptions)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_global_generators_are_seeded_before_a_users_module_is_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--seed", "3"])
+
+    def drawn():
+        parse("", RunOptions, SFTConfig)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert drawn() == drawn()
+    first = drawn()
+    monkeypatch.setattr(sys, "argv", ["x", "--seed", "4"])
+    assert not set(first) & set(drawn())
+
+
+def test_an_option_is_not_guessed_from_its_beginning(run, capsys):
+    assert run("train_sft", "--epoch", "3") == 2
+    assert "unknown option --epoch; --help explains all options" in capsys.readouterr().err
+
+
+def test_room_for_the_prompt():
+    assert RunOptions(max_response_tokens=40, max_length=100).max_prompt_tokens == 60
+
+
+# Bad input
+
+
+def bad(name, *arguments, says, id=None):
+    return pytest.param(name, arguments, says, id=id or f"{name}: {says}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        bad("train_sft", "--data", "columns.csv", says="SFT needs the columns prompt, response"),
+        bad("train_sft", "--data", "empty.jsonl", says="no usable row among the 2 read"),
+        bad("train_dpo", "--data", "broken.jsonl", says="broken.jsonl: line 2: broken JSON"),
+        bad("train_reward_model", "--data", "missing.csv", says="No such file"),
+        bad("train_sft", "--data", "one.jsonl", says="two different prompts"),
+        bad("quickstart", "--data", "sft.jsonl", says="needs the columns prompt, chosen, rejected"),
+        bad(
+            "train_dpo",
+            *("--max_response_tokens", "64", "--max_length", "64"),
+            says="max_response_tokens 64 leaves no room",
+        ),
+        bad("train_sft", "--out", "run", says="--out run exists"),
+        bad("train_sft", "--out", "mine", says="--out mine exists"),
+        bad("train_sft", "--out", "mine", "--overwrite", says="not a run and is not overwritten"),
+        bad(
+            "train_sft",
+            *("--out", "one.jsonl", "--overwrite"),
+            says="--out one.jsonl holds no run.json",
+        ),
+        bad(
+            "train_sft",
+            *("--data", "pairs.jsonl", "--model", "/nowhere/at/all"),
+            says="/nowhere/at/all: no model could be loaded",
+        ),
+        bad(
+            "train_sft",
+            *("--data", "pairs.jsonl", "--model", "mine"),
+            says="mine: no model could be loaded",
+        ),
+        bad("train_ppo", "--data", "pairs.jsonl", says="give --model"),
+        bad("train_ppo", "--data", "pairs.jsonl", "--model", "mine", says="--reward_model"),
+        bad("train_sft", "--data", "pairs.jsonl", "--device", "warp", says="--device warp"),
+        bad("train_sft", "--data", "pairs.jsonl", "--template", "Say it", says="exactly once"),
+        bad("train_sft", "--data", "pairs.jsonl", "--template", "chat", says="no chat template"),
+        bad(
+            "train_sft", "--data", "pairs.jsonl", "--columns", "prompt", says="which column serves"
+        ),
+        bad("train_sft", "--data", "pairs.jsonl", "--columns", "prompt=q", says="no such column"),
+        bad("train_sft", "--data", "pairs.jsonl", "--split", "test", says="has no split 'test'"),
+        bad("train_sft", "--data", "no-one/pairs", says="no-one/pairs: no such file here"),
+        bad("train_sft", "--limit", "3", says="--limit is for your own rows; give --data"),
+        bad("evaluate_models", "--data", "pairs.jsonl", says="no model 'sft' in runs/quickstart"),
+        bad("evaluate_models", "--data", "pairs.jsonl", "--models", ",", says="names no model"),
+        bad("evaluate_models", "--data", "pairs.jsonl", "--models", "a/b,a/b", says="twice"),
+        bad("evaluate_models", "--model", "sft", says="--models a,b,c, not --model"),
+        bad("chat", "--model", "sft", says="to talk to with --models a,b,c, not --model"),
+        bad("train_sft", "--out", "b\udcff", says=r"--out b\udcff: this name is not UTF-8"),
+        bad("chat", says="no model 'sft' in runs/quickstart"),
+        bad("train_sft", "--data", "pairs.jsonl", "--out", "one.jsonl/x", says="cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, capsys, tmp_path, name, arguments, says):
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    write_rows(tmp_path / "empty.jsonl", [{"prompt": "", "response": "x"}, {"prompt": "x"}])
+    write_rows(tmp_path / "one.jsonl", [{"prompt": "red", "response": "x"}])
+    write_rows(tmp_path / "sft.jsonl", [{"prompt": w, "response": "x"} for w in "abc"])
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt\n', encoding="utf-8")
+    write_rows(tmp_path / "pairs.jsonl", pairs(8))
+    for folder, file in (("run", "run.json"), ("mine", "diary.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}", encoding="utf-8")
+    before = contents(tmp_path)
+    assert run(name, *arguments) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: ")
+    assert says in found
+    assert found.count("\n") == 1
+    assert found.endswith("\n")
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        bad("train_sft", "--max_length", "17", "--max_response_tokens", "8", says="16 positions"),
+        # All that is left of each response is EOS.
+        bad("train_dpo", "--max_response_tokens", "1", says="equal after the cut"),
+        bad("train_ppo", "--max_new_tokens", "9", says="max_new_tokens 9 exceeds"),
+    ],
+)
+def test_bad_input_beside_a_model_is_one_line_and_leaves_nothing(
+    run, capsys, tmp_path, models, name, arguments, says
+):
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(12))
+    room = ("--max_length", "16", "--max_response_tokens", "8")
+    given = ("--model", models / "sft", "--reward_model", models / "reward_model")
+    before = contents(tmp_path)
+    assert run(name, "--data", data, *given, *room, *arguments) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: ")
+    assert says in found
+    assert found.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_seed_that_no_generator_takes_is_bad_input(run, capsys, tmp_path):
+    write_rows(tmp_path / "pairs.jsonl", pairs(8))
+    assert run("train_sft", "--data", "pairs.jsonl", "--seed", str(2**64)) == 2
+    assert "seed" in capsys.readouterr().err
+
+
+# The run's folder
+
+
+def test_the_default_folder_is_the_next_free_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/sft", "runs/sft-2", "runs/sft-3"):
+        out = check_out(RunOptions(), "sft")
+        assert out == Path(expected)
+        assert not out.exists()
+        open_run(out, RunOptions())
+    assert check_out(RunOptions(), "ppo") == Path("runs/ppo")
+
+
+def test_an_empty_folder_may_be_given(tmp_path):
+    (tmp_path / "new").mkdir()
+    out = check_out(RunOptions(out=str(tmp_path / "new")), "sft")
+    assert open_run(out, RunOptions()) == tmp_path / "new"
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
+    out = open_run(tmp_path / "run", RunOptions())
+    (out / "sft").mkdir()
+    (out / "sft" / "model.pt").write_text("old", encoding="utf-8")
+    options = RunOptions(out=str(out), overwrite=True)
+    assert check_out(options, "sft") == out
+    assert (out / "sft" / "model.pt").exists()  # until the new run begins
+    open_run(out, options)
+    assert {p.name for p in out.iterdir()} == {"run.json", ".lock"}
+
+
+def test_run_json_says_what_was_run(tmp_path):
+    options, config = RunOptions(template="Say: {prompt}\\n"), SFTConfig(learning_rate=0.25)
+    out = open_run(tmp_path / "a" / "b", options, config)
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert record["config"]["SFTConfig"] == dataclasses.asdict(config)
+    assert record["config"]["RunOptions"] == dataclasses.asdict(options)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["threads"] == torch.get_num_threads()
+
+
+def test_run_json_is_json_whatever_the_values(tmp_path):
+    """The one number that may be infinite, too."""
+    out = open_run(tmp_path / "run", PPOConfig(value_clip=math.inf))
+    text = (out / "run.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_each_trainer_leaves_a_model_and_curves(run, capsys, tmp_path, models):
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(12))
+    room = ("--data", data, "--max_length", "16", "--max_response_tokens", "8")
+    sft = ("--model", models / "sft")
+    reward_model = ("--reward_model", models / "reward_model")
+    small = ("--epochs", "1", "--batch_size", "8")
+    assert run("train_sft", *room, *sft, *small) == 0
+    assert run("train_dpo", *room, *sft, *small) == 0
+    assert run("train_reward_model", *room, *sft, *reward_model, *small) == 0
+    ppo = ("--steps", "2", "--minibatch_size", "4", "--max_new_tokens", "8")
+    assert run("train_ppo", *room, *sft, *reward_model, *small, *ppo) == 0
+    assert run("train_sft", *room, *sft, *small) == 0
+    assert "runs/sft-2" in capsys.readouterr().out
+    for folder, name, steps in (
+        ("sft", "sft", 2),
+        ("sft-2", "sft", 2),
+        ("dpo", "dpo", 2),
+        ("reward_model", "reward_model", 2),
+        ("ppo", "ppo", 2),
+    ):
+        out = tmp_path / "runs" / folder
+        rows = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
+        assert {json.loads(row)["stage"] for row in rows} == {name}
+        assert (out / name / "model.safetensors").is_file()
+        assert (out / "curves.png").stat().st_size > 5000
+    trained = (
+        "--models",
+        "runs/sft/sft,runs/ppo/ppo",
+        "--reward_model",
+        "runs/reward_model/reward_model",
+    )
+    assert run("evaluate_models", *room, *trained) == 0
+    results = json.loads((tmp_path / "runs/evaluation/results.json").read_text(encoding="utf-8"))
+    assert results["runs/sft/sft"]["win_rate"]["mean"] == 0.5  # over itself
+    assert results["runs/ppo/ppo"]["score"]["n"] == 12
+
+
+def test_the_template_stays_with_the_model(tmp_path):
+    policy = small_policy()
+    assert make_codec(policy, RunOptions()).template == "{prompt}\n"
+    make_codec(policy, RunOptions(template="Q: {prompt}\\nA:"))
+    save_policy(policy, tmp_path / "sft")
+    loaded = Policy.from_pretrained(tmp_path / "sft", critic="none")
+    assert make_codec(loaded, RunOptions()).template == "Q: {prompt}\nA:"
+    assert make_codec(loaded, RunOptions(template="{prompt}")).template == "{prompt}"

@@ -1,0 +1,426 @@
+"""Rewards by name: functions, models, weighted sums."""
+
+import re
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import bert, bert_words
+
+from rlhf_min.errors import BadInput
+from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in, unserved
+from rlhf_min.reward_model import RewardModel
+from rlhf_min.rollout import call_reward
+
+CODE = """
+calls = []
+def length(prompts, responses):
+    calls.append(len(responses))
+    return [len(r) for r in responses]
+def hits(prompts, responses, wanted):
+    return [float(w in r) for r, w in zip(responses, wanted)]
+def broken(prompts, responses):
+    return [float("nan") if p == "p2" else 0.0 for p in prompts]
+number = 3
+
+def divide(prompts, responses):
+    return [helper(r) for r in responses]
+def helper(response):
+    return 1 / 0
+def quiet(prompts, responses):
+    raise KeyError
+def leaves(prompts, responses):
+    import sys
+    sys.exit(3)
+def long_told(prompts, responses):
+    raise ValueError("line 1" + chr(10) + 300 * "x")
+def generated(prompts, responses):
+    return (helper(r) for r in responses)
+def library(prompts, responses):
+    import json
+    return json.loads("{")
+class Counts:
+    def __call__(self, prompts, responses, wanted):
+        return [float(len(w)) for w in wanted]
+counts = Counts()
+def hangs(prompts, responses):
+    import time
+    time.sleep(60)
+def interrupts(prompts, responses):
+    raise KeyboardInterrupt
+class Odd:
+    def __float__(self):
+        return 1 / 0
+class Stops:
+    def __float__(self):
+        raise SystemExit(0)
+def odd(prompts, responses):
+    return [Odd()] * len(responses)
+def odder(prompts, responses):
+    return [Stops()] * len(responses)
+def keyed(prompts, responses):
+    return dict.fromkeys(range(len(responses)), 1.0)
+def defaults(prompts, responses, wanted=None, *, weight=2.0, **columns):
+    return [weight] * len(responses)
+def silences(prompts, responses):
+    import os, sys
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    return [0.0] * len(responses)
+async def later(prompts, responses):
+    return [0.0] * len(responses)
+def bends(prompts, responses):
+    import os, torch
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return [0.0] * len(responses)
+def handles(prompts, responses):
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return [0.0] * len(responses)
+def thread(prompts, responses):
+    import threading
+    return [float(threading.current_thread() is threading.main_thread())] * len(responses)
+"""
+LINES = CODE.splitlines()
+PROMPTS, RESPONSES = ["p1", "p2"], ["abc", "a"]
+ROWS = [{"wanted": "b"}, {"wanted": "b"}]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(CODE, encoding="utf-8")
+    (tmp_path / "typo.py").write_text("def f(:", encoding="utf-8")
+    (tmp_path / "stops.py").write_text("raise SystemExit(1 / 0)", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return tmp_path
+
+
+def model(name):
+    """A reward model whose score is 10 for everything."""
+    assert name == "runs/rm"
+    return SimpleNamespace(score=lambda _, responses: [10.0] * len(responses))
+
+
+@pytest.mark.parametrize("where", ["my_rewards", "my_rewards.py"])
+def test_one_function(where):
+    reward = load_reward([f"{where}:length"], model)
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [3, 1]
+
+
+def test_a_weighted_sum_of_functions_and_a_model():
+    specs = ["2*my_rewards:length", "-1*my_rewards:hits", "0.5*runs/rm"]
+    reward = load_reward(specs, model)
+    # 2 * [3, 1] - [1, 0] + 0.5 * [10, 10]; "abc" holds the wanted b, "a" does not
+    assert call_reward(reward, PROMPTS, RESPONSES, ROWS).tolist() == [10, 7]
+
+
+def test_the_parts_are_watched_without_scoring_again():
+    reward = load_reward(["my_rewards.py:length", "runs/rm"], model)
+    call_reward(reward, PROMPTS, RESPONSES, ROWS)
+    calls = reward.parts["my_rewards.py:length"][1].__wrapped__.__globals__["calls"]
+    assert calls == [2]
+    watched = {
+        name: call_reward(monitor, PROMPTS, RESPONSES, ROWS).tolist()
+        for name, monitor in reward.monitors.items()
+    }
+    assert watched == {"reward/my_rewards.py:length": [3, 1], "reward/runs/rm": [10, 10]}
+    assert calls == [2]
+    other = call_reward(
+        reward.monitors["reward/my_rewards.py:length"], PROMPTS, ["xxxx", "xxxxx"], ROWS
+    )
+    assert other.tolist() == [4, 5]
+
+
+def test_a_tensor_sums_like_a_list():
+    reward = WeightedSum({"t": (3.0, lambda _, r: torch.arange(len(r)))})
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["nowhere:f"], "--reward nowhere: cannot be imported (No module named 'nowhere')"),
+        (["nowhere.py:f"], "--reward nowhere.py: no such file"),
+        (["my_rewards:missing"], "my_rewards has no function 'missing'"),
+        (["my_rewards:number"], "my_rewards has no function 'number'"),
+        (["x*my_rewards:length"], "'x' is not a weight"),
+        (["nan*my_rewards:length"], "the weight must be finite"),
+        (["my_rewards:length", "2*my_rewards:length"], "names my_rewards:length twice"),
+        ([], "--reward names nothing"),
+        (["2*"], "--reward '2*' names nothing"),
+        (["typo.py:f"], "--reward typo.py: cannot be imported"),
+        ([":f"], "cannot be imported (Empty module name)"),
+        (["stops:f"], "--reward stops: cannot be imported (division by zero)"),
+        (
+            ["leaves.py:f"],
+            "--reward leaves.py: cannot be imported (it ends the process: SystemExit:",
+        ),
+    ],
+)
+def test_bad_names(specs, message):
+    with pytest.raises(BadInput, match=re.escape(message)) as error:
+        load_reward(specs, model)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_may_be_called_like_the_arguments():
+    # the file's own columns "prompts", "responses", "self" and "name" are not handed over twice
+    rows = [{"wanted": "b", "prompts": 1, "responses": 2, "self": 3, "name": 4}] * 2
+    reward = load_reward(["my_rewards:hits", "my_rewards:length"], model)
+    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [4, 1]
+    assert call_reward(reward.monitors["reward/my_rewards:hits"], PROMPTS, RESPONSES, rows)[0] == 1
+    assert call_reward(length, PROMPTS, RESPONSES, rows).tolist() == [3, 1]
+
+
+def length(prompts, responses, **_columns):
+    assert len(prompts) == len(responses)
+    return [len(r) for r in responses]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions, prompts: completions + prompts, "takes completions first"),
+        (lambda responses: responses, "must take prompts and responses"),
+    ],
+)
+def test_a_reward_of_other_arguments_is_refused(reward, message):
+    with pytest.raises(BadInput, match=message):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_a_file_may_import_its_neighbours(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/neighbour.py").write_text("factor = 2", encoding="utf-8")
+    code = "import neighbour\ndef f(p, r): return [neighbour.factor] * len(r)"
+    (folder / "sub/own.py").write_text(code, encoding="utf-8")
+    assert call_reward(load_reward(["sub/own.py:f"], model), PROMPTS, RESPONSES).tolist() == [2, 2]
+
+
+def test_the_models_among_the_parts():
+    reward_model = RewardModel(bert(), bert_words())
+    reward = load_reward(["my_rewards:length", "rm"], lambda _: reward_model)
+    assert models_in(reward) == models_in(reward_model) == [reward_model]
+    assert models_in(length) == []
+
+
+def test_nan_names_the_function_and_the_prompt():
+    reward = load_reward(["my_rewards:length", "my_rewards:broken"], model)
+    message = "reward broken gave nan for the prompt 'p2' in row 1 of the batch"
+    with pytest.raises(BadInput, match=message):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+@pytest.mark.parametrize(
+    ("name", "says", "line"),
+    [
+        ("divide", "raised ZeroDivisionError: division by zero", "    return 1 / 0"),
+        ("generated", "raised ZeroDivisionError: division by zero", "    return 1 / 0"),
+        ("quiet", "raised KeyError (", "    raise KeyError"),
+        ("leaves", "raised SystemExit: 3", "    sys.exit(3)"),
+        ("odder", "raised SystemExit: 0", "        raise SystemExit(0)"),
+        ("long_told", "raised ValueError: line 1 xxx", "    raise ValueError("),
+        ("library", "raised JSONDecodeError: Expecting", "    return json.loads("),
+    ],
+)
+def test_what_a_reward_raises_is_told_with_its_line(folder, name, says, line, timeout):
+    reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
+    with pytest.raises(BadInput) as caught:
+        call_reward(reward, PROMPTS, RESPONSES)
+    told = str(caught.value)
+    assert told.startswith(f"reward my_rewards.py:{name} {says}")
+    (number,) = [i for i, text in enumerate(LINES, start=1) if text.startswith(line)]
+    assert told.endswith(f" ({folder.resolve() / 'my_rewards.py'}:{number})")
+    assert "\n" not in told
+    assert len(told) < 400
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_what_cannot_be_a_score_is_told_with_the_name_of_the_command_line(timeout):
+    for name, told in [
+        ("odd", "; row 0 of the batch: division by zero"),
+        ("keyed", ", in their order, as a list; it returned a dict"),
+    ]:
+        reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
+        with pytest.raises(BadInput) as caught:
+            call_reward(reward, PROMPTS, RESPONSES)
+        wanted = f"reward my_rewards.py:{name} must return one number per response"
+        assert str(caught.value) == wanted + told
+
+
+def test_an_interrupt_of_its_own_is_the_rewards_fault(capsys):
+    reward = load_reward(["my_rewards.py:interrupts"], model)
+    with pytest.raises(BadInput, match=r"interrupts raised KeyboardInterrupt \("):
+        call_reward(reward, PROMPTS, RESPONSES)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_belongs_to_the_process_is_put_back_and_told_once(folder, capsys):
+    reward = load_reward(["my_rewards:bends"], model, timeout=0)
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        call_reward(reward, PROMPTS, RESPONSES)
+        assert Path.cwd() == folder
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_num_threads() == threads
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == reward.notes
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"reward my_rewards:bends has changed {what}"
+        for what in (
+            "the working folder",
+            "PyTorch's default dtype",
+            "PyTorch's threads",
+            "PyTorch's precision of products",
+        )
+    ]
+    assert lines[1].endswith(" (torch.float32 to torch.float64); this was put back")
+
+
+def test_a_reward_cannot_silence_the_run(capsys):
+    call_reward(load_reward(["my_rewards:silences"], model), PROMPTS, RESPONSES)
+    told = [f"reward my_rewards:silences has changed sys.{x}" for x in ("stdout", "stderr")]
+    assert capsys.readouterr().out.splitlines() == [f"{x}; this was put back" for x in told]
+
+
+def test_an_async_reward_is_refused_before_it_is_called(recwarn):
+    with pytest.raises(BadInput, match="reward later is async"):
+        call_reward(load_reward(["my_rewards:later"], model), PROMPTS, RESPONSES)
+    assert not recwarn.list
+
+
+def test_what_cannot_be_shown_is_named_by_its_type(folder):
+    code = """
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("mute")
+    __repr__ = __str__
+def raises(p, r): raise Mute
+def gives(p, r): return [Mute()] * len(r)
+def keeps(p, r, further=Mute()): return [0.0] * len(r)
+"""
+    (folder / "mute.py").write_text(code, encoding="utf-8")
+    (folder / "mute_module.py").write_text(f"{code}\nraise Mute", encoding="utf-8")
+    shown = "a Mute that cannot be shown"
+    for name, says in [
+        ("raises", f"raised Mute: {shown}"),
+        ("gives", f"row 0 of the batch: {shown}"),
+    ]:
+        with pytest.raises(BadInput, match=says):
+            call_reward(load_reward([f"mute.py:{name}"], model), PROMPTS, RESPONSES)
+    (line,) = unserved(load_reward(["mute.py:keeps"], model), ["prompt"])
+    assert f"keeps its default {shown}" in line
+    with pytest.raises(BadInput, match=rf"cannot be imported \({shown}"):
+        load_reward(["mute_module.py:f"], model)
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_a_reward_may_empty_its_responses(folder, timeout):
+    code = "def f(p, r): return [float(len(r.pop())) for _ in range(len(r))][::-1]"
+    (folder / "pops.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["pops.py:f"], model, timeout=timeout)
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [len(x) for x in RESPONSES]
+
+
+def test_a_reward_model_in_a_sum_gets_no_columns():
+    reward_model = RewardModel(bert(), bert_words())
+    reward = WeightedSum({"bert": (1.0, reward_model.score)})
+    assert unserved(reward, ["prompt"]) == []
+    columns = [{"max_tokens": "many"}] * len(PROMPTS)
+    scores = call_reward(reward, PROMPTS, RESPONSES, columns)
+    assert scores.equal(reward_model.score(PROMPTS, RESPONSES))
+    assert call_reward(reward_model.score, PROMPTS, RESPONSES, columns).equal(scores)
+
+
+def test_the_handlers_of_signals_are_put_back():
+    at_start = signal.getsignal(signal.SIGINT)  # ignored in a job in the background
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+    reward = load_reward(["my_rewards:handles"], model, timeout=0)
+    call_reward(reward, PROMPTS, RESPONSES)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert reward.notes == [
+        "reward my_rewards:handles has changed what SIGINT does; this was put back"
+    ]
+    with pytest.raises(BadInput, match=r"main thread.*; --reward_timeout 0 calls it in the main t"):
+        call_reward(load_reward(["my_rewards:handles"], model), PROMPTS, RESPONSES)
+    signal.signal(signal.SIGINT, at_start)
+
+
+def test_a_module_that_bends_the_process_when_imported(folder):
+    code = "import os\nos.chdir('/')\ndef f(p, r): return [0.0] * len(r)"
+    (folder / "moves.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["moves.py:f"], model)
+    assert Path.cwd() == folder
+    assert reward.notes == [
+        f"--reward moves.py has changed the working folder ({folder} to /); this was put back"
+    ]
+
+
+def test_parameters_that_no_column_serves_are_told():
+    reward = load_reward(["my_rewards:length", "my_rewards:defaults", "my_rewards:hits"], model)
+    assert unserved(reward, ["prompt", "Wanted"]) == [
+        "reward defaults: its parameter wanted is no column of the data and keeps its default "
+        "None; the columns are prompt, Wanted",
+        "reward defaults: its parameter weight is no column of the data and keeps its default "
+        "2.0; the columns are prompt, Wanted",
+        "reward hits: its parameter wanted is no column of the data; the columns are prompt, "
+        "Wanted",
+    ]
+    assert len(unserved(reward, ["prompt", "wanted", "weight"])) == 0
+    assert unserved(length, ["prompt"]) == unserved(RewardModel(bert(), bert_words()), []) == []
+
+
+def test_a_module_has_dataclasses_and_late_neighbours(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/late_neighbour.py").write_text("factor = 3", encoding="utf-8")
+    code = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Weight:
+    value: float
+def f(p, r):
+    import late_neighbour
+    return [Weight(late_neighbour.factor).value] * len(r)
+"""
+    (folder / "sub/data_reward.py").write_text(code, encoding="utf-8")
+    reward = load_reward(["sub/data_reward.py:f"], model)
+    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [3, 3]
+
+
+def test_a_reward_that_hangs_is_given_up():
+    reward = load_reward(["my_rewards:hangs"], model, timeout=0.05)
+    with pytest.raises(BadInput, match=r"reward my_rewards:hangs has not returned after 0\.05 s"):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_without_a_limit_a_reward_has_no_thread_of_its_own():
+    for timeout, found in ((60, 0.0), (0, 1.0)):
+        reward = load_reward(["my_rewards:thread"], model, timeout=timeout)
+        assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [found] * 2
+
+
+def test_an_object_that_is_called_gets_its_columns():
+    reward = load_reward(["my_rewards:counts"], model)
+    rows = [{"wanted": "bb", "other": 1}, {"wanted": "", "other": 2}]
+    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [2, 0]
+    with pytest.raises(BadInput, match=r"raised TypeError: .*wanted"):
+        call_reward(reward, PROMPTS, RESPONSES)
+
+
+def test_ctrl_c_is_no_fault_of_the_reward():
+    def stopped(_prompts, _responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guarded("stopped", stopped, Path.cwd(), timeout=0)([], [])

@@ -1,0 +1,183 @@
+"""The README's tables that follow from the source: equations, places, and conventions.
+
+python tests/tools/readme_tables.py            # prints them
+python tests/tools/readme_tables.py --write    # puts them between their marks in README.md
+"""
+
+import argparse
+import ast
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from test_conventions import CONVENTIONS, Convention, case
+from test_house import FLOORS, ROOT, SOURCES, TAG, TESTS, definitions, module_name
+
+README = ROOT / "README.md"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+# Equations
+
+
+def equations() -> str:
+    """Tag, source, place, proof and counterpart of each, from the floors upwards."""
+    order = [name for floor in FLOORS for name in floor]
+    stated = [
+        (order.index(module_name(path).partition(".")[0]), node.lineno, tag, path, node)
+        for path in SOURCES
+        for node in definitions(path)
+        for tag in TAG.findall(ast.get_docstring(node) or "")
+    ]
+    head = ("equation", "source", "stated in", "called in", "proved by", "in trl")
+    return table(head, [row(tag, path, node) for *_, tag, path, node in sorted(stated)])
+
+
+def row(tag: str, path: Path, node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
+    paper, in_trl = source(ast.get_docstring(node) or "")
+    file = path.relative_to(ROOT).as_posix()
+    place = f"[`{node.name}`]({file}#L{node.lineno}), {link(path, node.lineno)}"
+    numbers = ", ".join(f"({n}) [{line}]({file}#L{line})" for n, line in numbered(path, node))
+    found = proofs(tag, node.name)
+    shown = list(dict.fromkeys([found[0], *[x for x in found if "parity" in x][:1]]))
+    tests = ", ".join(f"`{test}`" for test in shown)
+    more = f", {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    place += f"; {numbers}" if numbers else ""
+    return f"`{tag}`", paper, place, ", ".join(calls(node.name)), tests + more, in_trl
+
+
+def link(path: Path, line: int) -> str:
+    return f"[`{path.name}:{line}`]({path.relative_to(ROOT).as_posix()}#L{line})"
+
+
+def numbered(path: Path, node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, int]]:
+    """The numbers of the equation with the lines of code that compute them."""
+    lines = path.read_text(encoding="utf-8").splitlines()[: node.end_lineno]
+    found = [(re.findall(r"#.*?\((\d)\)", line), n) for n, line in enumerate(lines, 1)]
+    return [(number, n) for numbers, n in found if n >= node.lineno for number in numbers]
+
+
+def calls(name: str) -> list[str]:
+    """Where the algorithms call this function or make this class, outside of the docstrings."""
+    return [
+        link(path, node.lineno)
+        for path in SOURCES
+        if path.parent.name == "rlhf_min"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
+    ]
+
+
+def source(docstring: str) -> tuple[str, str]:
+    """Of what stands under Source: the papers, and the counterpart in trl."""
+    (text,) = re.findall(r"^Source: (.*?)(?:\n\n|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    words = " ".join(text.split()).replace("``", "`")
+    paper, _, in_trl = words.removesuffix(".").partition("; trl ")
+    return paper, in_trl
+
+
+def proofs(tag: str, function: str) -> list[str]:
+    """The tests that carry the tag. First those of the function alone, last those beside trl."""
+    found = [test for test, tags in tags_of_tests().items() if tag in tags]
+    return sorted(found, key=lambda test: ("parity" in test, f"::test_{function}" not in test))
+
+
+@cache
+def tags_of_tests() -> dict[str, set[str]]:
+    return {
+        f"{path.relative_to(ROOT).as_posix()}::{node.name}": {
+            call.args[0].value
+            for call in node.decorator_list
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.eq"
+        }
+        for path in TESTS
+        for node in definitions(path)
+    }
+
+
+# Places
+
+PLACES = {
+    "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
+    "are advantages whitened": ("ppo.py", "advantages = masked_whiten("),
+    "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
+    "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
+    "does the KL enter the reward": ("kl.py", "-kl_coef * at_least_float32(kl)"),
+    "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
+    "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
+    "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
+    "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
+    "are logits and tokens shifted": ("packing.py", "batch.prompt_lengths[rows] - 1 + t"),
+    "is a value read": ("models.py", "self.value_head(hidden)"),
+    "is EOS put after a response of the data": ("data.py", "ids=[*read.ids, self.tok"),
+    "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
+    "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
+    "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
+    "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
+    "is the reference frozen": ("models.py", "reference.requires_grad_(False)"),
+    "is dropout turned off": ("models.py", "def disable_dropout("),
+}
+
+
+def places() -> str:
+    """The one line that does what is asked for."""
+    return table(
+        ("where ...", "line", "code"),
+        [(f"{what}?", *place(*where)) for what, where in PLACES.items()],
+    )
+
+
+def place(name: str, code: str) -> tuple[str, str]:
+    path = ROOT / "rlhf_min" / name
+    lines = path.read_text(encoding="utf-8").splitlines()
+    [(number, line)] = [(n, line.strip()) for n, line in enumerate(lines, 1) if code in line]
+    return link(path, number), f"`{line.partition('  #')[0]}`"
+
+
+# Conventions
+
+
+def conventions() -> str:
+    """What is done here and elsewhere, and the number that it decides."""
+    head = ("convention", "here", "elsewhere", "the number", "test")
+    return table(head, [cells(key, convention) for key, convention in CONVENTIONS.items()])
+
+
+def cells(key: str, convention: Convention) -> tuple[str, ...]:
+    others = [f"{x.what} ({x.who}): `{x.number:g}`" for x in convention.elsewhere]
+    here = f"{convention.here}: `{convention.number:g}`"
+    tests = [f"`[{case(key, other)}]`" for other in convention.elsewhere]
+    return convention.title, here, "; ".join(others), convention.meaning, ", ".join(tests)
+
+
+SECTIONS = {"places": places, "equations": equations, "conventions": conventions}
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The text with this content between the marks of a section."""
+    begin, end = f"<!-- begin:{name} -->\n", f"<!-- end:{name} -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    assert (begun, ended) == (begin, end), f"README.md has no place for {name}"
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="Write them into README.md.")
+    write = parser.parse_args().write
+    text = README.read_text(encoding="utf-8")
+    for name, make in SECTIONS.items():
+        text = put(text, name, make())
+        if not write:
+            print(make(), end="\n\n")
+    if write:
+        README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

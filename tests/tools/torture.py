@@ -1,0 +1,306 @@
+"""Kill training runs by SIGKILL, resume them, and compare with the run that was never killed.
+
+    python tests/tools/torture.py --kills 100
+
+Half of the kills come at random moments, half at named points of saving. Each resumed run must have
+the same bits as the uninterrupted one in its weights, its optimizer and random states, its metrics
+but for times, and its samples. Small models; every run is a process of its own.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from small import small_policy, small_reward_model
+from tqdm.auto import tqdm
+
+from rlhf_min.harness.run import checkpoint, finished
+from rlhf_min.harness.run.finished import save_policy, save_reward_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
+ALGORITHMS |= {"ppo": "train_ppo", "dpo": "train_dpo"}
+COMMON = ["--max_length", "16", "--max_response_tokens", "6"]
+COMMON += ["--threads", "1", "--save_every", "2", "--eval_every", "3"]
+OPTIONS = {
+    "sft": ["--epochs", "2", "--batch_size", "4"],
+    "reward_model": ["--epochs", "2", "--batch_size", "4"],
+    "ppo": ["--steps", "10", "--batch_size", "8", "--minibatch_size", "4", "--max_new_tokens", "4"],
+    "dpo": ["--epochs", "2", "--batch_size", "4"],
+}
+OPTIONS["ppo"] += ["--kl_control", "adaptive", "--normalise_scores"]
+
+
+def die() -> NoReturn:
+    """As a power cut: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+# Named points: each replaces a function of saving, in the process that is to die at its n-th call.
+
+
+def before(module: Any, name: str, n: int) -> None:
+    """Die when the function is called."""
+    function, calls = getattr(module, name), Counter()
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return die() if calls[name] == n else function(*args, **kwargs)
+
+    setattr(module, name, patched)
+
+
+def after(module: Any, name: str, n: int) -> None:
+    """Die when the function has done its work."""
+    function, calls = getattr(module, name), Counter()
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        calls[name] += 1
+        return die() if calls[name] == n else found
+
+    setattr(module, name, patched)
+
+
+def half_a_file(n: int) -> None:
+    """Die when half of a file is written."""
+
+    def patched(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save_file(tensors, file)
+        os.truncate(file, file.stat().st_size // 2)
+        die()
+
+    save_file, calls = checkpoint.save_file, Counter()
+
+    def counted(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        calls["file"] += 1
+        (patched if calls["file"] == n else save_file)(tensors, file)
+
+    checkpoint.save_file = counted
+
+
+def half_deleted(n: int) -> None:
+    """Die when an old checkpoint has lost a file and still has others."""
+    rmtree, calls = checkpoint.shutil.rmtree, Counter()
+
+    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
+        calls["rmtree"] += Path(path).name.startswith("step-")
+        if calls["rmtree"] == n:
+            next(path.glob("*.safetensors")).unlink()
+            die()
+        rmtree(path, *args, **kwargs)
+
+    checkpoint.shutil.rmtree = patched
+
+
+POINTS: dict[str, Callable[[int], None]] = {
+    "before writing": lambda n: before(checkpoint, "begin", n),
+    "in the middle of a file": half_a_file,
+    "before fsync": lambda n: before(finished, "flush", 2 * n),
+    "before the rename": lambda n: before(finished.os, "rename", n),
+    "after the rename": lambda n: after(finished.os, "rename", n),
+    "before deleting the old": lambda n: before(checkpoint, "keep", n),
+    "while deleting the old": half_deleted,
+}
+
+
+# Runs
+
+
+def command_line(algorithm: str, work: Path) -> list[str]:
+    """The options of a run, but for its folder."""
+    options = [*COMMON, *OPTIONS[algorithm], "--data", str(work / "rows.jsonl")]
+    if algorithm != "reward_model":
+        options += ["--model", str(work / "sft")]
+    if algorithm in ("reward_model", "ppo"):
+        options += ["--reward_model", str(work / "reward_model")]
+    return options
+
+
+def start(algorithm: str, arguments: list[str], log: Path, point: Callable[[], None]) -> int:
+    """Start a command in a fork, which has everything imported; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    with log.open("a", encoding="utf-8") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        # Bars share a lock between forks, and whoever is killed may hold it.
+        tqdm.set_lock(threading.RLock())
+        point()
+        sys.argv = [f"{ALGORITHMS[algorithm]}.py", *arguments]
+        code: Any = 0
+        try:
+            MODULES[algorithm].main()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+def wait(process: int) -> int:
+    """How it ended: the exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def arguments_for(algorithm: str, work: Path, run: Path) -> list[str]:
+    """To start the run, or to go on with it."""
+    started = (run / "run.json").exists()
+    return (
+        ["--resume", str(run)] if started else [*command_line(algorithm, work), "--out", str(run)]
+    )
+
+
+def result(run: Path) -> dict[str, Any]:
+    """All that must be equal: tensors by the bytes of their files, records and rows as values."""
+    found: dict[str, Any] = {
+        str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.safetensors")
+    }
+    for file in run.glob("checkpoints/*/*/checkpoint.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("sizes", "crc32"):  # the lines hold times, which are longer or shorter
+            del record[name]
+        found[str(file.relative_to(run))] = record
+    for file in run.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found[file.name] = [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows
+        ]
+    for stage in {row["stage"] for row in found["metrics.jsonl"]}:
+        steps = [row["step"] for row in found["metrics.jsonl"] if row["stage"] == stage]
+        assert steps == list(range(1, len(steps) + 1)), f"rows of {stage}: {steps}"
+    return found
+
+
+def kill_once(
+    algorithm: str, work: Path, run: Path, log: Path, kill: tuple[str, float], seconds: float
+) -> bool:
+    """Start or resume a run and kill it; whether it was killed before its end."""
+    name, where = kill
+    point = POINTS.get(name)
+    n = 1 + int(4 * where)  # of the few checkpoints that a run writes
+    process = start(
+        algorithm,
+        arguments_for(algorithm, work, run),
+        log,
+        (lambda: point(n)) if point else lambda: None,
+    )
+    if not point:
+        time.sleep(where * seconds)
+        os.kill(process, signal.SIGKILL)
+    code = wait(process)
+    assert code in (0, -signal.SIGKILL), f"{name}: exit code {code}, see {log}"
+    return code == -signal.SIGKILL
+
+
+def torture(kills: int, seed: int, work: Path) -> Counter[str]:
+    """Kill and resume until there were so many kills; what happened how often."""
+    rng, counts = random.Random(seed), Counter[str]()
+    wanted: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    prepare(work)
+    for algorithm in ALGORITHMS:
+        run, started = work / f"whole-{algorithm}", time.perf_counter()
+        log = work / f"whole-{algorithm}.log"
+        code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
+        assert code == 0, log.read_text(encoding="utf-8")
+        seconds[algorithm] = time.perf_counter() - started
+        wanted[algorithm] = result(run)
+    names, number = list(POINTS), 0
+    while counts["kills"] < kills:
+        algorithm = list(ALGORITHMS)[number % len(ALGORITHMS)]
+        run, log = work / f"run-{number}", work / f"run-{number}.log"
+        for again in range(2 if rng.random() < 0.2 else 1):  # now and then the resumed run too
+            named = (number // len(ALGORITHMS) + again) % 2 == 0
+            name = names[(number // (2 * len(ALGORITHMS))) % len(names)] if named else "any moment"
+            if kill_once(algorithm, work, run, log, (name, rng.random()), seconds[algorithm]):
+                counts.update(["kills", f"kills of {algorithm}", f"kills {name}"])
+        code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
+        found = result(run) if code == 0 else {}
+        wrong = sorted(
+            key
+            for key in found.keys() | wanted[algorithm].keys()
+            if found.get(key) != wanted[algorithm].get(key)
+        )
+        if wrong:
+            counts["different"] += 1
+            print(f"run {number}, {algorithm}: exit code {code}, different: {', '.join(wrong)}")
+            print(log.read_text(encoding="utf-8"))
+        number += 1
+    counts["resumed runs"] = number
+    return counts
+
+
+def prepare(work: Path) -> None:
+    """Rows and small models, once for all."""
+    words = ["red", "blue", "green", "big", "small", "ball", "one", "two"]
+    rows = [
+        {
+            "prompt": f"{words[i % 8]} {words[i // 8]}",
+            "chosen": f"{words[i % 8]} ball",
+            "rejected": "two two",
+        }
+        for i in range(28)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (work / "rows.jsonl").write_text(text, encoding="utf-8")
+    save_policy(small_policy(dropout=0.1, dtype=torch.float32), work / "sft")
+    save_reward_model(small_reward_model(dropout=0.1, dtype=torch.float32), work / "reward_model")
+
+
+def load(name: str) -> Any:
+    """The module of an example, without running it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {algorithm: load(name) for algorithm, name in ALGORITHMS.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script; 0 if no resumed run differed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        counts = torture(options.kills, options.seed, Path(work))
+    for what, count in sorted(counts.items()):
+        print(f"{count:5} {what}")
+    print(
+        f"{counts['kills']} kills in {time.perf_counter() - started:.0f} s; "
+        f"{counts['different']} of {counts['resumed runs']} resumed runs differ from the "
+        "uninterrupted one"
+    )
+    return int(counts["different"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
