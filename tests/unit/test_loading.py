@@ -374,7 +374,7 @@ def test_a_gguf_file_needs_two_packages_and_to_be_there(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"model\.gguf: no model could be loaded .*: no such file"):
         Policy.from_pretrained(tmp_path / "model.gguf", critic="none")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("rlhf_min.sources.find_spec", lambda name: name != "gguf" or None)
+    monkeypatch.setattr("rlhf_min.loading.sources.find_spec", lambda name: name != "gguf" or None)
     with pytest.raises(BadInput, match="pip install gguf accelerate") as raised:
         Policy.from_pretrained(tmp_path / "model.gguf", critic="none")
     message(raised)

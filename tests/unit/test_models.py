@@ -144,7 +144,7 @@ def test_logprobs_and_entropy_are_those_of_the_model_itself(make, temperature):
     ids=["gpt2", "llama"],
 )
 def test_gradients_are_those_of_the_plain_computation(make, tolerance, chunk_tokens, monkeypatch):
-    monkeypatch.setattr("rlhf_min.models.CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr("rlhf_min.policy.CHUNK_TOKENS", chunk_tokens)
     model = policy(make(), critic="shared")
     parameters = list(model.parameters())
     found = model(BATCH, temperature=0.7)

@@ -140,7 +140,7 @@ PAINS = {
 
 @cache
 def names_in(file: str) -> set[str]:
-    source = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    source = ast.parse(next(TESTS.rglob(file)).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(source) if isinstance(node, ast.FunctionDef)}
 
 
