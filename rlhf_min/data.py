@@ -15,25 +15,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .encoding.chat import MARKS, Refused, doubts, holds, render, require_content
+from .encoding.conversation import Conversation, Place, PlacedRow
+from .encoding.template import AS_IS, CHAT, SURROGATE, require_template
 from .errors import BadInput, require
 from .masking import response_mask
 
 Example = TypeVar("Example")
-Place: TypeAlias = int | str  # of a row: its number, or a number in a file
 
-CHAT = "chat"  # the template of a Codec that leaves the work to the tokenizer's own
-AS_IS = "as_is"  # ... of one that adds nothing, for texts that have been through a template
 MOST_NAMED = 5  # of rows, reasons and special tokens
 READ_AT_ONCE = 2**18  # characters of a text, at least; more are read only if they may be needed
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -107,52 +104,6 @@ def collate(
 
 def _pad(rows: Sequence[Tensor], pad_id: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-
-
-class Conversation(str):
-    """A prompt of several chat messages. It is the text of them, which is all that most code sees.
-
-    Args:
-        messages: each with its ``role`` and its ``content``.
-
-    Example:
-        >>> Conversation([{"role": "user", "content": "Hi"}])
-        'Hi'
-        >>> turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
-        >>> print(Conversation([{"role": role, "content": text} for role, text in turns]))
-        user: Hi
-        <BLANKLINE>
-        assistant: Hello.
-        <BLANKLINE>
-        user: Bye
-    """
-
-    messages: tuple[Mapping[str, str], ...]
-
-    def __new__(cls, messages: Sequence[Mapping[str, str]]) -> "Conversation":
-        """The text: a transcript, or the content alone of a single message of the user."""
-        if [message["role"] for message in messages] == ["user"]:
-            text = messages[0]["content"]
-        else:
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        conversation = super().__new__(cls, text)
-        conversation.messages = tuple(dict(message) for message in messages)
-        return conversation
-
-    def __getnewargs__(self) -> Any:  # what copies are made from
-        return (self.messages,)
-
-
-class PlacedRow(dict[str, Any]):
-    """A row that knows its place in the user's file, which reports then name.
-
-    >>> PlacedRow({"prompt": "Hi"}, 3) == {"prompt": "Hi"}
-    True
-    """
-
-    def __init__(self, columns: Mapping[str, Any], place: Place) -> None:
-        super().__init__(columns)
-        self.place = place
 
 
 class Unencodable(BadInput):
@@ -613,7 +564,7 @@ class Codec:
             special: whether special tokens are what they spell.
             from_start: whether the beginning is kept.
         """
-        if _SURROGATE.search(text):
+        if SURROGATE.search(text):
             raise Unencodable(
                 "half of a surrogate pair, which is no text, stands in", text, "drop it"
             )
@@ -634,18 +585,6 @@ class Codec:
             split_special_tokens=not special,
             verbose=False,  # it would warn of lengths; what is cut is counted here
         ).input_ids
-
-
-def require_template(template: str) -> None:
-    """Raise `BadInput` unless a `Codec` could take this template."""
-    require(
-        template in (CHAT, AS_IS) or str(template).count("{prompt}") == 1,
-        f"template {template!r} must hold {{prompt}} exactly once",
-    )
-    require(
-        not _SURROGATE.search(template),
-        f"template {template!r} holds half of a surrogate pair, which is no text; write it anew",
-    )
 
 
 def _encode(

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min.config import option, require_not_negative, require_positive
-from rlhf_min.data import require_template
+from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.rows.formats import parse_columns

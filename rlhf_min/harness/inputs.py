@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from rlhf_min.data import AS_IS, CHAT, Codec, CutReport, PlacedRow
+from rlhf_min.data import Codec, CutReport
+from rlhf_min.encoding.conversation import PlacedRow
+from rlhf_min.encoding.template import AS_IS, CHAT
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.rows.files import plural, printable

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_min.data import Conversation
+from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.formats import Stage, find_columns
 from rlhf_min.harness.rows.load import load_rows

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from trl.data_utils import extract_prompt
 
-from rlhf_min.data import Conversation
+from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.load import load_rows
 

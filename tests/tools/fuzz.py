@@ -36,7 +36,9 @@ from tiny import bert, bert_words, gpt2, words
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import sft
-from rlhf_min.data import CHAT, Codec, Conversation, CutReport, SFTExample
+from rlhf_min.data import Codec, CutReport, SFTExample
+from rlhf_min.encoding.conversation import Conversation
+from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.formats import Stage, parse_columns
 from rlhf_min.harness.rows.load import load_rows

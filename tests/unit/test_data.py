@@ -18,15 +18,14 @@ from tolerances import EXACT
 from rlhf_min import data
 from rlhf_min.data import (
     Codec,
-    Conversation,
     Cursor,
     CutReport,
-    PlacedRow,
     Sequences,
     collate,
     in_groups,
     micro_batches,
 )
+from rlhf_min.encoding.conversation import Conversation, PlacedRow
 from rlhf_min.errors import BadInput
 from rlhf_min.losses import sft_loss
 from rlhf_min.world import train_bpe

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rlhf_min.data import Conversation
+from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import Row, shown
 

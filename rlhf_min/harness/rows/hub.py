@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from rlhf_min.data import Place
+from rlhf_min.encoding.conversation import Place
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import (
     FORMATS,

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from rlhf_min.data import Place, PlacedRow
+from rlhf_min.encoding.conversation import Place, PlacedRow
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import Row, format_of, plural, printable, read_file, shown
 from rlhf_min.harness.rows.formats import Stage, Unusable, check_columns, clean_row, find_columns
