@@ -15,8 +15,8 @@ from rlhf_min.harness.cli import Parser, command
 from rlhf_min.harness.report import page, results
 from rlhf_min.harness.report.findings import FINDINGS, first_lines, write_findings
 from rlhf_min.harness.report.finish import Spared
-from rlhf_min.harness.run.finished import write_file
-from rlhf_min.harness.run.layout import read_run
+from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.reading import read_run
 
 
 @command

@@ -21,8 +21,8 @@ from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.rows.formats import parse_columns
-from rlhf_min.harness.run import faults
-from rlhf_min.harness.run.finished import NotWritten
+from rlhf_min.harness.run import system_errors
+from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import continued, how_to_go_on, seed_all
 from rlhf_min.harness.run.signals import Stopped, raising_signals
 from rlhf_min.harness.run.terminal import outlive_terminal
@@ -292,15 +292,15 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             with raising_signals():
                 main()
         except NotWritten as error:
-            _fail(f"{error}; {faults.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
+            _fail(f"{error}; {system_errors.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
         except BadInput as error:
             _fail(str(error), 2)
         except (Diverged, NonFinite) as error:
             _fail(str(error), 1)
         except OSError as error:
-            _fail(f"{faults.refused(error)}; {KEPT}{how_to_go_on()}", 2)
+            _fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
         except (MemoryError, RuntimeError) as error:
-            told = faults.out_of_memory(error) or faults.out_of_threads(error)
+            told = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
             if told is None:
                 raise
             _fail(f"{told}{how_to_go_on()}", 1)

@@ -37,8 +37,8 @@ from rlhf_min.harness.inputs import (
     start_reward_model,
 )
 from rlhf_min.harness.report import results
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
 from rlhf_min.harness.run.folder import read_record, start_log
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel

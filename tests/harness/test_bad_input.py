@@ -33,7 +33,7 @@ from tiny import bert, bert_words
 from transformers import BartConfig, BartForConditionalGeneration
 
 from rlhf_min.harness.run.checkpoint import crc32_of
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 
 Make = Callable[[], Any]
 

@@ -29,8 +29,8 @@ from transformers import (
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.run import finished
-from rlhf_min.harness.run.finished import load_state, save_policy, save_reward_model
+from rlhf_min.harness.run import saved_models
+from rlhf_min.harness.run.saved_models import load_state, save_policy, save_reward_model
 from rlhf_min.policy import VALUE_FILE, Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.speed.fast import fuse_gelu
@@ -258,7 +258,7 @@ def fail_tokenizer(monkeypatch):
 
 
 def fail_value_head(monkeypatch):
-    monkeypatch.setattr(finished, "save_file", Full(finished.save_file))
+    monkeypatch.setattr(saved_models, "save_file", Full(saved_models.save_file))
 
 
 def fail_flush(monkeypatch):
@@ -362,7 +362,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
     [
         # how these libraries report a write that did not fit
         (
-            "rlhf_min.harness.run.finished.save_file",
+            "rlhf_min.harness.run.saved_models.save_file",
             SafetensorError("I/O error (os error 28)"),
         ),
         ("torch.save", RuntimeError("unexpected pos 576 vs 534")),

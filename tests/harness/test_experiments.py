@@ -29,7 +29,7 @@ from rlhf_min.harness.experiments import (
     verdict,
 )
 from rlhf_min.harness.inputs import Inputs, make_codec
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import build_wordpiece, small_bert, small_gpt2, train_bpe

@@ -17,14 +17,10 @@ from rlhf_min.encoding.pairs import TextPair
 from rlhf_min.errors import NonFinite
 from rlhf_min.harness.cli import command
 from rlhf_min.harness.run.checkpoint import Snapshot
-from rlhf_min.harness.run.faults import (
-    LAST_METRICS,
-    out_of_memory,
-    save_nonfinite,
-    saved,
-    too_far,
-)
-from rlhf_min.harness.run.finished import save_policy, saving
+from rlhf_min.harness.run.faults import LAST_METRICS, save_nonfinite, saved, too_far
+from rlhf_min.harness.run.files import saving
+from rlhf_min.harness.run.saved_models import save_policy
+from rlhf_min.harness.run.system_errors import out_of_memory
 
 
 def lengths(_prompts, responses):

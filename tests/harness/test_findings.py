@@ -12,9 +12,10 @@ from test_html import paragraphs, ppo_row, with_estimates, write_run
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.report.findings import findings, first_lines
 from rlhf_min.harness.report.page import page
-from rlhf_min.harness.run.finished import save_policy
-from rlhf_min.harness.run.layout import read_run
-from rlhf_min.harness.run.notes import NOTES, note, read_notes
+from rlhf_min.harness.run.layout import NOTES
+from rlhf_min.harness.run.log import note, read_notes
+from rlhf_min.harness.run.reading import read_run
+from rlhf_min.harness.run.saved_models import save_policy
 
 NO_MORE = dict.fromkeys(("results", "samples", "tokens", "reward_model"))
 

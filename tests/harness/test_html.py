@@ -22,7 +22,7 @@ from rlhf_min.harness.report.health import CURVES, Range, excursion, judge
 from rlhf_min.harness.report.markup import tag
 from rlhf_min.harness.report.page import STYLE, calibration, page, write_report
 from rlhf_min.harness.report.texts import changed
-from rlhf_min.harness.run.layout import read_run
+from rlhf_min.harness.run.reading import read_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples/results/quickstart-seed-0.json"

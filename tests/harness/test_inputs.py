@@ -18,7 +18,7 @@ from rlhf_min.harness.inputs import (
     load_inputs,
     make_codec,
 )
-from rlhf_min.harness.run.finished import save_policy
+from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.policy import Policy
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"

@@ -35,7 +35,7 @@ from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import cache_bytes
 from rlhf_min.speed.packing import padded

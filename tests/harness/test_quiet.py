@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample, collate
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.loading.models import quiet
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel

@@ -11,7 +11,7 @@ import torch
 from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness import experiments
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 

@@ -44,8 +44,8 @@ from rlhf_min.harness.rows.formats import Stage, parse_columns
 from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.harness.run import checkpoint
 from rlhf_min.harness.run.checkpoint import Snapshot
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
 from rlhf_min.harness.run.folder import continued, run_seed
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sft import SFTConfig

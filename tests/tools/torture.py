@@ -27,8 +27,8 @@ import torch
 from small import small_policy, small_reward_model
 from tqdm.auto import tqdm
 
-from rlhf_min.harness.run import checkpoint, finished
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run import checkpoint, files
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
@@ -110,9 +110,9 @@ def half_deleted(n: int) -> None:
 POINTS: dict[str, Callable[[int], None]] = {
     "before writing": lambda n: before(checkpoint, "begin", n),
     "in the middle of a file": half_a_file,
-    "before fsync": lambda n: before(finished, "flush", 2 * n),
-    "before the rename": lambda n: before(finished.os, "rename", n),
-    "after the rename": lambda n: after(finished.os, "rename", n),
+    "before fsync": lambda n: before(files, "flush", 2 * n),
+    "before the rename": lambda n: before(files.os, "rename", n),
+    "after the rename": lambda n: after(files.os, "rename", n),
     "before deleting the old": lambda n: before(checkpoint, "keep", n),
     "while deleting the old": half_deleted,
 }

@@ -67,8 +67,8 @@ from transformers import (
 
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
 from rlhf_min.harness.run.identity import tokenizer_digest
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import VALUE_FILE, Policy, disable_dropout, evaluating, scatter_tokens
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import train_bpe

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, collate
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import sample

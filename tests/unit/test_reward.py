@@ -22,7 +22,7 @@ from rlhf_min import reward
 from rlhf_min.data import Cursor
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.inputs import Inputs
-from rlhf_min.harness.run.finished import save_reward_model
+from rlhf_min.harness.run.saved_models import save_reward_model
 from rlhf_min.harness.stages import _prepared
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.reward_model import RewardModel

@@ -13,8 +13,8 @@ from typing import Any
 
 from rlhf_min.harness.report.health import CURVES, Verdict, judge, number
 from rlhf_min.harness.report.results import ROWS
-from rlhf_min.harness.run.finished import write_file
-from rlhf_min.harness.run.layout import Run, read_run
+from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.reading import Run, read_run
 
 FINDINGS = "findings.json"
 TITLES = {

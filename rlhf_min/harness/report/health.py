@@ -11,7 +11,7 @@ from math import inf
 from statistics import median
 from typing import Literal
 
-from rlhf_min.harness.run.layout import Run
+from rlhf_min.harness.run.reading import Run
 
 IN_A_ROW = 3  # steps outside before a curve has left its range, unless the run ends there
 

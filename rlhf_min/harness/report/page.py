@@ -16,8 +16,8 @@ from rlhf_min.harness.report.findings import TITLES, first_lines
 from rlhf_min.harness.report.health import CURVES, Curve, judge, number
 from rlhf_min.harness.report.markup import Html, join, table, tag
 from rlhf_min.harness.report.results import ROWS, SHARES, note_lines
-from rlhf_min.harness.run.finished import write_file
-from rlhf_min.harness.run.layout import Record, Run, read_run
+from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.reading import Record, Run, read_run
 
 REPORT = "report.html"
 STAGES = {stage: TITLES[stage] for stage in ("sft", "reward_model", "ppo", "dpo")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from rlhf_min.evaluation import Estimate, Evaluation
-from rlhf_min.harness.run.finished import write_file
+from rlhf_min.harness.run.files import write_file
 from rlhf_min.rollout import RewardFunction, call_reward
 
 if TYPE_CHECKING:

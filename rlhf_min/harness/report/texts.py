@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from rlhf_min.harness.report.markup import Html, join, table, tag
-from rlhf_min.harness.run.layout import TOKENS, Record, Run
+from rlhf_min.harness.run.layout import TOKENS
+from rlhf_min.harness.run.reading import Record, Run
 
 SAMPLES_SHOWN = 8  # prompts that are not folded away
 STEPS_SHOWN = 5  # in the token view, evenly spread, first and last among them

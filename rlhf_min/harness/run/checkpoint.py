@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.finished import publish, saving
-from rlhf_min.harness.run.finite import unsound
+from rlhf_min.harness.run.files import publish, saving
 from rlhf_min.harness.run.identity import difference, identity
-from rlhf_min.harness.run.ownership import STEP, remove
+from rlhf_min.harness.run.layout import STEP, remove
+from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.harness.run.signals import Stopped
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel

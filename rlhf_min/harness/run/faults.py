@@ -1,10 +1,8 @@
 """What a run says and leaves when its numbers go wrong."""
 
-import errno
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -19,16 +17,12 @@ from torch import Tensor
 from rlhf_min import ppo
 from rlhf_min.errors import BadInput, BadNumbers, Diverged, NonFinite
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
-from rlhf_min.harness.run.finite import unsound
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
+from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.policy import Policy
 
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
 SAMPLES = 3  # shown where the KL is too large
-CURES: dict[int | None, str] = {}  # for what the system refuses
-CURES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room: df, quota, ulimit -f")
-CURES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open: ulimit -n")
-CURES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable")
 
 Decode = Callable[[Tensor], str]
 
@@ -206,43 +200,3 @@ def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str,
             f"  KL {x['kl']:.2f}, score {x['score']:.3f}: {x['prompt']!r} -> {x['response']!r}"
         )
     return "\n".join(lines), samples
-
-
-def refused(error: OSError) -> str:
-    """A line about what the system does not do: which file, why, and what helps."""
-    given = error.filename
-    file = os.fsdecode(given) if isinstance(given, (str, bytes)) else "a file of the run"
-    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
-    return f"{file}: {reason}; {cure(error)}"
-
-
-def cure(error: BaseException | None) -> str:
-    """What helps against what the system refuses, be it told by Python or in Rust's words."""
-    in_rust = re.search(r"os error (\d+)", str(error))
-    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
-    return CURES.get(number, "look at this path and at its disk")
-
-
-def out_of_threads(error: MemoryError | RuntimeError) -> str | None:
-    """A line with what helps, if that is what the error is about."""
-    if "can't start new thread" not in str(error):
-        return None
-    return (
-        "the system gives no further thread; end other processes of yours, or raise the limit of "
-        "ulimit -u or of the container"
-    )
-
-
-def out_of_memory(error: MemoryError | RuntimeError) -> str | None:
-    """A line with the options that help, if that is what the error is about."""
-    told = " ".join(str(error).split())
-    if not (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "DefaultCPUAllocator" in told
-        or "can't allocate memory" in told
-    ):
-        return None
-    return (
-        f"out of memory ({told[:100] or 'no more is told'}); lower --max_tokens, give "
-        "--gradient_checkpointing, or make --batch_size or --minibatch_size smaller"
-    )

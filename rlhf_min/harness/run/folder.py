@@ -15,15 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.finished import write_file
-from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, CONFIGS, LAST_GOOD, STAGES
-from rlhf_min.harness.run.log import MetricsLog, Saving, require_measured
-from rlhf_min.harness.run.ownership import LEFT_OVER, clear, discard
+from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.layout import (
+    BEST,
+    CHECKPOINTS,
+    CONFIGS,
+    LAST_GOOD,
+    LEFT_OVER,
+    STAGES,
+    clear,
+    discard,
+)
 from rlhf_min.harness.run.signals import to_resume
+
+if typing.TYPE_CHECKING:
+    from rlhf_min.harness.run.log import MetricsLog
 
 try:
     import fcntl
@@ -99,7 +106,7 @@ def _files_used(options: Any) -> list[str]:
     return [path for path in (*(getattr(options, name, None) for name in names), *rewards) if path]
 
 
-def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = ()) -> MetricsLog:
+def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = ()) -> "MetricsLog":
     """The log of a new run, or of one that is resumed.
 
     Args:
@@ -110,6 +117,8 @@ def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = 
         BadInput: if it is resumed with another configuration, without ``--allow_config_change``,
             or no stage measures what ``--keep_best`` names.
     """
+    from rlhf_min.harness.run.log import MetricsLog, Saving, require_measured
+
     require_measured(options.keep_best, _stages(options, configs), monitors)
     changed = None if options.resume is None else _check_same(out, options, configs)
     seed_all((options, *configs))
@@ -140,6 +149,9 @@ def seed_all(configs: Sequence[Any]) -> None:
 
     We draw from generators of our own; a reward function of the user's may draw from these.
     """
+    import numpy as np
+    import torch
+
     seed = next((config.seed for config in configs if hasattr(config, "seed")), None)
     if isinstance(seed, int):
         random.seed(seed)
@@ -349,6 +361,8 @@ def _write_record(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def _circumstances() -> dict[str, Any]:
+    import torch
+
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),

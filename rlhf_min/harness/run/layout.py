@@ -1,30 +1,15 @@
-"""A run's folder, read back: whatever of it is there, be the run finished, under way or killed."""
+"""What lies where in a run's folder, and which of it the run wrote: only that is ever removed."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
-from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.notes import NOTES
-
-Record = dict[str, Any]
-
-RUN, METRICS, RESULTS = "run.json", "metrics.jsonl", "results.json"
+RUN, METRICS, RESULTS, NOTES = "run.json", "metrics.jsonl", "results.json", "notes.json"
 SAMPLES, TOKENS, REWARD_MODEL = "samples.jsonl", "tokens.jsonl", "reward_model.json"
 STAGES = ("sft", "reward_model", "ppo", "dpo")
 CHECKPOINTS, BEST, LAST_GOOD = "checkpoints", "best", "last_good"  # with a folder for each stage
-# What is missing where a file is, and the stages that write it (none: all of them).
-_HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    RUN: ("configuration and versions", ()),
-    METRICS: ("curves and times", ()),
-    RESULTS: ("results table", ()),
-    SAMPLES: ("samples", ("ppo",)),
-    TOKENS: ("token view", ("ppo",)),
-    REWARD_MODEL: ("calibration and margins of the reward model", ("reward_model",)),
-    NOTES: ("model sizes and rows, and what was said of them", STAGES),
-}
 CONFIGS = {
     "sft": "SFTConfig",
     "reward_model": "RewardConfig",
@@ -32,107 +17,81 @@ CONFIGS = {
     "dpo": "DPOConfig",
 }
 
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has written. `left_out` has a sentence for each part that is not there."""
-
-    folder: Path
-    record: Record
-    rows: list[Record]
-    results: Record
-    samples: list[Record]
-    tokens: list[Record]
-    reward_model: Record
-    notes: Record
-    left_out: list[str]
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
-
-    @property
-    def stages(self) -> list[str]:
-        """The stages that have made a step, in their order."""
-        return list(dict.fromkeys(row["stage"] for row in self.rows))
-
-    @property
-    def models(self) -> list[str]:
-        """The models in the results; the first is the baseline of the others."""
-        return [k for k, v in self.results.items() if isinstance(v, dict) and "signatures" in v]
-
-    def config(self, stage: str) -> Record:
-        """A stage's options; none if the run has not noted any."""
-        return self.record.get("config", {}).get(CONFIGS.get(stage), {})
-
-    def noted(self, stage: str, name: str) -> Any:
-        """What the run noted of a stage under this name; None if it did not."""
-        facts = self.notes.get(stage)
-        return facts.get(name) if isinstance(facts, dict) else None
-
-    def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric of one stage, where it was measured and finite."""
-        rows = [row for row in self.rows if row["stage"] == stage and row.get(name) is not None]
-        return [row["step"] for row in rows], [row[name] for row in rows]
-
-    def unfinished(self) -> list[str]:
-        """Of each stage that has not reached its end, how far it came."""
-        told = []
-        for stage in self.stages:
-            unit, total = ("step", "steps") if stage == "ppo" else ("epoch", "epochs")
-            wanted, (_, done) = self.config(stage).get(total), self.series(stage, unit)
-            if wanted and done and done[-1] < wanted and not (stage == "ppo" and self.too_far()):
-                told.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
-        return told
-
-    def too_far(self) -> tuple[int, float] | None:
-        """The step at which PPO was ended by its ``max_kl``, and the KL that it had there."""
-        limit, (steps, kl) = self.config("ppo").get("max_kl"), self.series("ppo", "k1")
-        if not isinstance(limit, (int, float)) or not kl or kl[-1] <= limit:
-            return None
-        return steps[-1], kl[-1]
-
-
-def read_run(folder: Path) -> Run:
-    """Everything in a run's folder that can be read.
-
-    Raises:
-        BadInput: if it is no run's folder.
-    """
-    require(
-        any((folder / name).is_file() for name in (RUN, METRICS, RESULTS)),
-        f"{folder} holds no {RUN}, {METRICS} or {RESULTS}, so it is not a run; give its folder",
+OLD = "-old"  # what a folder is called while another takes its name
+STEP = r"step-\d{6,}"
+_STAGE = f"(?:{'|'.join(STAGES)})"
+# In the folder of a model or a checkpoint: weights, configs, tokenizers, and what a desktop adds.
+_INSIDE = (
+    r"(?:[^/]+\.(?:json|safetensors|pt|model|jinja)|vocab\.txt|merges\.txt"
+    r"|additional_chat_templates(?:/.*)?|\.DS_Store|Thumbs\.db|desktop\.ini)"
+)
+LEFT_OVER = re.compile(rf"\.({_STAGE}|{STEP})-\d+({OLD})?")  # of a process that was killed
+_HALF = rf"(?:-\d+(?:{OLD})?)?"
+_IN_A_RUN = re.compile(
+    "|".join(
+        (
+            r"\.?(?:run|results|reward_model|notes|findings|wandb)\.json",
+            r"\.?(?:frontier|overoptimization)\.json",
+            r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
+            r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
+            r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
+            r"tensorboard/.*tfevents.*|wandb/.*",
+            rf"(?:(?:{BEST}|{LAST_GOOD})/)?\.?{_STAGE}{_HALF}/{_INSIDE}",
+            rf"{CHECKPOINTS}/{_STAGE}/\.?{STEP}{_HALF}/{_INSIDE}",
+        )
     )
-    left_out: list[str] = []
-    found = {name: list(_records(folder / name, left_out)) for name in _HOLDS}
-    # A run that was continued may have repeated some steps: the last word counts.
-    rows = list({(row["stage"], row["step"]): row for row in found[METRICS]}.values())
-    tokens = list({(record["step"], record["row"]): record for record in found[TOKENS]}.values())
-    stages = {row["stage"] for row in rows}
-    for name, (holds, writers) in _HOLDS.items():
-        if not found[name] and (not writers or stages & set(writers)):
-            left_out.append(f"No {holds}: there is no {name}.")
-    record, results, reward_model, notes = (
-        next(iter(found[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL, NOTES)
-    )
-    return Run(folder, record, rows, results, found[SAMPLES], tokens, reward_model, notes, left_out)
+)
 
 
-def _records(file: Path, left_out: list[str]) -> Iterator[Record]:
-    """The JSON objects in a file, one or one for each line; a line that was cut is told."""
-    if not file.is_file():
-        return
+def theirs(folder: Path) -> list[Path]:
+    """What lies in the folder of a model or of a checkpoint and is none of their files."""
+    return [path for path in sorted(folder.iterdir()) if not re.fullmatch(_INSIDE, path.name)]
+
+
+def foreign(checkpoints: Path) -> list[Path]:
+    """What lies below ``checkpoints/`` and is no checkpoint, and no part of one."""
+    found = []
+    for stage in sorted(checkpoints.glob("*")):
+        if stage.name not in STAGES or not stage.is_dir():
+            found.append(stage)
+            continue
+        for step in sorted(stage.iterdir()):
+            own = step.is_dir() and re.fullmatch(STEP, step.name)
+            found += theirs(step) if own else [step]
+    return found
+
+
+def remove(folder: Path) -> bool:
+    """Delete the folder of a model or of a checkpoint, unless something of the user's is in it."""
+    if theirs(folder):
+        return False
+    shutil.rmtree(folder)
+    return True
+
+
+def discard(old: Path, folder: Path) -> None:
+    """Delete what `folder` was before; what the user has put there moves on into the new one."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        for path in theirs(old):
+            path.rename(folder / path.name)
     except OSError as error:
-        raise BadInput(f"{file}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [text], 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            left_out.append(f"{file.name}, line {number}: cut or damaged, passed over.")
-            continue
-        yield record
+        print(f"warning: {old} stays, with files of yours: {error.strerror}", file=sys.stderr)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def clear(run: Path) -> list[Path]:
+    """Delete all that a run has written; what makes it a run goes last.
+
+    Returns:
+        What stays.
+    """
+    files = [path for path in run.rglob("*") if path.is_symlink() or not path.is_dir()]
+    own = [path for path in files if _IN_A_RUN.fullmatch(path.relative_to(run).as_posix())]
+    for path in sorted(own, key=lambda path: path == run / RUN):
+        path.unlink()
+    folders = {parent for path in own for parent in path.parents if run in parent.parents}
+    for folder in sorted(folders, reverse=True):  # the inner ones first
+        if not os.listdir(folder):
+            folder.rmdir()
+    return sorted(set(files) - set(own))

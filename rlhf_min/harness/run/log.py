@@ -18,9 +18,18 @@ from tqdm.auto import tqdm
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run import checkpoint, faults
 from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, Writer, checkpoints
-from rlhf_min.harness.run.finished import NotWritten, flush, write_file
-from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, METRICS, SAMPLES, STAGES, TOKENS
-from rlhf_min.harness.run.ownership import foreign, remove
+from rlhf_min.harness.run.files import NotWritten, flush, write_file
+from rlhf_min.harness.run.layout import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    NOTES,
+    SAMPLES,
+    STAGES,
+    TOKENS,
+    foreign,
+    remove,
+)
 from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
 from rlhf_min.harness.trackers import Track, start_tracker
 
@@ -383,6 +392,37 @@ class MetricsLog:
                 remove(later)
         for path in foreign(self.folder / CHECKPOINTS):
             print(f"left alone, since no run wrote it: {path}")
+
+
+def note(folder: Path, stage: str, **facts: Any) -> None:
+    """Keep facts of a stage in the run's folder; those of the same name are replaced.
+
+    What cannot be written is a warning: the page will lack it, and the run goes on.
+
+    Args:
+        folder: of the run.
+        stage: or ``data``, for what holds for all of them.
+        facts: JSON values.
+    """
+    file = folder / NOTES
+    before = read_notes(file)
+    of_stage = before.get(stage)
+    now = {**before, stage: {**(of_stage if isinstance(of_stage, Mapping) else {}), **facts}}
+    if now == before:
+        return
+    try:
+        write_file(file, json.dumps(now, indent=1) + "\n")
+    except OSError as error:
+        print(f"warning: {file} was not written ({error.strerror})", file=sys.stderr)
+
+
+def read_notes(file: Path) -> dict[str, Any]:
+    """The facts by stage; none where there is no such file, or it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _measures(stage: str, name: str) -> bool:

@@ -37,9 +37,8 @@ from rlhf_min.harness.report.tokens import token_records
 from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
 from rlhf_min.harness.run import faults, layout
 from rlhf_min.harness.run.checkpoint import Snapshot
-from rlhf_min.harness.run.finished import save_policy, save_reward_model
-from rlhf_min.harness.run.log import MetricsLog
-from rlhf_min.harness.run.notes import note
+from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Critic, Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward

@@ -1,15 +1,65 @@
-"""Whether a model can be kept: its weights are finite, and so is what they give."""
+"""Trained models: saved as folders that plain ``from_pretrained`` of ``transformers`` loads, if
+their weights and what these give are finite."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_min.data import collate
-from rlhf_min.policy import Policy, evaluating
+from rlhf_min.errors import require
+from rlhf_min.harness.run.files import complete_folder
+from rlhf_min.loading.models import quiet
+from rlhf_min.policy import VALUE_FILE, Policy, evaluating
 from rlhf_min.reward_model import RewardModel
 
 TEXTS, TOKENS, CHARACTERS = 3, 16, 400  # that a model is tried on: few texts, and little of them
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
+
+    Raises:
+        BadInput: for weights that are not finite, and for what the disk refuses. What was in the
+            folder stays.
+    """
+    _require_finite(policy, folder)
+    with complete_folder(folder) as new:
+        _save_model(policy.lm, new)
+        policy.tokenizer.save_pretrained(new)
+        if policy.value_head is not None:
+            tensors = {k: v.contiguous().cpu() for k, v in policy.critic_tensors().items()}
+            save_file(tensors, new / VALUE_FILE)
+
+
+def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
+    """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
+    _require_finite(reward_model, folder)
+    with complete_folder(folder) as new:
+        _save_model(reward_model.model, new)
+        reward_model.tokenizer.save_pretrained(new)
+
+
+def load_state(model: nn.Module, file: Path) -> None:
+    """Load a ``model.pt`` into a model of the same shape. Reads tensors only, never code."""
+    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    name = nonfinite_weight(model)
+    require(
+        name is None,
+        f"{folder}: not saved, since {name} is infinite or NaN; train with a lower learning rate",
+    )
+
+
+@quiet()
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "model.pt")
 
 
 def unsound(module: nn.Module, texts: Sequence[str] = ()) -> str | None:

@@ -1,4 +1,4 @@
-"""Finished models as folders that plain ``from_pretrained`` of ``transformers`` loads."""
+"""Files and folders that are written whole or not at all."""
 
 import errno
 import os
@@ -7,65 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.finite import nonfinite_weight
-from rlhf_min.harness.run.ownership import OLD, discard
-from rlhf_min.loading.models import quiet
-from rlhf_min.policy import VALUE_FILE, Policy
-from rlhf_min.reward_model import RewardModel
+from rlhf_min.harness.run.layout import OLD, discard
 
 
 class NotWritten(BadInput):
     """The disk does not take what a run has made."""
-
-
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
-
-    Raises:
-        BadInput: for weights that are not finite, and for what the disk refuses. What was in the
-            folder stays.
-    """
-    _require_finite(policy, folder)
-    with complete_folder(folder) as new:
-        _save_model(policy.lm, new)
-        policy.tokenizer.save_pretrained(new)
-        if policy.value_head is not None:
-            tensors = {k: v.contiguous().cpu() for k, v in policy.critic_tensors().items()}
-            save_file(tensors, new / VALUE_FILE)
-
-
-def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
-    """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
-    _require_finite(reward_model, folder)
-    with complete_folder(folder) as new:
-        _save_model(reward_model.model, new)
-        reward_model.tokenizer.save_pretrained(new)
-
-
-def load_state(model: nn.Module, file: Path) -> None:
-    """Load a ``model.pt`` into a model of the same shape. Reads tensors only, never code."""
-    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
-
-
-def _require_finite(model: nn.Module, folder: Path) -> None:
-    name = nonfinite_weight(model)
-    require(
-        name is None,
-        f"{folder}: not saved, since {name} is infinite or NaN; train with a lower learning rate",
-    )
-
-
-@quiet()
-def _save_model(model: PreTrainedModel, folder: Path) -> None:
-    model.save_pretrained(folder)
-    torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "model.pt")
 
 
 @contextmanager
