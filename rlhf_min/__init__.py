@@ -1,22 +1,27 @@
 """RLHF written by hand: SFT, a BERT reward model, PPO, DPO, and their evaluation.
 
 The public names. Each algorithm is a module with a config, a state and ``train``, a generator of
-metrics: `sft`, `reward`, `ppo`, `dpo`.
+metrics: `sft`, `reward`, `ppo`, `dpo`. A name is imported when it is first used, so that a command
+can answer before torch, which takes seconds, is there.
 """
 
-from . import dpo, evaluation, ppo, reward, sft
-from .advantages import gae
-from .data import Codec, PreferenceExample, PromptExample, Sequences, SFTExample, collate
-from .errors import BadInput, NonFinite
-from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
-from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
-from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
-from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
-from .policy import Policy
-from .ppo import judge, ppo_epoch, ppo_update
-from .reward_model import RewardModel
-from .rollout import Rollout, RolloutBuffer, collect, score_rollout
-from .sampling import sample
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import dpo, evaluation, ppo, reward, sft
+    from .advantages import gae
+    from .data import Codec, PreferenceExample, PromptExample, Sequences, SFTExample, collate
+    from .errors import BadInput, NonFinite
+    from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
+    from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
+    from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
+    from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
+    from .policy import Policy
+    from .ppo import judge, ppo_epoch, ppo_update
+    from .reward_model import RewardModel
+    from .rollout import Rollout, RolloutBuffer, collect, score_rollout
+    from .sampling import sample
 
 __all__ = [
     "AdaptiveKL",
@@ -63,3 +68,31 @@ __all__ = [
     "shape_rewards",
     "token_logprobs",
 ]
+
+# The same once more, for Python itself: where each name that is no module stands.
+_NAMES = {
+    "advantages": "gae",
+    "data": "Codec PreferenceExample PromptExample Sequences SFTExample collate",
+    "errors": "BadInput NonFinite",
+    "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
+    "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",
+    "losses": "dpo_loss pairwise_reward_loss ppo_policy_loss ppo_value_loss sft_loss",
+    "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",
+    "policy": "Policy",
+    "ppo": "judge ppo_epoch ppo_update",
+    "reward_model": "RewardModel",
+    "rollout": "Rollout RolloutBuffer collect score_rollout",
+    "sampling": "sample",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULE_OF.get(name, name)}", __name__)
+    return getattr(module, name) if name in _MODULE_OF else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,13 +19,13 @@ from .config import (
 )
 from .data import Cursor, PromptExample, micro_batches
 from .errors import BadNumbers, require
-from .evaluation import distinct_n, repeated_ngrams
 from .kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
 from .losses import ppo_policy_loss, ppo_value_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten
 from .optim import OnNonFinite, Optimizer, Precision, Schedule, adamw
 from .policy import Policy, disable_dropout
 from .rollout import RewardFunction, Rollout, RolloutBuffer, RolloutKL, call_reward, collect
+from .text_metrics import distinct_n, repeated_ngrams
 
 MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
 

@@ -20,7 +20,7 @@ from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.data import Codec
 from rlhf_min.errors import BadInput, NonFinite, require
-from rlhf_min.evaluation import (
+from rlhf_min.estimates import (
     Estimate,
     best_of_n_bound,
     best_of_n_kl,

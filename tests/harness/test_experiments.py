@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tolerances import EXACT, FP64
 
 from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.evaluation import best_of_n_bound, best_of_n_kl, best_of_n_mean
+from rlhf_min.estimates import best_of_n_bound, best_of_n_kl, best_of_n_mean
 from rlhf_min.harness import experiments, stages
 from rlhf_min.harness.experiments import (
     ExperimentOptions,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from rlhf_min.evaluation import Estimate, Evaluation
+from rlhf_min.estimates import Estimate
+from rlhf_min.evaluation import Evaluation
 from rlhf_min.harness.report.results import (
     pairs_json,
     results_json,

@@ -24,7 +24,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 FLOORS = (
     ("errors", "masking", "logprobs"),
     ("kl", "advantages", "losses"),
-    ("config", "data", "encoding", "speed", "loading"),
+    ("config", "data", "encoding", "speed", "loading", "text_metrics", "estimates", "hf_metrics"),
     ("policy", "reward_model", "sampling", "optim"),
     ("rollout",),
     ("sft", "reward", "ppo", "dpo", "evaluation", "world"),

@@ -18,23 +18,24 @@ from small import PROMPTS, small_policy
 from tolerances import EXACT, FP64
 
 from rlhf_min.errors import BadInput
-from rlhf_min.evaluation import (
-    Bleu,
+from rlhf_min.estimates import (
     Estimate,
-    Rouge,
     _resampled_sums,
     bleu_estimate,
+    mean_estimate,
+    proportion_estimate,
+    win_rate,
+)
+from rlhf_min.evaluation import evaluate_policies
+from rlhf_min.hf_metrics import Bleu, Rouge
+from rlhf_min.text_metrics import (
     bleu_from_statistics,
     bleu_statistics,
     blind_spots,
     distinct_n,
-    evaluate_policies,
-    mean_estimate,
-    proportion_estimate,
     repeated_ngrams,
     rouge_scores,
     tokenize_13a,
-    win_rate,
 )
 
 # sacrebleu 2.6.0, corpus_bleu with its defaults: tok 13a, smooth exp, mixed case.
@@ -185,7 +186,7 @@ PROGRAM = """
 import socket, sys
 def refuse(*args): sys.exit("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
-from rlhf_min.evaluation import Bleu
+from rlhf_min.hf_metrics import Bleu
 rows = [f"row {i} is here" for i in range(1000)]
 print(Bleu().compute(predictions=rows, references=[[row] for row in rows])["bleu"])
 """

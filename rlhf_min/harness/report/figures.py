@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rlhf_min.evaluation import Estimate
+from rlhf_min.estimates import Estimate
 from rlhf_min.harness.report.markup import Html, join, tag
 
 WIDTH, HEIGHT = 492, 200

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlhf_min.evaluation import Estimate, proportion_estimate
+from rlhf_min.estimates import Estimate, proportion_estimate
 from rlhf_min.harness.report import figures, texts
 from rlhf_min.harness.report.figures import INKS, Line, Mark
 from rlhf_min.harness.report.findings import TITLES, first_lines

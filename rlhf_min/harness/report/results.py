@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from rlhf_min.evaluation import Estimate, Evaluation
+from rlhf_min.estimates import Estimate
+from rlhf_min.evaluation import Evaluation
 from rlhf_min.harness.run.files import write_file
 from rlhf_min.rollout import RewardFunction, call_reward
 

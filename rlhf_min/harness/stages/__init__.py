@@ -15,13 +15,8 @@ from torch import Tensor
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import Codec, PromptExample
 from rlhf_min.errors import BadInput, require
-from rlhf_min.evaluation import (
-    Estimate,
-    Evaluation,
-    evaluate_policies,
-    mean_estimate,
-    proportion_estimate,
-)
+from rlhf_min.estimates import Estimate, mean_estimate, proportion_estimate
+from rlhf_min.evaluation import Evaluation, evaluate_policies
 from rlhf_min.harness.inputs import (
     HELDOUT_ROWS,
     Inputs,
