@@ -1,8 +1,8 @@
 """Conventions on which codebases differ without saying so, and a number that each of them decides.
 
-Every number is taken from given inputs, those of the README's example for a pencil, so that a
+Every number is taken from given inputs, those of the example for a pencil, so that a
 convention shows in one number only. To switch a convention, its function is replaced by what others
-do, written anew here. CONVENTIONS is also the README's table.
+do, written anew here. CONVENTIONS is also a table of rlhf_min/README.md.
 """
 
 import math
@@ -38,7 +38,7 @@ CONFIG = ppo.PPOConfig(batch_size=2, minibatch_size=1, lam=0.5)
 
 
 def given(tag: str, name: str) -> Tensor:
-    """A row of a table of the README, ``(B, T)``, with 99s in the padding."""
+    """A row of a table of the example, ``(B, T)``, with 99s in the padding."""
     figures = [float(x) for x in TABLES[tag][name]]
     return torch.tensor([figures[:4], [*figures[4:], 99.0, 99.0]], dtype=torch.float64)
 
@@ -277,7 +277,7 @@ def case(key: str, other: Elsewhere) -> str:
 
 
 def rounded(number: float) -> float:
-    """As the README has it."""
+    """As the table has it."""
     return round(number, 4)
 
 

@@ -1,5 +1,5 @@
-"""The example for a pencil. The README shows what the script prints, and every figure there follows
-from the figures above it: by plain arithmetic here, without torch and without the package."""
+"""The example for a pencil. rlhf_min/README.md shows what the script prints, and every figure there
+follows from those above it: by plain arithmetic here, without torch and without the package."""
 
 import doctest
 import math
@@ -17,7 +17,7 @@ from rlhf_min.losses import dpo_loss, ppo_policy_loss, ppo_value_loss
 from rlhf_min.masking import masked_whiten
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "rlhf_min/README.md").read_text(encoding="utf-8")
 (SHOWN,) = re.findall(r"^```\n(What is 2 plus 2\?.*?)^```", README, re.DOTALL | re.MULTILINE)
 LENGTHS = (4, 2)
 N = sum(LENGTHS)

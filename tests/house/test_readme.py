@@ -1,13 +1,17 @@
-"""The README says what is so: its code runs, and its figures are those that a command wrote."""
+"""The READMEs say what is so: links, commands, code, and figures that a command wrote."""
 
+import argparse
 import json
 import re
+import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import check_quickstart
 import pytest
 import torch
+from test_house import definitions
 from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness import experiments
@@ -21,8 +25,121 @@ import frontier  # noqa: E402
 import overoptimization  # noqa: E402
 from benchmark import scaling  # noqa: E402
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+FOLDERS = (
+    "",
+    "rlhf_min",
+    "rlhf_min/harness",
+    "examples",
+    "examples/benchmark",
+    "tests",
+    "tests/parity",
+)
+TEXTS = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def blocks(folder, language=""):
+    return [text for kind, text in FENCE.findall(TEXTS[folder]) if kind == language]
+
+
+def each_folder():
+    return pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder or "front door")
+
+
+# Where it leads
+
+
+def test_the_front_door_is_small_and_no_readme_is_left_out():
+    assert len(TEXTS[""].encode()) <= 10_000
+    found = [
+        path for top in ("rlhf_min", "examples", "tests") for path in (ROOT / top).rglob("README*")
+    ]
+    assert {path.parent.relative_to(ROOT).as_posix() for path in found} == set(FOLDERS[1:])
+
+
+@each_folder()
+def test_a_readme_begins_by_saying_what_it_is_for(folder):
+    (sentence,) = re.match(r"# [^\n]+\n\n(\w.+?)\n\n", TEXTS[folder], re.DOTALL).groups()
+    assert sentence.endswith(".")
+
+
+def anchors(file):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(
+        r"^#+ (.+)$", FENCE.sub("", file.read_text(encoding="utf-8")), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_folder()
+def test_every_link_leads_somewhere(folder):
+    links = LINK.findall(FENCE.sub("", TEXTS[folder]))
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        file = ROOT / folder / (name or "README.md")
+        assert file.exists(), link
+        if re.fullmatch(r"L\d+", anchor):
+            assert int(anchor[1:]) <= len(file.read_text(encoding="utf-8").splitlines()), link
+        elif anchor:
+            assert anchor in anchors(file / "README.md" if file.is_dir() else file), link
+
+
+@each_folder()
+def test_the_tests_and_files_that_are_named_exist(folder):
+    text = TEXTS[folder]
+    for file, name in re.findall(r"`(tests/\S+\.py)::(\w+)", text):
+        assert name in {node.name for node in definitions(ROOT / file)}, name
+    for file in re.findall(r"\b(?:examples|tests)/[\w/.-]+\.(?:py|md|json|ipynb)\b", text):
+        assert (ROOT / file).is_file(), file
+
+
+# Commands
+
+
+class Parsed(BaseException):
+    """The command line has been read."""
+
+
+def commands():
+    """File and arguments of each command that is shown, in blocks and within the text."""
+    for folder, text in TEXTS.items():
+        shown = blocks(folder, "sh") + re.findall(r"`([^`]+)`", FENCE.sub("", text))
+        for code in shown:
+            code = code.replace("\\\n", " ")
+            for name, value in re.findall(r"for (\w+) in (\S+)", code):
+                code = code.replace(f"${name}", value)
+            for part in re.split(r"&&|;|\||\n", code):
+                if found := re.search(r"\bpython (\S+\.py)(.*)", part):
+                    yield found[1], *shlex.split(found[2], comments=True)
+
+
+@pytest.mark.parametrize("shown", sorted(set(commands())), ids=" ".join)
+def test_a_command_that_is_shown_is_understood(shown, monkeypatch):
+    file, *arguments = shown
+    assert (ROOT / file).is_file()
+    if not re.search(r"ArgumentParser\(|parse\(__doc__", (ROOT / file).read_text(encoding="utf-8")):
+        return  # it has no options, or none of its own
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self, args=None, namespace=None):
+        assert parse(self, args, namespace)[1] == []  # no option is unknown
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [file, *arguments])
+    monkeypatch.syspath_prepend(str((ROOT / file).parent))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+
+
+def test_every_example_is_told_and_every_told_example_exists():
+    told = set(re.findall(r"examples/(\w+\.py)", TEXTS["examples"]))
+    assert told == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+# Code
 
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
@@ -30,11 +147,10 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     reward_model = RewardModel(bert().float(), bert_words())
     save_reward_model(reward_model, tmp_path / "runs/quickstart/reward_model")
     monkeypatch.chdir(tmp_path)
-    blocks = [code for language, code in BLOCKS if language == "python"]
-    assert blocks
-    names: dict = {}  # a later block goes on from an earlier one
+    shown = blocks("rlhf_min", "python") + blocks("tests/parity", "python")
+    names: dict = {}  # the second goes on from the first
     weights = []
-    for code in blocks:
+    for code in shown:
         # The tiny models here have no room for 128 tokens.
         code = code.replace("max_prompt_tokens=80, max_response_tokens=48", "8, 8")
         code = code.replace("batch_size=16", "batch_size=16, max_new_tokens=8")
@@ -46,9 +162,12 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert all(len([float(x) for x in line.split()]) == 2 for line in printed)
 
 
+# Figures
+
+
 def test_the_table_is_what_the_quickstart_wrote():
     results = json.loads((ROOT / "examples/results/quickstart-seed-0.json").read_text("utf-8"))
-    (table,) = [text for _, text in BLOCKS if "SFT" in text and "ROUGE-L" in text]
+    (table,) = [text for text in blocks("") if "SFT" in text and "ROUGE-L" in text]
     names = {
         "score": "score",
         "gold reward": "gold_reward",
@@ -78,21 +197,15 @@ def test_the_table_is_what_the_quickstart_wrote():
 
 
 def test_the_figures_of_three_seeds_are_what_the_check_prints(capsys):
-    (told,) = [text for _, text in BLOCKS if text.startswith("promise")]
+    (told,) = [text for text in blocks("examples") if text.startswith("promise")]
     files = sorted((ROOT / "examples/results").glob("quickstart-seed-*.json"))
     assert check_quickstart.main([str(file) for file in files]) == 0
     assert capsys.readouterr().out == told
 
 
-@pytest.mark.parametrize("line", re.findall(r"^python -m venv .*$", README, flags=re.MULTILINE))
-def test_the_commands_name_files_that_exist(line):
-    for name in re.findall(r"examples/\w+\.py", line):
-        assert (ROOT / name).is_file()
-
-
 def test_the_bench_is_what_was_written():
     results = json.loads((ROOT / "examples/results/benchmark.json").read_text("utf-8"))
-    (table,) = [text for _, text in BLOCKS if "times as fast" in text]
+    (table,) = [text for text in blocks("examples/benchmark") if "times as fast" in text]
     runs, growths = results.pop("run"), results.pop("scaling")
     lines = [f"{what}: {run[what]}" for run in runs.values() for what in ("threads", "versions")]
     lines += [scaling.told(name, growth) for name, growth in growths.items()]
@@ -120,15 +233,10 @@ def test_the_experiments_are_what_was_written():
     tables.append(experiments.table(points, overoptimization.SHOWN))
     by_n = {f"best of {point['step']}": [point] for point in points["best of n"]}
     tables.append(experiments.table(by_n, {"kl_bound": "KL at most"} | overoptimization.SHOWN))
-    blocks = "".join(text for _, text in BLOCKS)
-    assert all(f"{table}\n" in blocks for table in tables)
+    shown = "".join(blocks("examples"))
+    assert all(f"{table}\n" in shown for table in tables)
     files = sorted(results.glob("overoptimization*.json"))
     assert len(files) == 4
     for file in files:
         for name, verdict in json.loads(file.read_text("utf-8"))["verdicts"].items():
-            assert f"| {name} | {verdict} |" in README
-
-
-def test_every_example_is_told_and_every_told_example_exists():
-    told = set(re.findall(r"examples/(\w+\.py)", README))
-    assert told == {path.name for path in (ROOT / "examples").glob("*.py")}
+            assert f"| {name} | {verdict} |" in TEXTS["examples"]

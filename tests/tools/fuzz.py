@@ -26,6 +26,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any, get_args
 
+import find_helpers  # noqa: F401
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch

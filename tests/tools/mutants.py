@@ -25,6 +25,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
 
+import find_helpers  # noqa: F401
 import pytest
 import torch
 from test_house import (

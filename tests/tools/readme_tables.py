@@ -1,7 +1,7 @@
-"""The README's tables that follow from the source: equations, places, and conventions.
+"""The tables of rlhf_min/README.md that follow from the source: places, equations, conventions.
 
 python tests/tools/readme_tables.py            # prints them
-python tests/tools/readme_tables.py --write    # puts them between their marks in README.md
+python tests/tools/readme_tables.py --write    # puts them between their marks in the README
 """
 
 import argparse
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import find_helpers  # noqa: F401
 from test_conventions import CONVENTIONS, Convention, case
-from test_house import FLOORS, ROOT, SOURCES, TAG, TESTS, definitions, module_name
+from test_house import FLOORS, PACKAGE, ROOT, SOURCES, TAG, TESTS, definitions, module_name
 
-README = ROOT / "README.md"
+README = PACKAGE / "README.md"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,25 +34,19 @@ def equations() -> str:
         for node in definitions(path)
         for tag in TAG.findall(ast.get_docstring(node) or "")
     ]
-    head = ("equation", "source", "stated in", "called in", "proved by", "in trl")
+    head = ("equation", "source", "stated in", "proved by", "in trl")
     return table(head, [row(tag, path, node) for *_, tag, path, node in sorted(stated)])
 
 
 def row(tag: str, path: Path, node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     paper, in_trl = source(ast.get_docstring(node) or "")
-    file = path.relative_to(ROOT).as_posix()
-    place = f"[`{node.name}`]({file}#L{node.lineno}), {link(path, node.lineno)}"
-    numbers = ", ".join(f"({n}) [{line}]({file}#L{line})" for n, line in numbered(path, node))
-    found = proofs(tag, node.name)
-    shown = list(dict.fromkeys([found[0], *[x for x in found if "parity" in x][:1]]))
-    tests = ", ".join(f"`{test}`" for test in shown)
-    more = f", {len(found) - len(shown)} more" if len(found) > len(shown) else ""
-    place += f"; {numbers}" if numbers else ""
-    return f"`{tag}`", paper, place, ", ".join(calls(node.name)), tests + more, in_trl
+    places = [link(path, node.lineno, f"`{node.name}`")]
+    places += [f"({n}) {link(path, line, str(line))}" for n, line in numbered(path, node)]
+    return f"`{tag}`", paper, ", ".join(places), f"`{proofs(tag, node.name)[0]}`", in_trl
 
 
-def link(path: Path, line: int) -> str:
-    return f"[`{path.name}:{line}`]({path.relative_to(ROOT).as_posix()}#L{line})"
+def link(path: Path, line: int, text: str) -> str:
+    return f"[{text}]({path.relative_to(PACKAGE).as_posix()}#L{line})"
 
 
 def numbered(path: Path, node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, int]]:
@@ -59,17 +54,6 @@ def numbered(path: Path, node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str
     lines = path.read_text(encoding="utf-8").splitlines()[: node.end_lineno]
     found = [(re.findall(r"#.*?\((\d)\)", line), n) for n, line in enumerate(lines, 1)]
     return [(number, n) for numbers, n in found if n >= node.lineno for number in numbers]
-
-
-def calls(name: str) -> list[str]:
-    """Where the algorithms call this function or make this class, outside of the docstrings."""
-    return [
-        link(path, node.lineno)
-        for path in SOURCES
-        if path.parent.name == "rlhf_min"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
-    ]
 
 
 def source(docstring: str) -> tuple[str, str]:
@@ -111,15 +95,15 @@ PLACES = {
     "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
     "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
-    "are logits and tokens shifted": ("packing.py", "batch.prompt_lengths[rows] - 1 + t"),
-    "is a value read": ("models.py", "self.value_head(hidden)"),
+    "are logits and tokens shifted": ("speed/packing.py", "batch.prompt_lengths[rows] - 1 + t"),
+    "is a value read": ("policy.py", "self.value_head(hidden)"),
     "is EOS put after a response of the data": ("data.py", "ids=[*read.ids, self.tok"),
     "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
     "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
     "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
     "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
-    "is the reference frozen": ("models.py", "reference.requires_grad_(False)"),
-    "is dropout turned off": ("models.py", "def disable_dropout("),
+    "is the reference frozen": ("policy.py", "reference.requires_grad_(False)"),
+    "is dropout turned off": ("policy.py", "def disable_dropout("),
 }
 
 
@@ -132,10 +116,9 @@ def places() -> str:
 
 
 def place(name: str, code: str) -> tuple[str, str]:
-    path = ROOT / "rlhf_min" / name
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
     [(number, line)] = [(n, line.strip()) for n, line in enumerate(lines, 1) if code in line]
-    return link(path, number), f"`{line.partition('  #')[0]}`"
+    return link(PACKAGE / name, number, f"`{name}:{number}`"), f"`{line.partition('  #')[0]}`"
 
 
 # Conventions
@@ -162,13 +145,13 @@ def put(text: str, name: str, content: str) -> str:
     begin, end = f"<!-- begin:{name} -->\n", f"<!-- end:{name} -->"
     before, begun, rest = text.partition(begin)
     _, ended, after = rest.partition(end)
-    assert (begun, ended) == (begin, end), f"README.md has no place for {name}"
+    assert (begun, ended) == (begin, end), f"the README has no place for {name}"
     return f"{before}{begin}{content}\n{end}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="Write them into README.md.")
+    parser.add_argument("--write", action="store_true", help="Write them into rlhf_min/README.md.")
     write = parser.parse_args().write
     text = README.read_text(encoding="utf-8")
     for name, make in SECTIONS.items():

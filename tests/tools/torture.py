@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import find_helpers  # noqa: F401
 import torch
 from small import small_policy, small_reward_model
 from tqdm.auto import tqdm

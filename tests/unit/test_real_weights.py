@@ -43,7 +43,7 @@ def package(name: str) -> Path:
     """The folder of an installed package that carries weights, or skip."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed; the README says how")
+        pytest.skip(f"{name} is not installed; tests/README.md says how")
     return Path(spec.origin).parent
 
 

@@ -1,0 +1,6 @@
+"""Imported first by the tools that are commands: so they find the helpers of the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "house")]
