@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.data import CutReport
+from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
 from rlhf_min.harness.inputs import make_codec, model_folders, start_policy

@@ -12,8 +12,9 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
-from rlhf_min.harness.inputs import encoded, load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
 from rlhf_min.harness.report import finish, results
+from rlhf_min.harness.rows.encoding_report import encoded
 from rlhf_min.harness.run.folder import check_out, open_run, run_seed
 from rlhf_min.reward_model import RewardModel
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import dpo, evaluation, ppo, reward, sft
     from .advantages import gae
-    from .data import Codec, PreferenceExample, PromptExample, Sequences, SFTExample, collate
+    from .data import PreferenceExample, PromptExample, Sequences, SFTExample, collate
+    from .encoding.codec import Codec
     from .errors import BadInput, NonFinite
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
@@ -72,7 +73,8 @@ __all__ = [
 # The same once more, for Python itself: where each name that is no module stands.
 _NAMES = {
     "advantages": "gae",
-    "data": "Codec PreferenceExample PromptExample Sequences SFTExample collate",
+    "data": "PreferenceExample PromptExample Sequences SFTExample collate",
+    "encoding.codec": "Codec",
     "errors": "BadInput NonFinite",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",

@@ -16,7 +16,8 @@ from .config import (
     require_seed,
     require_share,
 )
-from .data import Cursor, CutReport, in_groups
+from .data import Cursor, in_groups
+from .encoding.cuts import CutReport
 from .encoding.pairs import TextPair
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss

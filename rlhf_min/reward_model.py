@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import CutReport, micro_batches
+from .data import micro_batches
+from .encoding.cuts import CutReport
 from .encoding.pairs import PairCodec, TextPair
 from .errors import BadInput, require
 from .loading.models import Reading, load_classifier, require_embeddings

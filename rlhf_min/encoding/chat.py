@@ -4,13 +4,17 @@ A template is a program of its own, and it comes with the model. What it writes 
 at: with messages of our own before anything is read, and then with each row's.
 """
 
-import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import require
+from .conversation import Conversation
+from .cuts import Unencodable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -25,13 +29,6 @@ _ERRORS = (
     ValueError,
 )
 
-# Marks of well-known templates. Of a tokenizer that has them they are tokens; of another, letters.
-MARKS = re.compile(
-    r"<[|｜][^\s<>]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|</?s>|<[be]os>"
-    r"|\[/?(?:SYSTEM_PROMPT|gMASK)\]"
-    r"|(?m:^### ?(?:Human|Assistant|User|System|Instruction|Response):)"
-)
-
 _USER = {"role": "user", "content": "Which river is 7 km long?"}
 _ASSISTANT = {"role": "assistant", "content": "None that is known, it seems."}
 
@@ -40,7 +37,28 @@ class Refused(ValueError):
     """A chat template raised; the message is its reason."""
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[str, bool]:
+    """What the chat template makes of a prompt, and whether each message stands in it as it is.
+
+    Raises:
+        Unencodable: if the template does not take the prompt.
+    """
+    messages: Messages = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, Conversation):
+        messages = prompt.messages
+    try:
+        rendered = render(tokenizer, messages)
+    except Refused as refusal:
+        raise Unencodable(
+            "the tokenizer's chat template does not take the prompt",
+            prompt,
+            "change this prompt, or give a template with {prompt}",
+            why=str(refusal),
+        ) from refusal
+    return rendered, holds(rendered, messages)
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
     """The text of the messages, up to where the response begins.
 
     A turn of the assistant that is last goes on in the response.
@@ -53,7 +71,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: Messages,
     *,
     add_generation_prompt: bool,
@@ -81,7 +99,7 @@ def holds(rendered: str, messages: Messages) -> bool:
     return all(message["content"].strip() in rendered for message in messages)
 
 
-def require_content(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_content(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise `BadInput` if the chat template does not write what the user says.
 
     Changed cases and white space are let pass here: where they meet a row, `holds` tells.
@@ -97,7 +115,7 @@ def require_content(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def doubts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def doubts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """What of a chat template may surprise somebody who trains with it, a line for each."""
     found = []
     if "strftime_now" in tokenizer.get_chat_template():

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..data import CutReport
 from ..errors import require
+from .cuts import CutReport
 
 AT_ONCE = 1000  # texts in one call of the tokenizer
 LETTERS = 64  # for each token that there is room for; what is beyond them is not read
@@ -68,7 +68,7 @@ class PairCodec:
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[list[TextPair], CutReport]:
         """The ids of each row, and what of the texts was cut or is unknown."""
-        pairs, report = [], CutReport(prompts=len(prompts), responses=len(responses))
+        pairs, report = [], CutReport()
         before, between, after = self.special_ids
         ended = self.separates or self.tokenizer.eos_token_id in after
         eos_id = None if ended else self.tokenizer.eos_token_id
@@ -85,12 +85,8 @@ class PairCodec:
             ids = [*before, *prompt_ids, *between, *response.ids[:kept], *after]
             pair = TextPair(torch.tensor(ids), len(prompt_ids), kept, response.total > kept)
             pairs.append(pair)
-            report.prompts_cut += prompt.total > len(prompt_ids)
-            report.prompt_tokens_cut += prompt.total - len(prompt_ids)
-            report.prompt_lengths.append(prompt.total)
-            report.responses_cut += pair.cut
-            report.response_tokens_cut += response.total - kept
-            report.response_lengths.append(response.total)
+            report.count_prompt(prompt.total, len(prompt_ids))
+            report.count_response(response.total, kept)
         return pairs, report
 
     def pad(self, pairs: Sequence[TextPair], *, side: str, types: bool) -> BatchEncoding:

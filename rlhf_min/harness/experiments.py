@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.data import Codec
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite, require
 from rlhf_min.estimates import (
     Estimate,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rlhf_min.data import Codec, CutReport
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.encoding.conversation import PlacedRow
-from rlhf_min.encoding.template import AS_IS, CHAT
+from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.rows.files import plural, printable
@@ -25,8 +25,6 @@ Row = dict[str, Any]
 VOCABULARY = 4000  # at most; of the tokenizers of small new models
 HELDOUT_SHARE = 0.1  # of the user's prompts, unless they say another one
 HELDOUT_ROWS = 1000  # at most; looked at during training
-MANY_CUT = 0.2  # of the responses: a warning is due
-MANY_UNKNOWN = 0.05  # of the tokens: a warning is due
 
 
 @dataclass
@@ -183,80 +181,6 @@ def make_codec(policy: Policy, options: RunOptions) -> Codec:
         max_response_tokens=options.max_response_tokens,
         template=template,
     )
-
-
-def encoded(cut: CutReport, codec: Codec) -> str:
-    """What was cut, how long prompts and responses are, and how many end with EOS; a warning if
-    much is lost.
-
-    Raises:
-        BadInput: if no response ends with EOS, so that none could be learned to end.
-    """
-    cure = f"raise --max_response_tokens, now {codec.max_response_tokens}, and --max_length with it"
-    require_some(cut)
-    if not cut.responses:
-        return _with_lengths(cut, "", cure, codec.notes(cut))
-    share = cut.responses_with_eos / cut.responses
-    cure_of_eos = f"end them with the tokenizer's {codec.tokenizer.eos_token}"
-    if codec.template == AS_IS:
-        cure_of_eos += f" (--template {AS_IS} adds none), or let what they end with be its EOS"
-    require(
-        share > 0,
-        f"none of the {cut.responses} responses ends with EOS, so the policy would not learn to "
-        f"stop; {cure_of_eos}",
-    )
-    supervised = f"; EOS is supervised in {share:.1%} of the responses"
-    return _with_lengths(cut, supervised, cure, codec.notes(cut))
-
-
-def encoded_heldout(cut: CutReport, left: int) -> str:
-    """A line on the held-out rows if some are dropped, else nothing; a warning if none is left."""
-    told = ""
-    if cut.dropped:
-        told = f"\n  held out: {len(cut.dropped)} rows dropped: {cut.reasons()}"
-    if equal := cut.equal_after_cut + cut.equal_tokens:
-        told += f"\n  held out: {equal} pairs dropped: equal to the model"
-    if told and not left:
-        told += "\n  warning: no held-out row is left, so nothing is measured on such rows"
-    return told
-
-
-def require_some(cut: CutReport) -> None:
-    """Raise `BadInput` if no row is left.
-
-    A row that is dropped was counted nowhere else.
-    """
-    require(
-        cut.prompts > 0 or not cut.dropped,
-        f"no row is left: {cut.reasons()}; change these rows, or look at --template",
-    )
-
-
-def encoded_pairs(cut: CutReport, reward_model: RewardModel) -> str:
-    """The same for the reward model, which has no EOS to learn."""
-    cure = (
-        f"the reward model reads {reward_model.max_length} tokens of prompt and response; give a "
-        "--reward_model with more positions (a small new one: raise --max_length)"
-    )
-    told = _with_lengths(cut, "", cure, [])
-    if cut.unknown_tokens > MANY_UNKNOWN * cut.tokens:
-        unknown = reward_model.tokenizer.unk_token
-        told += (
-            f"\n  warning: the reward model reads all that its tokenizer does not know as {unknown}"
-            ", so texts that differ in that only score the same; give a --reward_model that knows "
-            "this language and these signs"
-        )
-    return told
-
-
-def _with_lengths(cut: CutReport, supervised: str, cure: str, notes: Sequence[str]) -> str:
-    lines = [str(cut)]
-    if lengths := cut.lengths():
-        lines.append(f"  tokens before the cut (median, p95, max): {lengths}{supervised}")
-    if cut.responses_cut > MANY_CUT * cut.responses:
-        share = cut.responses_cut / cut.responses
-        lines.append(f"  warning: {share:.0%} of the responses lose their end; {cure}")
-    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:

@@ -1,20 +1,14 @@
 """Rows for a run, the codec of a model, and what is told before the first step."""
 
 import json
-import re
 
 import pytest
-from small import small_policy, small_reward_model
+from small import small_policy
 
-from rlhf_min import reward
-from rlhf_min.data import Codec, CutReport
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import (
     Inputs,
-    encoded,
-    encoded_heldout,
-    encoded_pairs,
     load_inputs,
     make_codec,
 )
@@ -201,76 +195,6 @@ def test_chat_is_refused_without_a_chat_template():
 # What is told
 
 
-def small_codec(room):
-    return Codec(small_policy().tokenizer, 3, room, "{prompt}")
-
-
-DEMONSTRATIONS = [
-    {"prompt": "red ball", "response": "one"},
-    {"prompt": "big red ball two", "response": "one two"},
-    {"prompt": "red", "response": "one two one"},
-    {"prompt": "blue", "response": "one"},
-    {"prompt": "green", "response": "one"},
-]
-
-
-def test_report_of_demonstrations():
-    codec = small_codec(room=4)
-    assert encoded(codec.encode_demonstrations(DEMONSTRATIONS)[1], codec) == (
-        "1 of 5 prompts cut (1 tokens lost); 0 of 5 responses cut (0 tokens lost)\n"
-        "  tokens before the cut (median, p95, max): prompts 1, 4, 4; responses 2, 4, 4; "
-        "EOS is supervised in 100.0% of the responses"
-    )
-
-
-def test_many_cut_responses_are_a_warning():
-    # a fifth is none yet; two of five are
-    assert (
-        encoded(small_codec(3).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(3)).count("\n")
-        == 1
-    )
-    told = encoded(small_codec(2).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(2))
-    assert told.splitlines()[2:] == [
-        "  warning: 40% of the responses lose their end; raise --max_response_tokens, now 2, "
-        "and --max_length with it"
-    ]
-
-
-def test_report_of_prompts_tells_nothing_of_responses():
-    codec = small_codec(4)
-    assert encoded(codec.encode_prompts(DEMONSTRATIONS)[1], codec) == (
-        "1 of 5 prompts cut (1 tokens lost)\n"
-        "  tokens before the cut (median, p95, max): prompts 1, 4, 4"
-    )
-
-
-def test_supervised_eos_is_measured():
-    codec = small_codec(4)
-    report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
-    report.responses_with_eos = 2
-    assert "EOS is supervised in 40.0% of the responses" in encoded(report, codec)
-    with pytest.raises(BadInput, match="none of the 5 responses ends with EOS") as caught:
-        encoded(CutReport(responses=5), codec)
-    assert str(caught.value).isprintable()
-
-
-def test_report_of_pairs_for_the_reward_model():
-    reward_model = small_reward_model()  # 32 positions, 3 of them special, 21 for a response
-    words = " ".join(["red"] * 25)
-    pairs = [
-        {"prompt": "red ball", "chosen": words, "rejected": "one"},
-        {"prompt": "red ball two", "chosen": "one two", "rejected": "two one"},
-    ]
-    told = encoded_pairs(reward.prepare_pairs(reward_model, pairs)[1], reward_model).splitlines()
-    assert told[1:] == [
-        "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 25, 25",
-        "  warning: 25% of the responses lose their end; the reward model reads 32 tokens of "
-        "prompt and response; give a --reward_model with more positions (a small new one: raise "
-        "--max_length)",
-    ]
-    assert re.search(r"1 of 4 responses cut \(4 tokens lost\)", told[0])
-
-
 def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
     file = tmp_path / "rows.jsonl"
     given = [{"prompt": f"p{i // 2}", "wanted": f"w{i}"} for i in range(8)]
@@ -284,46 +208,6 @@ def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
 
 def test_further_columns_that_are_no_texts_make_no_tokenizer():
     assert Inputs(prompts=[{"prompt": "p", "chosen": {"value": "c"}}]).texts == ["p"]
-
-
-def test_a_report_names_what_was_dropped_and_refuses_if_nothing_is_left():
-    codec = small_codec(4)
-    report = codec.encode_demonstrations([*DEMONSTRATIONS, {"prompt": "", "response": "one"}])[1]
-    lines = encoded(report, codec).splitlines()
-    assert lines[0].endswith(
-        "; 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
-    )
-    assert encoded_heldout(report, 5) == (
-        "\n  held out: 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
-    )
-    assert encoded_heldout(CutReport(prompts=3), 3) == encoded_heldout(CutReport(), 0) == ""
-    nothing = "\n  warning: no held-out row is left, so nothing is measured on such rows"
-    assert encoded_heldout(report, 0) == encoded_heldout(report, 5) + nothing
-    equal = CutReport(prompts=3, equal_after_cut=2, equal_tokens=1)
-    assert (
-        encoded_heldout(equal, 0) == "\n  held out: 3 pairs dropped: equal to the model" + nothing
-    )
-    report = codec.encode_prompts([{"prompt": ""}])[1]
-    with pytest.raises(BadInput, match=r"no row is left: the tokenizer .*\(1: row 1\); change"):
-        encoded(report, codec)
-
-
-def test_a_report_has_the_notes_of_its_codec():
-    codec = small_codec(4)
-    report = codec.encode_demonstrations([{"prompt": "red <end>", "response": "one"}])[1]
-    assert encoded(report, codec).splitlines()[2:] == [
-        "  warning: 1 of 1 prompts spell special tokens (<end>; row 1), which are read as text; "
-        "--template as_is reads rows that went through a template before"
-    ]
-
-
-def test_texts_as_they_are_without_an_end():
-    codec = Codec(small_policy().tokenizer, 3, 4, "as_is")
-    report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
-    with pytest.raises(BadInput, match=r"end them with the tokenizer's <end> .* adds none"):
-        encoded(report, codec)
-    ended = [{**row, "response": f"{row['response']} <end>"} for row in DEMONSTRATIONS]
-    assert "EOS is supervised in 100.0%" in encoded(codec.encode_demonstrations(ended)[1], codec)
 
 
 def test_rows_keep_the_places_that_they_have_in_the_file(tmp_path):

@@ -19,7 +19,8 @@ from transformers import BertModel
 from transformers.utils import logging
 
 from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.data import Codec, PromptExample, collate
+from rlhf_min.data import PromptExample, collate
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.loading.models import quiet
 from rlhf_min.policy import Policy

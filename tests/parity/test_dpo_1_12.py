@@ -28,7 +28,8 @@ from trainer_harness import (
 )
 
 from rlhf_min import dpo
-from rlhf_min.data import Codec, PreferenceExample
+from rlhf_min.data import PreferenceExample
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 

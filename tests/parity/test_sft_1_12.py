@@ -28,7 +28,8 @@ from trainer_harness import (
 )
 
 from rlhf_min import sft
-from rlhf_min.data import Codec, SFTExample
+from rlhf_min.data import SFTExample
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.policy import Policy
 
 trl = import_trl()

@@ -37,8 +37,10 @@ from tiny import bert, bert_words, gpt2, words
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import sft
-from rlhf_min.data import Codec, CutReport, SFTExample
+from rlhf_min.data import SFTExample
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.encoding.conversation import Conversation
+from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.formats import Stage, parse_columns

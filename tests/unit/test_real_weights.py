@@ -15,7 +15,8 @@ from tolerances import EXACT
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.data import Codec, collate
+from rlhf_min.data import collate
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy

@@ -22,6 +22,7 @@ from rlhf_min import reward
 from rlhf_min.data import Cursor
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.rows.encoding_report import summary
 from rlhf_min.harness.run.saved_models import save_reward_model
 from rlhf_min.harness.stages import _prepared
 from rlhf_min.optim import Optimizer, State
@@ -180,7 +181,7 @@ def test_pairs_that_are_the_same_tokens_are_left_out_and_counted():
     assert (report.equal_tokens, report.equal_after_cut) == (3, 1)
     assert report.unknown_tokens == 2
     assert report.tokens == 10 + 2 + 4 + 4 + 81 + 2  # each prompt twice
-    told = str(report)
+    told = summary(report)
     assert "3 pairs dropped: the tokenizer makes the same tokens of both responses" in told
     assert "1 pairs dropped: equal after the cut" in told
     assert "1.9% of the tokens are unknown" in told

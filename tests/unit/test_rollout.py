@@ -16,7 +16,8 @@ from strategies import assert_close
 from tiny import EOS, WORDS, bert, bert_words, gpt2, llama, policy, text, token_rows, words
 from tolerances import EXACT, FP64
 
-from rlhf_min.data import Codec, PromptExample
+from rlhf_min.data import PromptExample
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput
 from rlhf_min.logprobs import lm_head_logits
 from rlhf_min.policy import Policy

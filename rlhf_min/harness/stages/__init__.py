@@ -13,23 +13,27 @@ import torch
 from torch import Tensor
 
 from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.data import Codec, PromptExample
+from rlhf_min.data import PromptExample
+from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, require
 from rlhf_min.estimates import Estimate, mean_estimate, proportion_estimate
 from rlhf_min.evaluation import Evaluation, evaluate_policies
 from rlhf_min.harness.inputs import (
     HELDOUT_ROWS,
     Inputs,
-    encoded,
-    encoded_heldout,
-    encoded_pairs,
-    require_some,
 )
 from rlhf_min.harness.preflight import check_dpo, check_ppo, check_reward, check_sft
 from rlhf_min.harness.report import results
 from rlhf_min.harness.report.finish import Spared
 from rlhf_min.harness.report.tokens import token_records
 from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
+from rlhf_min.harness.rows.encoding_report import (
+    encoded,
+    encoded_heldout,
+    encoded_pairs,
+    require_some,
+    summary,
+)
 from rlhf_min.harness.run import faults, layout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
@@ -331,7 +335,7 @@ def _tell_rest(
     notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
     note(log.folder, "ppo", reward_notes=[*unserved, *notes])
     for scorer in models_in(reward_model):
-        print(f"scored by the reward model; {scorer.cuts}")
+        print(f"scored by the reward model; {summary(scorer.cuts)}")
 
 
 @dataclass
@@ -494,7 +498,7 @@ def run_evaluation(
     log.note_changes()
     prompts, cut = codec.encode_prompts(inputs.test[:n])
     require_some(cut)
-    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {cut}")
+    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {summary(cut)}")
     baseline, first = next(iter(policies.items()))
     evaluations = evaluate_policies(
         policies,
