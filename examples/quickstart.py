@@ -6,15 +6,18 @@ Without options it runs on the embedded question-answer world, offline, in a few
 import time
 from dataclasses import dataclass
 
-from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import option, require_positive, require_seed
-from rlhf_min.harness import stages
+from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft
+from rlhf_min.ppo import PPOConfig
+from rlhf_min.reward import RewardConfig
+from rlhf_min.sft import SFTConfig
 
-MINIBATCH = ppo.PPOConfig.minibatch_size
+MINIBATCH = PPOConfig.minibatch_size
 
 
 @dataclass(frozen=True)
@@ -45,33 +48,33 @@ def main() -> None:
     sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
     reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
     codec = make_codec(sft_policy, options)
-    sft_config = configured(sft.SFTConfig, options, epochs=options.sft_epochs)
-    reward_config = configured(reward.RewardConfig, options, epochs=options.reward_epochs)
+    sft_config = configured(SFTConfig, options, epochs=options.sft_epochs)
+    reward_config = configured(RewardConfig, options, epochs=options.reward_epochs)
     ppo_config = configured(
-        ppo.PPOConfig,
+        PPOConfig,
         options,
         steps=options.ppo_steps,
         batch_size=options.ppo_batch_size,
-        minibatch_size=min(options.ppo_batch_size or ppo.PPOConfig.batch_size, MINIBATCH),
+        minibatch_size=min(options.ppo_batch_size or PPOConfig.batch_size, MINIBATCH),
         max_new_tokens=options.max_response_tokens,
     )
-    dpo_config = configured(dpo.DPOConfig, options, epochs=options.dpo_epochs)
+    dpo_config = configured(DPOConfig, options, epochs=options.dpo_epochs)
     configs = (sft_config, reward_config, ppo_config, dpo_config)
     log = start_log(out, options, *configs, monitors=inputs.monitors)
 
-    stages.run_sft(sft_policy, codec, inputs, sft_config, log)
+    sft.run(sft_policy, codec, inputs, sft_config, log)
 
-    reward_report = stages.run_reward(
+    reward_report = reward.run(
         reward_model, inputs, reward_config, log, sft_policy=sft_policy, codec=codec
     )
     print(reward_report)
 
-    ppo_policy = stages.run_ppo(sft_policy, codec, reward_model, inputs, ppo_config, log)
+    ppo_policy = ppo.run(sft_policy, codec, reward_model, inputs, ppo_config, log)
 
     device = reward_model.device
-    dpo_policy = stages.run_dpo(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
+    dpo_policy = dpo.run(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
 
-    evaluations = stages.run_evaluation(
+    evaluations = evaluation.run(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
         reward_model,
         codec,

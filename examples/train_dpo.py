@@ -4,13 +4,13 @@ Without --model a small new GPT-2 is first fine-tuned on the demonstrations (wit
 chosen responses). The model lands in <out>/dpo.
 """
 
-from rlhf_min import sft
 from rlhf_min.dpo import DPOConfig
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.stages import dpo, sft
+from rlhf_min.sft import SFTConfig
 
 
 @command
@@ -23,10 +23,8 @@ def main() -> None:
 
     log = start_log(out, options, config)
     if options.model is None:
-        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
-    stages.run_dpo(
-        policy, codec, inputs, config, log, ref_device=options.torch_device("reward_device")
-    )
+        sft.run(policy, codec, inputs, SFTConfig(seed=config.seed), log)
+    dpo.run(policy, codec, inputs, config, log, ref_device=options.torch_device("reward_device"))
 
     shown = finish.show(out, log)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")

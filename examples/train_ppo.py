@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf_min import reward, sft
 from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
 from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.stages import ppo, reward, sft
 from rlhf_min.policy import Critic
 from rlhf_min.ppo import PPOConfig
+from rlhf_min.reward import RewardConfig
 from rlhf_min.reward_model import RewardModel
+from rlhf_min.sft import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PPOOptions(RunOptions):
 @command
 def main() -> None:
     options, config = parse(__doc__, PPOOptions, PPOConfig)
-    stages.check_room(config, options.max_response_tokens)
+    ppo.check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
     critic: Critic = "none" if options.model is None else config.critic
@@ -69,12 +70,12 @@ def main() -> None:
 
     log = start_log(out, options, config, monitors=inputs.monitors)
     if options.model is None:
-        stages.run_sft(policy, codec, inputs, sft.SFTConfig(seed=config.seed), log)
+        sft.run(policy, codec, inputs, SFTConfig(seed=config.seed), log)
     if given is None:
         given = start_reward_model(options, inputs.texts, seed=config.seed)
-        reward_config = reward.RewardConfig(seed=config.seed)
-        print(stages.run_reward(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
-    stages.run_ppo(policy, codec, given, inputs, config, log, ref_device=device)
+        reward_config = RewardConfig(seed=config.seed)
+        print(reward.run(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
+    ppo.run(policy, codec, given, inputs, config, log, ref_device=device)
 
     shown = finish.show(out, log)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")

@@ -4,11 +4,11 @@ Without options: a small new BERT on the embedded world. With --model its scores
 samples of that policy, otherwise on the training responses. The model lands in <out>/reward_model.
 """
 
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.stages import reward
 from rlhf_min.reward import RewardConfig
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         codec = make_codec(policy, options)
 
     log = start_log(out, options, config)
-    found = stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
+    found = reward.run(reward_model, inputs, config, log, sft_policy=policy, codec=codec)
     print(found)
 
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}

@@ -3,11 +3,11 @@
 Without options: a small new GPT-2 on the embedded world. The model lands in <out>/sft.
 """
 
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.stages import sft
 from rlhf_min.sft import SFTConfig
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     codec = make_codec(policy, options)
 
     log = start_log(out, options, config)
-    stages.run_sft(policy, codec, inputs, config, log)
+    sft.run(policy, codec, inputs, config, log)
 
     shown = finish.show(out, log)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")

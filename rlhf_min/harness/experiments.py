@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, ppo
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite, require
@@ -27,7 +27,6 @@ from rlhf_min.estimates import (
     best_of_n_mean,
     mean_estimate,
 )
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import (
     Inputs,
@@ -40,9 +39,13 @@ from rlhf_min.harness.report import results
 from rlhf_min.harness.run.folder import read_record, start_log
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.run.terminal import outlive_terminal
+from rlhf_min.harness.stages import reward, sft
+from rlhf_min.harness.stages.run_stage import copy_policy, sample_texts
 from rlhf_min.policy import Policy
+from rlhf_min.reward import RewardConfig
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import call_reward, collect
+from rlhf_min.sft import SFTConfig
 
 LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
 Columns = dict[str, np.ndarray]  # kl, score, gold_reward, ...: (N,) each, for N test prompts
@@ -113,14 +116,14 @@ def prepare(
     policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
     reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
     codec = make_codec(policy, options)
-    sft_config, config = sft.SFTConfig(seed=options.seed), reward.RewardConfig(seed=options.seed)
+    sft_config, config = SFTConfig(seed=options.seed), RewardConfig(seed=options.seed)
     log = start_log(out, options, sft_config, config)
     if options.model is None:
-        stages.run_sft(policy, codec, inputs, sft_config, log)
+        sft.run(policy, codec, inputs, sft_config, log)
     else:
         save_policy(policy, log.folder / "sft")
     if options.reward_model is None:
-        print(stages.run_reward(reward_model, inputs, config, log, sft_policy=policy, codec=codec))
+        print(reward.run(reward_model, inputs, config, log, sft_policy=policy, codec=codec))
     else:
         save_reward_model(reward_model, log.folder / "reward_model")
     log.note_changes()
@@ -156,12 +159,12 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
     reward_model.to(options.torch_device("reward_device"))
     codec, ref_policy = make_codec(start, options), start.reference(reward_model.device)
     if isinstance(config, ppo.PPOConfig):
-        policy = stages.copy_policy(start, critic=config.critic)
+        policy = copy_policy(start, critic=config.critic)
         ppo_state = ppo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
         steps = ppo.train(policy, ref_policy, reward_model.score, config, ppo_state)
         total = config.steps
     else:
-        policy = stages.copy_policy(start, critic="none")
+        policy = copy_policy(start, critic="none")
         state = dpo.new_state(policy, ref_policy, codec.encode_preferences(inputs.pairs)[0], config)
         steps = dpo.train(policy, ref_policy, config, state)
         total = dpo.total(state.cursor, config)
@@ -221,7 +224,7 @@ def best_of_n(
         samples: responses to each prompt; n goes up to half of them.
     """
     rows = [row for row in inputs.test[: options.test_prompts] for _ in range(samples)]
-    texts = list(zip(*stages.sample_texts(policy, codec, rows, seed=options.seed), strict=True))
+    texts = list(zip(*sample_texts(policy, codec, rows, seed=options.seed), strict=True))
     prompts, responses = zip(*dict.fromkeys(texts), strict=True)  # equal texts are scored once
     found = {}
     for name, reward_function in ({"score": reward_model.score} | inputs.monitors).items():

@@ -21,29 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_min import dpo, ppo, reward, sft
-from rlhf_min.data import PreferenceExample, Sequences, collate
+from rlhf_min.data import Sequences, collate
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rewards import models_in
 from rlhf_min.logprobs import token_logprobs
-from rlhf_min.masking import masked_mean
 from rlhf_min.optim import Optimizer
-from rlhf_min.optim import State as OptimState
 from rlhf_min.policy import CHUNK_TOKENS, Policy, evaluating
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
-from rlhf_min.sampling import cache_bytes, rows_at_once, sample
+from rlhf_min.sampling import cache_bytes
 
 # How far two computations of the same number may differ: a log-probability or a score.
 TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
-# The same for DPO's first loss, which holds the log-probabilities of whole responses.
-LOSS_TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 EXACT = 0.0  # the same operations on the same rows
 SHARE_OF_MEMORY = 1.2  # need is an estimate: only what exceeds the room clearly is refused
 
 ROWS = 3  # in a forward pass
 PROMPT_TOKENS, RESPONSE_TOKENS = 12, 6  # of a row, at most
-PAIR_TOKENS = 64  # of one side of a pair; of longer ones a single one is looked at
 LOOKED_AT = 1000  # rows whose EOS is looked for
 LOGITS_COPIES = 4  # of a chunk of logits: themselves, probabilities, gradient, a temporary
 GB = 1024**3
@@ -81,136 +73,7 @@ class Check:
         return f"  {verdict:<7}  {self.name:<40}  {self.told}"
 
 
-# The four stages
-
-
-def check_sft(policy: Policy, config: sft.SFTConfig, state: OptimState) -> None:
-    """Measure what SFT relies on; a state of `sft.new_state` is left as it is.
-
-    Raises:
-        BadInput: at the first check that fails.
-    """
-    tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
-    rows = [(x.prompt_ids, x.response_ids) for x in state.cursor.examples]
-
-    def checks() -> Iterator[Check]:
-        yield no_empty_row(rows)
-        yield eos_supervised(rows, policy)
-        yield from half_precision(config.precision, policy.device)
-        longest = max(map(_length, rows))
-        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
-        yield from policy_memory(policy, [], state.optimizer, rows[0], tokens=tokens)
-        short = shortest(rows)
-        yield head_equals_model(policy, short[0], tolerance)
-        yield row_alone_equals_batch(policy, short[-1], tolerance)
-
-    run("SFT", checks(), state.optimizer, policy)
-
-
-def check_dpo(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: OptimState) -> None:
-    """Measure what DPO relies on, with the reference cached or live.
-
-    Raises:
-        BadInput: at the first check that fails.
-    """
-    precision = precision_of(policy.lm.dtype, config.precision)
-    pairs: Sequence[PreferenceExample] = state.cursor.examples
-    rows = [(x.prompt_ids, ids) for x in pairs for ids in (x.chosen_ids, x.rejected_ids)]
-
-    def checks() -> Iterator[Check]:
-        yield no_empty_row(rows, rows_per_example=2)
-        yield pairs_differ(pairs)
-        yield eos_supervised(rows, policy)
-        yield from half_precision(config.precision, policy.device)
-        longest = 2 * max(map(_length, rows))  # a pair passes together
-        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
-        yield from policy_memory(policy, [ref_policy], state.optimizer, rows[0], tokens=tokens)
-        short = shortest(rows)
-        yield passes_agree(policy, short)
-        yield head_equals_model(policy, short[0], TOLERANCE[precision])
-        yield row_alone_equals_batch(policy, short[-1], TOLERANCE[precision])
-        yield loss_is_ln_2(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
-
-    run("DPO", checks(), state.optimizer, policy, ref_policy)
-
-
-def check_reward(reward_model: RewardModel, config: reward.RewardConfig, state: OptimState) -> None:
-    """Measure what reward training relies on.
-
-    Raises:
-        BadInput: at the first check that fails.
-    """
-    tolerance = TOLERANCE[precision_of(reward_model.model.dtype, config.precision)]
-    examples: Sequence[reward.RewardExample] = state.cursor.examples
-
-    def checks() -> Iterator[Check]:
-        yield from half_precision(config.precision, reward_model.device)
-        longest = max(x.length for x in examples)
-        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
-        short = heapq.nsmallest(ROWS, examples, key=lambda x: x.length)
-        yield from reward_memory(reward_model, state.optimizer, short[0], tokens=tokens)
-        chosen, rejected = scores_of_pairs(reward_model, short)
-        yield scores_are_finite(torch.cat([chosen, rejected]))
-        yield scores_differ(chosen, rejected)
-        yield score_alone_equals_batch(reward_model, short, tolerance)
-        yield head_is_trainable(reward_model, short, config)
-
-    run("the reward model", checks(), state.optimizer, reward_model)
-
-
-def check_ppo(
-    policy: Policy,
-    ref_policy: Policy,
-    reward_model: RewardModel | RewardFunction,
-    config: ppo.PPOConfig,
-    state: ppo.State,
-) -> None:
-    """Measure what PPO relies on, on a rollout of a few tokens with a generator of its own.
-
-    Raises:
-        BadInput: at the first check that fails, or what the reward itself raises.
-    """
-    tolerance = TOLERANCE[precision_of(policy.lm.dtype, config.precision)]
-    scorers = models_in(reward_model)
-    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
-    prompts = heapq.nsmallest(ROWS, state.cursor.examples, key=lambda x: len(x.ids))
-    # Of unequal lengths, so that there is padding on the left while they are sampled from.
-    prompts = [replace(x, ids=x.ids[-(PROMPT_TOKENS - i) :]) for i, x in enumerate(prompts)]
-
-    def checks() -> Iterator[Check]:
-        yield no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
-        yield eos_is_known(policy)
-        yield from half_precision(config.precision, policy.device)
-        longest = max(len(x.ids) for x in state.cursor.examples) + config.max_new_tokens
-        yield from policy_memory(
-            policy,
-            [ref_policy, *scorers],
-            state.optimizer,
-            (prompts[0].ids, prompts[0].ids[:1]),
-            tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
-            cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
-        )
-        response_ids = sample(
-            policy,
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=min(config.max_new_tokens, RESPONSE_TOKENS),
-            temperature=config.temperature,
-            rng=torch.Generator().manual_seed(config.seed),
-        )
-        rows = list(zip([prompt.ids for prompt in prompts], response_ids, strict=True))
-        yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
-        yield passes_agree(policy, rows)
-        longest_row = max(rows, key=_length)
-        yield head_equals_model(policy, longest_row, tolerance)
-        yield row_alone_equals_batch(policy, longest_row, tolerance)
-        rollout = scored(policy, ref_policy, rows, config)
-        yield ref_policy_equals_policy(rollout, tolerance)
-        yield ratio_is_one(policy, rollout, config, tolerance)
-        texts, columns = [x.text for x in prompts], [x.columns for x in prompts]
-        responses = [policy.decode(ids) for ids in response_ids]
-        yield reward_varies(call_reward(reward_function, texts, responses, columns), responses)
-
-    run("PPO", checks(), state.optimizer, policy, ref_policy, *scorers)
+# The framework
 
 
 def run(stage: str, checks: Iterator[Check], optimizer: Optimizer, *models: nn.Module) -> None:
@@ -272,7 +135,7 @@ def shortest(rows: Sequence[Row]) -> list[Row]:
     """A few short rows, cut further where they are long; longer ones last."""
     return [
         (prompt_ids[-PROMPT_TOKENS:], response_ids[:RESPONSE_TOKENS])
-        for prompt_ids, response_ids in heapq.nsmallest(ROWS, rows, key=_length)
+        for prompt_ids, response_ids in heapq.nsmallest(ROWS, rows, key=row_length)
     ]
 
 
@@ -303,18 +166,6 @@ def eos_supervised(rows: Sequence[Row], policy: Policy) -> Check:
         f"end each response with the tokenizer's {policy.tokenizer.eos_token}",
         told=f"in {share:.1%} of {len(some)} rows",
         warning=share > 0,
-    )
-
-
-def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
-    """Chosen and rejected are different ids."""
-    equal = [i for i, x in enumerate(pairs) if torch.equal(x.chosen_ids, x.rejected_ids)]
-    return Check(
-        "pairs with chosen equal to rejected",
-        len(equal),
-        0,
-        f"pair {equal[0] if equal else 0} (the first is 0) cannot teach a preference",
-        "raise --max_response_tokens if they differ further on, else drop such pairs",
     )
 
 
@@ -398,195 +249,6 @@ def row_alone_equals_batch(policy: Policy, row: Row, tolerance: float) -> Check:
     )
 
 
-def loss_is_ln_2(
-    policy: Policy,
-    ref_policy: Policy,
-    pairs: Sequence[PreferenceExample],
-    config: dpo.DPOConfig,
-    tolerance: float,
-) -> Check:
-    """DPO's loss while policy and reference are the same."""
-    # Whole pairs, since a cached reference knows whole responses only; one if they are long.
-    few = heapq.nsmallest(2, pairs, key=_pair_length)
-    few = few if _pair_length(few[-1]) <= PAIR_TOKENS else few[:1]
-    policy.train()
-    with torch.no_grad():
-        loss = float(dpo.batch_loss(policy, ref_policy, few, config)[0].loss)
-    return Check(
-        "DPO's loss against ln 2",
-        abs(loss - math.log(2)),
-        tolerance,
-        "policy and reference differ before training",
-        "start both from the same weights",
-        told=f"{loss:.6f}, within {tolerance:.2g} of {math.log(2):.6f}",
-    )
-
-
-# PPO
-
-
-def eos_is_known(policy: Policy) -> Check:
-    """The policy can sample its end."""
-    eos_id, vocabulary = policy.tokenizer.eos_token_id, policy.lm.get_output_embeddings().weight
-    known = eos_id is not None and 0 <= eos_id < len(vocabulary)
-    return Check(
-        "EOS outside the vocabulary",
-        0 if known else 1,
-        0,
-        f"EOS is id {eos_id}, and the model has {len(vocabulary)} tokens, so no response could end",
-        "give the model's own tokenizer, with an EOS token",
-        told=f"EOS is id {eos_id} of {len(vocabulary)}",
-    )
-
-
-def not_all_empty(response_ids: Sequence[Tensor], eos_id: int) -> Check:
-    """The policy writes something before it ends."""
-    empty = sum(int(ids[0]) == eos_id for ids in response_ids)
-    return Check(
-        "sampled responses that end at once",
-        empty,
-        len(response_ids) - 1,
-        "the policy writes nothing that a reward could score",
-        "fine-tune it on demonstrations first, or look at --template",
-        told=f"{empty} of {len(response_ids)}",
-    )
-
-
-def scored(
-    policy: Policy, ref_policy: Policy, rows: Sequence[Row], config: ppo.PPOConfig
-) -> Rollout:
-    """The rows as PPO would score them, with the absolute difference as KL."""
-    prompt_ids, response_ids = zip(*rows, strict=True)
-    return score_rollout(
-        policy,
-        ref_policy,
-        prompt_ids,
-        response_ids,
-        torch.zeros(len(rows)),
-        temperature=config.temperature,
-        kl="abs",
-        max_tokens=config.max_tokens,
-    )
-
-
-def ref_policy_equals_policy(rollout: Rollout, tolerance: float) -> Check:
-    """The KL to the reference, token by token, before training."""
-    return Check(
-        "KL to the reference, per token",
-        float(masked_mean(rollout.kl, rollout.mask)),
-        tolerance,
-        "policy and reference differ before training",
-        "start both from the same weights",
-    )
-
-
-def ratio_is_one(
-    policy: Policy, rollout: Rollout, config: ppo.PPOConfig, tolerance: float
-) -> Check:
-    """The learning pass gives the probabilities of the scoring pass."""
-    policy.train()
-    with torch.no_grad():
-        new = policy(rollout.sequences, temperature=config.temperature)
-    off = ((new.logprobs - rollout.logprobs).exp() - 1).abs()
-    return Check(
-        "ratio against 1, in train mode",
-        float(masked_mean(off, rollout.mask)),
-        tolerance,
-        "the model computes something else in train mode than in eval mode",
-        "use a model without batch normalisation or other layers that know the mode",
-    )
-
-
-def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
-    """Different responses do not all get the same score."""
-    constant = len(set(responses)) > 1 and float(scores.max() - scores.min()) == 0
-    return Check(
-        "constant reward",
-        int(constant),
-        0,
-        f"{len(set(responses))} different responses all score {float(scores[0]):.4g}",
-        "if that stays so, PPO has nothing to learn: look at the reward",
-        told=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
-        warning=True,
-    )
-
-
-# The reward model
-
-
-def scores_of_pairs(
-    reward_model: RewardModel, examples: Sequence[reward.RewardExample]
-) -> tuple[Tensor, Tensor]:
-    """Scores of chosen and rejected of pairs in one batch, ``(B,)`` each."""
-    pairs = [x.chosen_pair for x in examples] + [x.rejected_pair for x in examples]
-    with evaluating(reward_model):
-        chosen, rejected = reward_model.forward_pairs(pairs).split(len(examples))
-    return chosen, rejected
-
-
-def scores_are_finite(scores: Tensor) -> Check:
-    """No score is infinite or NaN."""
-    return Check(
-        "scores that are not finite",
-        int((~scores.isfinite()).sum()),
-        0,
-        "the reward model's weights or its precision overflow",
-        "look at its weights, or use --precision fp32",
-    )
-
-
-def scores_differ(chosen: Tensor, rejected: Tensor) -> Check:
-    """The reward model tells at least one chosen text from its rejected one."""
-    equal, margin = int((chosen == rejected).sum()), float((chosen - rejected).abs().max())
-    return Check(
-        "pairs with the same score on both sides",
-        equal,
-        len(chosen) - 1,
-        "the score does not depend on the response, so nothing can be learned",
-        "look at where the score is read: pad token, max_length, classifier",
-        told=f"{equal} of {len(chosen)}, largest margin {margin:.2g}",
-    )
-
-
-def score_alone_equals_batch(
-    reward_model: RewardModel, examples: Sequence[reward.RewardExample], tolerance: float
-) -> Check:
-    """A text has the same score alone and padded beside a longer one."""
-    row, longer = examples[0], examples[-1]
-    with evaluating(reward_model):
-        alone = reward_model([row.prompt], [row.chosen])[0]
-        padded = reward_model(
-            [row.prompt, longer.prompt], [row.chosen, f"{longer.chosen} {longer.rejected}"]
-        )[0]
-    return Check(
-        "a score alone against it in a batch",
-        float((alone - padded).abs()),
-        tolerance,
-        "padding changes the score",
-        "look at the tokenizer's pad token and padding side",
-    )
-
-
-def head_is_trainable(
-    reward_model: RewardModel,
-    examples: Sequence[reward.RewardExample],
-    config: reward.RewardConfig,
-) -> Check:
-    """The loss has a gradient in the classifier's last layer."""
-    weight, norm = reward_model._last_layer.weight, 0.0
-    if weight.requires_grad:
-        found = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef)
-        norm = float(torch.autograd.grad(found.loss, weight)[0].norm())
-    return Check(
-        "classifier without gradient",
-        0 if 0 < norm < math.inf else 1,
-        0,
-        "the loss cannot change the reward model's last layer",
-        "let it require a gradient",
-        told=f"gradient of length {norm:.2g}",
-    )
-
-
 # Memory
 
 
@@ -622,19 +284,6 @@ def policy_memory(
     }
     cache = cached_tokens * cache_bytes(policy)
     yield from memory(policy, frozen, optimizer, passes, cache)
-
-
-def reward_memory(
-    reward_model: RewardModel, optimizer: Optimizer, row: reward.RewardExample, *, tokens: int
-) -> Iterator[Check]:
-    """What training a reward model needs; `tokens` as in `policy_memory`."""
-    reward_model.train()
-    fixed, per_token = kept_bytes(
-        reward_model,
-        lambda n: reward_model.forward_pairs([row.chosen_pair] * n),
-        len(row.chosen_pair.ids),
-    )
-    yield from memory(reward_model, [], optimizer, {"activations": fixed + tokens * per_token}, 0)
 
 
 def memory(
@@ -722,9 +371,6 @@ def _collated(policy: Policy, rows: Sequence[Row]) -> Sequences:
     return collate(prompt_ids, response_ids, pad_id=policy.pad_id).to(policy.device)
 
 
-def _length(row: Row) -> int:
+def row_length(row: Row) -> int:
+    """Tokens of prompt and response."""
     return len(row[0]) + len(row[1])
-
-
-def _pair_length(pair: PreferenceExample) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

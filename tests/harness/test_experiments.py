@@ -18,7 +18,7 @@ from tolerances import EXACT, FP64
 
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.estimates import best_of_n_bound, best_of_n_kl, best_of_n_mean
-from rlhf_min.harness import experiments, stages
+from rlhf_min.harness import experiments
 from rlhf_min.harness.experiments import (
     ExperimentOptions,
     at_once,
@@ -30,6 +30,7 @@ from rlhf_min.harness.experiments import (
 )
 from rlhf_min.harness.inputs import Inputs, make_codec
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
+from rlhf_min.harness.stages import reward, sft
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import build_wordpiece, small_bert, small_gpt2, train_bpe
@@ -309,8 +310,8 @@ def test_models_are_trained_unless_they_are_given(given, models, monkeypatch, tm
         trained.append("reward_model")
         save_reward_model(reward_model, log.folder / "reward_model")
 
-    monkeypatch.setattr(stages, "run_sft", run_sft)
-    monkeypatch.setattr(stages, "run_reward", run_reward)
+    monkeypatch.setattr(sft, "run", run_sft)
+    monkeypatch.setattr(reward, "run", run_reward)
     save_policy(models[0], tmp_path / "model")
     save_reward_model(models[1], tmp_path / "reward_model")
     options = ExperimentOptions(max_length=64, **{name: str(tmp_path / name) for name in given})

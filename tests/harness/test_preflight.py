@@ -36,6 +36,10 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
+from rlhf_min.harness.stages import dpo as dpo_stage
+from rlhf_min.harness.stages import ppo as ppo_stage
+from rlhf_min.harness.stages import reward as reward_stage
+from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import cache_bytes
 from rlhf_min.speed.packing import padded
@@ -70,7 +74,7 @@ class Stage:
         self.model = small_policy(dtype=self.dtype, dropout=self.dropout)
         config = sft.SFTConfig(batch_size=4, epochs=1, **options)
         self.state = sft.new_state(self.model, examples or DEMONSTRATIONS, config)
-        self.check = lambda: preflight.check_sft(self.model, config, self.state)
+        self.check = lambda: sft_stage.check(self.model, config, self.state)
         self.train = lambda: sft.train(self.model, config, self.state)
 
     def dpo(self, examples, **options):
@@ -79,7 +83,7 @@ class Stage:
         config = dpo.DPOConfig(batch_size=4, epochs=1, **options)
         examples = examples or ENDED_PAIRS
         self.state = dpo.new_state(self.model, self.ref_policy, examples, config)
-        self.check = lambda: preflight.check_dpo(self.model, self.ref_policy, config, self.state)
+        self.check = lambda: dpo_stage.check(self.model, self.ref_policy, config, self.state)
         self.train = lambda: dpo.train(self.model, self.ref_policy, config, self.state)
 
     def reward(self, examples, **options):
@@ -87,7 +91,7 @@ class Stage:
         config = reward.RewardConfig(batch_size=4, epochs=1, **options)
         examples = examples or reward.prepare_pairs(self.model, TEXT_PAIRS)[0]
         self.state = reward.new_state(self.model, examples, config)
-        self.check = lambda: preflight.check_reward(self.model, config, self.state)
+        self.check = lambda: reward_stage.check(self.model, config, self.state)
         self.train = lambda: reward.train(self.model, config, self.state)
 
     def ppo(self, examples, **options):
@@ -99,7 +103,7 @@ class Stage:
             steps=2, batch_size=4, minibatch_size=2, max_new_tokens=4, eval_every=9, **options
         )
         self.state = ppo.new_state(self.model, examples or PROMPTS, config)
-        self.check = lambda: preflight.check_ppo(
+        self.check = lambda: ppo_stage.check(
             self.model, self.ref_policy, self.reward_model, config, self.state
         )
         self.train = lambda: ppo.train(
@@ -183,8 +187,8 @@ def test_the_ratio_is_1_at_any_temperature():
     stage = Stage("ppo", temperature=0.7)
     rows = [(x.prompt_ids, x.response_ids) for x in DEMONSTRATIONS[:3]]
     config = ppo.PPOConfig(temperature=0.7)
-    rollout = preflight.scored(stage.model, stage.ref_policy, rows, config)
-    assert preflight.ratio_is_one(stage.model, rollout, config, 1e-9).passed
+    rollout = ppo_stage.scored(stage.model, stage.ref_policy, rows, config)
+    assert ppo_stage.ratio_is_one(stage.model, rollout, config, 1e-9).passed
 
 
 def test_a_separate_critic_passes(capsys):
@@ -238,7 +242,7 @@ def test_a_reference_of_other_weights_in_dpo(cached):
 
 
 def test_a_wrong_cache_of_long_pairs_in_dpo(monkeypatch):
-    monkeypatch.setattr(preflight, "PAIR_TOKENS", 1)  # every pair is a long one
+    monkeypatch.setattr(dpo_stage, "PAIR_TOKENS", 1)  # every pair is a long one
     stage = Stage("dpo", cache_reference=True, beta=1.0)
     cursor = stage.state.cursor
     cursor.examples = [
@@ -467,7 +471,7 @@ def test_the_cure_names_the_options_of_the_largest_part(monkeypatch, options, cu
     state.cursor.examples *= 2
     monkeypatch.setattr(preflight, "available_bytes", lambda _device: 1000.0)
     with pytest.raises(BadInput) as caught:
-        preflight.check_ppo(policy, policy.reference(), len, config, state)
+        ppo_stage.check(policy, policy.reference(), len, config, state)
     assert cure in str(caught.value)
 
 
@@ -604,8 +608,9 @@ def test_few_short_rows_are_enough(monkeypatch):
         return forward(self, batch, **kwargs)
 
     monkeypatch.setattr(policy_file.Policy, "forward", noting)
-    for name, limit in (("PROMPT_TOKENS", 4), ("RESPONSE_TOKENS", 3), ("PAIR_TOKENS", 8)):
+    for name, limit in (("PROMPT_TOKENS", 4), ("RESPONSE_TOKENS", 3)):
         monkeypatch.setattr(preflight, name, limit)
+    monkeypatch.setattr(dpo_stage, "PAIR_TOKENS", 8)
     long = ids(*[RED, BIG, TWO] * 2, END)
     stages = [
         Stage("sft", examples=[SFTExample(long, long)] * 50),

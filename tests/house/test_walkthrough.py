@@ -14,7 +14,7 @@ FILE = Path(__file__).parents[2] / "examples" / "walkthrough.ipynb"
 CUT = {
     "inputs = world_inputs(world)": "\ninputs.demonstrations = inputs.demonstrations[:1000]"
     "\ninputs.pairs, inputs.heldout_pairs = inputs.pairs[:1000], inputs.heldout_pairs[:200]",
-    "ppo_config = ppo.PPOConfig(steps=12, seed=SEED)": "\nppo_config = ppo.PPOConfig("
+    "ppo_config = PPOConfig(steps=12, seed=SEED)": "\nppo_config = PPOConfig("
     "steps=2, batch_size=64, minibatch_size=32, seed=SEED)",
     "test = inputs.test[:200]": "\ntest = inputs.test[:50]",
 }

@@ -56,7 +56,7 @@ class Mutant(NamedTuple):
     instead, and the test that must not pass then."""
 
     fear: str
-    where: str  # "kl.AdaptiveKL" is in rlhf_min/kl.py, "harness/run/faults.too_far" in the harness
+    where: str  # "kl.AdaptiveKL" is in rlhf_min/kl.py, "harness/stages/ppo.too_far" in the harness
     old: str
     new: str
     test: str  # of tests/
@@ -1364,15 +1364,15 @@ MUTANTS = [
     Mutant("only chosen responses are looked at", "harness/preflight.eos_supervised",
            "// LOOKED_AT) | 1]", "// LOOKED_AT)]",
            "harness/test_preflight.py::test_eos_is_looked_for_on_both_sides_of_many_pairs"),
-    Mutant("preflight forgets the temperature", "harness/preflight.ratio_is_one",
+    Mutant("preflight forgets the temperature", "harness/stages/ppo.ratio_is_one",
            "temperature=config.temperature", "temperature=1.0",
            "harness/test_preflight.py::test_the_ratio_is_1_at_any_temperature"),
     Mutant("preflight draws from the run's random numbers", "harness/preflight.untouched",
            "np.random.set_state(drawn[1])", "pass",
            "harness/test_preflight.py::test_what_a_reward_function_draws_is_put_back"),
-    Mutant("the smallest KLs are shown", "harness/run/faults.too_far",
+    Mutant("the smallest KLs are shown", "harness/stages/ppo.too_far",
            "k1.argsort(descending=True)", "k1.argsort()",
-           "harness/test_faults.py::test_a_kl_that_is_too_large_shows_its_samples"),
+           "harness/test_stages.py::test_a_kl_that_is_too_large_shows_its_samples"),
     Mutant("tokens are clipped on one side", "harness/report/tokens.token_rows",
            "min(max(ratio, 1 - config.clip), 1 + config.clip)", "min(ratio, 1 + config.clip)",
            "harness/test_tokens.py::test_clipped_tokens_are_those_of_the_policy_loss"),

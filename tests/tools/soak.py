@@ -12,11 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlhf_min import ppo
-from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
 from rlhf_min.harness.run.folder import start_log
+from rlhf_min.harness.stages import ppo
+from rlhf_min.ppo import PPOConfig
 
 FIRST, GROWTH = 30, 0.03
 
@@ -41,7 +41,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         options = RunOptions(out=f"{folder}/run", save_every=20, skip_preflight=True)
-        config = ppo.PPOConfig(steps=steps, eval_every=steps + 1, schedule="constant")
+        config = PPOConfig(steps=steps, eval_every=steps + 1, schedule="constant")
         inputs = load_inputs(options, "ppo", seed=config.seed)
         inputs.monitors["watch"] = watch
         inputs.eval_prompts = []
@@ -49,7 +49,7 @@ def main() -> int:
         codec = make_codec(policy, options)
         reward_model = start_reward_model(options, inputs.texts, seed=config.seed)
         log = start_log(Path(folder) / "run", options, config)
-        stages.run_ppo(policy, codec, reward_model, inputs, config, log)
+        ppo.run(policy, codec, reward_model, inputs, config, log)
     growth = memory[steps] / memory[FIRST] - 1
     for step in range(FIRST, steps + 1, FIRST):
         print(f"after step {step}: {memory[step] / 1e6:.1f} MB resident")

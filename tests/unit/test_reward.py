@@ -24,7 +24,7 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.rows.encoding_report import summary
 from rlhf_min.harness.run.saved_models import save_reward_model
-from rlhf_min.harness.stages import _prepared
+from rlhf_min.harness.stages.reward import _prepared
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.reward_model import RewardModel
 

@@ -9,12 +9,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_min import ppo
 from rlhf_min.errors import BadInput, BadNumbers, Diverged, NonFinite
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
@@ -22,7 +20,6 @@ from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.policy import Policy
 
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
-SAMPLES = 3  # shown where the KL is too large
 
 Decode = Callable[[Tensor], str]
 
@@ -169,34 +166,3 @@ def _split(value: Any, name: str, tensors: dict[str, Tensor], decode: Decode | N
         return value
     # JSON has no NaN and no infinity, and a user's column may hold anything.
     return value if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str, Any]]] | None:
-    """Why the KL has ended a run of PPO: what to print, and the responses that show it.
-
-    Returns:
-        The text, and `SAMPLES` rows with ``prompt``, ``response``, ``kl`` in nats and ``score``;
-        None if it has not ended the run.
-    """
-    if not state.too_far or state.last is None:
-        return None
-    rollout = state.last.rollout
-    k1 = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)  # (B,)
-    samples = [
-        {
-            "prompt": rollout.prompts[row],
-            "response": rollout.responses[row],
-            "kl": float(k1[row]),
-            "score": float(rollout.scores[row]),
-        }
-        for row in k1.argsort(descending=True)[:SAMPLES].tolist()
-    ]
-    lines = [
-        f"ended after step {state.step}: the KL to the reference is {float(k1.mean()):.3f} nats "
-        f"per response, above --max_kl {max_kl}; its largest:"
-    ]
-    for x in samples:
-        lines.append(
-            f"  KL {x['kl']:.2f}, score {x['score']:.3f}: {x['prompt']!r} -> {x['response']!r}"
-        )
-    return "\n".join(lines), samples

@@ -1,0 +1,155 @@
+"""DPO as the commands run it."""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from rlhf_min import dpo
+from rlhf_min.data import PreferenceExample
+from rlhf_min.encoding.codec import Codec
+from rlhf_min.errors import require
+from rlhf_min.estimates import proportion_estimate
+from rlhf_min.harness import preflight
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.preflight import Check
+from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
+from rlhf_min.harness.run import faults
+from rlhf_min.harness.run.checkpoint import Snapshot
+from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.saved_models import save_policy
+from rlhf_min.harness.stages.run_stage import copy_policy, named, note_start, tell
+from rlhf_min.optim import State
+from rlhf_min.policy import Policy
+
+# How far the first loss may differ from what it is known to be; it holds the log-probabilities of
+# whole responses.
+LOSS_TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+PAIR_TOKENS = 64  # of one side of a pair; of longer ones a single one is looked at
+
+
+def check(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State) -> None:
+    """Measure what DPO relies on, with the reference cached or live.
+
+    Raises:
+        BadInput: at the first check that fails.
+    """
+    precision = preflight.precision_of(policy.lm.dtype, config.precision)
+    pairs: Sequence[PreferenceExample] = state.cursor.examples
+    rows = [(x.prompt_ids, ids) for x in pairs for ids in (x.chosen_ids, x.rejected_ids)]
+
+    def checks() -> Iterator[Check]:
+        yield preflight.no_empty_row(rows, rows_per_example=2)
+        yield pairs_differ(pairs)
+        yield preflight.eos_supervised(rows, policy)
+        yield from preflight.half_precision(config.precision, policy.device)
+        longest = 2 * max(map(preflight.row_length, rows))  # a pair passes together
+        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+        yield from preflight.policy_memory(
+            policy, [ref_policy], state.optimizer, rows[0], tokens=tokens
+        )
+        short = preflight.shortest(rows)
+        yield preflight.passes_agree(policy, short)
+        yield preflight.head_equals_model(policy, short[0], preflight.TOLERANCE[precision])
+        yield preflight.row_alone_equals_batch(policy, short[-1], preflight.TOLERANCE[precision])
+        yield loss_is_ln_2(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
+
+    preflight.run("DPO", checks(), state.optimizer, policy, ref_policy)
+
+
+def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
+    """Chosen and rejected are different ids."""
+    equal = [i for i, x in enumerate(pairs) if torch.equal(x.chosen_ids, x.rejected_ids)]
+    return Check(
+        "pairs with chosen equal to rejected",
+        len(equal),
+        0,
+        f"pair {equal[0] if equal else 0} (the first is 0) cannot teach a preference",
+        "raise --max_response_tokens if they differ further on, else drop such pairs",
+    )
+
+
+def loss_is_ln_2(
+    policy: Policy,
+    ref_policy: Policy,
+    pairs: Sequence[PreferenceExample],
+    config: dpo.DPOConfig,
+    tolerance: float,
+) -> Check:
+    """DPO's loss while policy and reference are the same."""
+    # Whole pairs, since a cached reference knows whole responses only; one if they are long.
+    few = heapq.nsmallest(2, pairs, key=_pair_length)
+    few = few if _pair_length(few[-1]) <= PAIR_TOKENS else few[:1]
+    policy.train()
+    with torch.no_grad():
+        loss = float(dpo.batch_loss(policy, ref_policy, few, config)[0].loss)
+    return Check(
+        "DPO's loss against ln 2",
+        abs(loss - math.log(2)),
+        tolerance,
+        "policy and reference differ before training",
+        "start both from the same weights",
+        told=f"{loss:.6f}, within {tolerance:.2g} of {math.log(2):.6f}",
+    )
+
+
+def _pair_length(pair: PreferenceExample) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def run(
+    start: Policy,
+    codec: Codec,
+    inputs: Inputs,
+    config: dpo.DPOConfig,
+    log: MetricsLog,
+    *,
+    ref_device: torch.device | None = None,
+) -> Policy:
+    """Train a copy of the policy on the preference pairs; the start stays as its reference.
+
+    The trained model is saved in the run's folder when its measures are finite.
+    """
+    examples, cut = codec.encode_preferences(inputs.pairs)
+    heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
+    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
+    told = tell(f"DPO on {len(examples)} pairs; {encoding}")
+    require(
+        len(examples) > 0,
+        "no pair is left to train on: all are equal as tokens or equal after the cut; raise "
+        "--max_response_tokens, and --max_length with it, or give other pairs",
+    )
+    policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
+    state = dpo.new_state(policy, ref_policy, examples, config)
+    total = dpo.total(state.cursor, config)
+    snapshot = Snapshot(
+        "dpo",
+        policy,
+        state,
+        partial(save_policy, policy),
+        models=named(policy, ref_policy),
+        texts=[pair["prompt"] for pair in inputs.pairs],
+        examples=examples,
+        heldout=heldout,
+        total=total,
+    )
+    if log.preflight and not log.has_checkpoint("dpo"):
+        check(policy, ref_policy, config, state)
+    log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(heldout))
+    steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
+    log.follow("dpo", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
+    found = {}
+    for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
+        if pairs:
+            shown = pairs[:HELDOUT_ROWS]
+            with state.optimizer.autocast():
+                measured = dpo.evaluate(policy, ref_policy, shown, config)
+            faults.require_finite("dpo", measured)
+            right = round(measured["eval/accuracy"] * len(shown))
+            found[name] = proportion_estimate(right, len(shown)).as_json()
+    save_policy(policy, log.folder / "dpo")
+    note(log.folder, "dpo", accuracy=found)
+    return policy

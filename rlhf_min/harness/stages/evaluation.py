@@ -1,0 +1,55 @@
+"""The comparison of the trained models as the commands run it."""
+
+from collections.abc import Mapping
+
+from rlhf_min.encoding.codec import Codec
+from rlhf_min.evaluation import Evaluation, evaluate_policies
+from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.report import results
+from rlhf_min.harness.report.finish import Spared
+from rlhf_min.harness.rows.encoding_report import require_some, summary
+from rlhf_min.harness.run import layout
+from rlhf_min.harness.run.log import MetricsLog
+from rlhf_min.policy import Policy
+from rlhf_min.reward_model import RewardModel
+
+
+def run(
+    policies: Mapping[str, Policy],
+    reward_model: RewardModel,
+    codec: Codec,
+    inputs: Inputs,
+    log: MetricsLog,
+    *,
+    n: int,
+    max_tokens: int,
+    seed: int,
+) -> dict[str, Evaluation]:
+    """Compare models on the first n test prompts; the first model is baseline and reference.
+
+    Some responses of each are written into the run's folder.
+    """
+    log.note_changes()
+    prompts, cut = codec.encode_prompts(inputs.test[:n])
+    require_some(cut)
+    print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {summary(cut)}")
+    baseline, first = next(iter(policies.items()))
+    evaluations = evaluate_policies(
+        policies,
+        first.reference(reward_model.device),
+        reward_model.score,
+        prompts,
+        [prompt.columns["references"] for prompt in prompts],
+        baseline=baseline,
+        monitors=inputs.monitors,
+        max_new_tokens=codec.max_response_tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    texts = [prompt.text for prompt in prompts]
+    with Spared(log.folder / "samples.md", "evaluate_models.py writes one too"):
+        results.write_samples(log.folder / "samples.md", evaluations, texts)
+    gold = inputs.monitors.get("gold_reward")
+    with Spared(log.folder / layout.SAMPLES, "the page will lack the samples of the test"):
+        log.add_samples("test", 0, results.sample_rows(evaluations, texts, gold=gold), anew=True)
+    return evaluations

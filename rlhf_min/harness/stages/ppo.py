@@ -1,0 +1,388 @@
+"""PPO as the commands run it."""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_min import ppo
+from rlhf_min.data import PromptExample
+from rlhf_min.encoding.codec import Codec
+from rlhf_min.errors import require
+from rlhf_min.harness import preflight
+from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.preflight import Check, Row
+from rlhf_min.harness.report.tokens import token_records
+from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
+from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout, summary
+from rlhf_min.harness.run import layout
+from rlhf_min.harness.run.checkpoint import Snapshot
+from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.saved_models import save_policy
+from rlhf_min.harness.stages.run_stage import (
+    copy_policy,
+    named,
+    note_start,
+    sampled_responses,
+    tell,
+)
+from rlhf_min.masking import masked_mean
+from rlhf_min.policy import Policy
+from rlhf_min.reward_model import RewardModel
+from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
+from rlhf_min.sampling import rows_at_once, sample
+
+EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
+SAMPLES = 8  # of these, written down as texts each time
+TOO_FAR = 3  # shown where the KL is too large
+
+
+def check(
+    policy: Policy,
+    ref_policy: Policy,
+    reward_model: RewardModel | RewardFunction,
+    config: ppo.PPOConfig,
+    state: ppo.State,
+) -> None:
+    """Measure what PPO relies on, on a rollout of a few tokens with a generator of its own.
+
+    Raises:
+        BadInput: at the first check that fails, or what the reward itself raises.
+    """
+    tolerance = preflight.TOLERANCE[preflight.precision_of(policy.lm.dtype, config.precision)]
+    scorers = models_in(reward_model)
+    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    prompts = heapq.nsmallest(preflight.ROWS, state.cursor.examples, key=lambda x: len(x.ids))
+    # Of unequal lengths, so that there is padding on the left while they are sampled from.
+    prompts = [
+        replace(x, ids=x.ids[-(preflight.PROMPT_TOKENS - i) :]) for i, x in enumerate(prompts)
+    ]
+
+    def checks() -> Iterator[Check]:
+        yield preflight.no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
+        yield eos_is_known(policy)
+        yield from preflight.half_precision(config.precision, policy.device)
+        longest = max(len(x.ids) for x in state.cursor.examples) + config.max_new_tokens
+        yield from preflight.policy_memory(
+            policy,
+            [ref_policy, *scorers],
+            state.optimizer,
+            (prompts[0].ids, prompts[0].ids[:1]),
+            tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
+            cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
+        )
+        response_ids = sample(
+            policy,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=min(config.max_new_tokens, preflight.RESPONSE_TOKENS),
+            temperature=config.temperature,
+            rng=torch.Generator().manual_seed(config.seed),
+        )
+        rows = list(zip([prompt.ids for prompt in prompts], response_ids, strict=True))
+        yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
+        yield preflight.passes_agree(policy, rows)
+        longest_row = max(rows, key=preflight.row_length)
+        yield preflight.head_equals_model(policy, longest_row, tolerance)
+        yield preflight.row_alone_equals_batch(policy, longest_row, tolerance)
+        rollout = scored(policy, ref_policy, rows, config)
+        yield ref_policy_equals_policy(rollout, tolerance)
+        yield ratio_is_one(policy, rollout, config, tolerance)
+        texts, columns = [x.text for x in prompts], [x.columns for x in prompts]
+        responses = [policy.decode(ids) for ids in response_ids]
+        yield reward_varies(call_reward(reward_function, texts, responses, columns), responses)
+
+    preflight.run("PPO", checks(), state.optimizer, policy, ref_policy, *scorers)
+
+
+def eos_is_known(policy: Policy) -> Check:
+    """The policy can sample its end."""
+    eos_id, vocabulary = policy.tokenizer.eos_token_id, policy.lm.get_output_embeddings().weight
+    known = eos_id is not None and 0 <= eos_id < len(vocabulary)
+    return Check(
+        "EOS outside the vocabulary",
+        0 if known else 1,
+        0,
+        f"EOS is id {eos_id}, and the model has {len(vocabulary)} tokens, so no response could end",
+        "give the model's own tokenizer, with an EOS token",
+        told=f"EOS is id {eos_id} of {len(vocabulary)}",
+    )
+
+
+def not_all_empty(response_ids: Sequence[Tensor], eos_id: int) -> Check:
+    """The policy writes something before it ends."""
+    empty = sum(int(ids[0]) == eos_id for ids in response_ids)
+    return Check(
+        "sampled responses that end at once",
+        empty,
+        len(response_ids) - 1,
+        "the policy writes nothing that a reward could score",
+        "fine-tune it on demonstrations first, or look at --template",
+        told=f"{empty} of {len(response_ids)}",
+    )
+
+
+def scored(
+    policy: Policy, ref_policy: Policy, rows: Sequence[Row], config: ppo.PPOConfig
+) -> Rollout:
+    """The rows as PPO would score them, with the absolute difference as KL."""
+    prompt_ids, response_ids = zip(*rows, strict=True)
+    return score_rollout(
+        policy,
+        ref_policy,
+        prompt_ids,
+        response_ids,
+        torch.zeros(len(rows)),
+        temperature=config.temperature,
+        kl="abs",
+        max_tokens=config.max_tokens,
+    )
+
+
+def ref_policy_equals_policy(rollout: Rollout, tolerance: float) -> Check:
+    """The KL to the reference, token by token, before training."""
+    return Check(
+        "KL to the reference, per token",
+        float(masked_mean(rollout.kl, rollout.mask)),
+        tolerance,
+        "policy and reference differ before training",
+        "start both from the same weights",
+    )
+
+
+def ratio_is_one(
+    policy: Policy, rollout: Rollout, config: ppo.PPOConfig, tolerance: float
+) -> Check:
+    """The learning pass gives the probabilities of the scoring pass."""
+    policy.train()
+    with torch.no_grad():
+        new = policy(rollout.sequences, temperature=config.temperature)
+    off = ((new.logprobs - rollout.logprobs).exp() - 1).abs()
+    return Check(
+        "ratio against 1, in train mode",
+        float(masked_mean(off, rollout.mask)),
+        tolerance,
+        "the model computes something else in train mode than in eval mode",
+        "use a model without batch normalisation or other layers that know the mode",
+    )
+
+
+def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
+    """Different responses do not all get the same score."""
+    constant = len(set(responses)) > 1 and float(scores.max() - scores.min()) == 0
+    return Check(
+        "constant reward",
+        int(constant),
+        0,
+        f"{len(set(responses))} different responses all score {float(scores[0]):.4g}",
+        "if that stays so, PPO has nothing to learn: look at the reward",
+        told=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
+        warning=True,
+    )
+
+
+def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
+    """Raise `BadInput` if PPO could write more than there is room for beside the prompt."""
+    require(
+        config.max_new_tokens <= max_response_tokens,
+        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
+        f"{max_response_tokens}; lower the first or raise the second",
+    )
+
+
+def run(
+    start: Policy,
+    codec: Codec,
+    reward_model: RewardModel | RewardFunction,
+    inputs: Inputs,
+    config: ppo.PPOConfig,
+    log: MetricsLog,
+    *,
+    ref_device: torch.device | None = None,
+) -> Policy:
+    """Train a copy of the policy against the reward; the start stays as its reference.
+
+    The trained model is saved in the run's folder before it is measured.
+
+    Args:
+        ref_device: where the reference is. Default: beside the reward model, if there is one.
+    """
+    if ref_device is None and isinstance(reward_model, RewardModel):
+        ref_device = reward_model.device
+    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    check_room(config, codec.max_response_tokens)
+    unused = unserved(reward_model, list(inputs.prompts[0]))
+    prompts, cut = codec.encode_prompts(inputs.prompts)
+    eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
+    encoding = encoded(cut, codec) + encoded_heldout(eval_cut, len(eval_prompts))
+    told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
+    policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
+    state = ppo.new_state(policy, prompts, config)
+    if log.preflight and not log.has_checkpoint("ppo"):
+        check(policy, ref_policy, reward_model, config, state)
+    gold = inputs.monitors.get("gold_reward")
+    looks = _Looks(policy, reward_function, eval_prompts, config, gold)
+    before, responses = looks.look() if eval_prompts else (torch.empty(0), [])
+    snapshot = Snapshot(
+        "ppo",
+        policy,
+        state,
+        partial(save_policy, policy),
+        models=named(policy, ref_policy, models_in(reward_model)),
+        texts=[row["prompt"] for row in inputs.prompts],
+        examples=prompts,
+        heldout=eval_prompts,
+        sources=sources(reward_model),
+        total=config.steps,
+    )
+    log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(eval_prompts))
+    if state.step == 0:
+        log.add_samples("ppo", 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
+    steps = ppo.train(
+        policy,
+        ref_policy,
+        reward_function,
+        config,
+        state,
+        monitors=inputs.monitors,
+        eval_prompts=eval_prompts,
+    )
+    steps = looks.write_down(steps, log, state)
+    log.follow(
+        "ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
+    )
+    save_policy(policy, log.folder / "ppo")
+    if eval_prompts:
+        note(log.folder, "ppo", change=change(before, looks.look()[0]))
+    _tell_rest(state, config, log, reward_model, unused)
+    return policy
+
+
+def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str, Any]]] | None:
+    """Why the KL has ended a run of PPO: what to print, and the responses that show it.
+
+    Returns:
+        The text, and `TOO_FAR` rows with ``prompt``, ``response``, ``kl`` in nats and ``score``;
+        None if it has not ended the run.
+    """
+    if not state.too_far or state.last is None:
+        return None
+    rollout = state.last.rollout
+    k1 = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)  # (B,)
+    samples = [
+        {
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "kl": float(k1[row]),
+            "score": float(rollout.scores[row]),
+        }
+        for row in k1.argsort(descending=True)[:TOO_FAR].tolist()
+    ]
+    lines = [
+        f"ended after step {state.step}: the KL to the reference is {float(k1.mean()):.3f} nats "
+        f"per response, above --max_kl {max_kl}; its largest:"
+    ]
+    for x in samples:
+        lines.append(
+            f"  KL {x['kl']:.2f}, score {x['score']:.3f}: {x['prompt']!r} -> {x['response']!r}"
+        )
+    return "\n".join(lines), samples
+
+
+def _tell_rest(
+    state: ppo.State,
+    config: ppo.PPOConfig,
+    log: MetricsLog,
+    reward_model: RewardModel | RewardFunction,
+    unserved: Sequence[str],
+) -> None:
+    """What ended the run before its last step, and what there is to tell of the reward."""
+    if far := too_far(state, config.max_kl):
+        print(far[0])
+    if state.too_far and state.last is None and state.step < config.steps:
+        print("PPO was ended by --max_kl before; another one does not take it up again")
+    notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
+    note(log.folder, "ppo", reward_notes=[*unserved, *notes])
+    for scorer in models_in(reward_model):
+        print(f"scored by the reward model; {summary(scorer.cuts)}")
+
+
+@dataclass
+class _Looks:
+    """Looks at fixed prompts, with the same random numbers each time."""
+
+    policy: Policy
+    reward_function: RewardFunction
+    prompts: Sequence[PromptExample]
+    config: ppo.PPOConfig
+    gold: RewardFunction | None
+
+    def look(self, n: int | None = None) -> tuple[Tensor, list[str]]:
+        """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
+        prompts, config = self.prompts[:n], self.config
+        responses = sampled_responses(
+            self.policy, prompts, config.max_new_tokens, config.temperature, config.seed
+        )
+        texts, columns = [p.text for p in prompts], [p.columns for p in prompts]
+        return call_reward(self.reward_function, texts, responses, columns), responses
+
+    def samples(self, scores: Tensor, responses: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows for ``samples.jsonl``, one for each response."""
+        prompts = [prompt.text for prompt in self.prompts[: len(responses)]]
+        rows = [
+            {"prompt": prompt, "response": response, "score": score}
+            for prompt, response, score in zip(prompts, responses, scores.tolist(), strict=True)
+        ]
+        if self.gold is not None and rows:
+            for row, truth in zip(rows, call_reward(self.gold, prompts, responses), strict=True):
+                row["gold_reward"] = float(truth)
+        return rows
+
+    def write_down(
+        self, steps: Iterator[dict[str, float]], log: MetricsLog, state: ppo.State
+    ) -> Iterator[dict[str, float]]:
+        """The steps as they are; whenever they were evaluated, a few samples are written down, and
+        a few responses of the rollout token by token (of the last rollout: all)."""
+        for metrics in steps:
+            if self.prompts and "eval/score" in metrics:
+                log.add_samples("ppo", state.step, self.samples(*self.look(SAMPLES)))
+            if far := too_far(state, self.config.max_kl):
+                log.add_samples("ppo", state.step, far[1])
+            over = state.step == self.config.steps or state.too_far
+            if (
+                state.last is not None
+                and "kl_coef" in metrics
+                and (over or "eval/score" in metrics)
+            ):
+                with state.optimizer.autocast():
+                    records = token_records(
+                        self.policy,
+                        state.last,
+                        self.config,
+                        step=state.step,
+                        kl_coef=metrics["kl_coef"],
+                        rows=None if over else SAMPLES,
+                        gold=self.gold,
+                    )
+                log.append(layout.TOKENS, records)
+            yield metrics
+
+
+def change(before: Tensor, after: Tensor) -> dict[str, float]:
+    """What training did to the scores of the same prompts, ``(N,)`` each.
+
+    Returns:
+        Both means, their difference ``mean``, its standard error, and ``n``.
+    """
+    difference, n = after - before, len(before)
+    return {
+        "n": n,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "mean": float(difference.mean()),
+        "error": float(difference.std()) / n**0.5 if n > 1 else 0.0,
+    }

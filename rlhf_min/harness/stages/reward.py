@@ -1,0 +1,287 @@
+"""The reward model's training as the commands run it."""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlhf_min import reward
+from rlhf_min.encoding.codec import Codec
+from rlhf_min.errors import BadInput, require
+from rlhf_min.estimates import Estimate, mean_estimate, proportion_estimate
+from rlhf_min.harness import preflight
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.preflight import Check
+from rlhf_min.harness.report import results
+from rlhf_min.harness.report.finish import Spared
+from rlhf_min.harness.rows.encoding_report import encoded_pairs
+from rlhf_min.harness.run import faults, layout
+from rlhf_min.harness.run.checkpoint import Snapshot
+from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.saved_models import save_reward_model
+from rlhf_min.harness.stages.run_stage import note_start, sample_texts, tell
+from rlhf_min.optim import Optimizer, State
+from rlhf_min.policy import Policy, evaluating
+from rlhf_min.reward_model import RewardModel
+from rlhf_min.rollout import RewardFunction, call_reward
+
+NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
+
+
+def check(reward_model: RewardModel, config: reward.RewardConfig, state: State) -> None:
+    """Measure what reward training relies on.
+
+    Raises:
+        BadInput: at the first check that fails.
+    """
+    tolerance = preflight.TOLERANCE[
+        preflight.precision_of(reward_model.model.dtype, config.precision)
+    ]
+    examples: Sequence[reward.RewardExample] = state.cursor.examples
+
+    def checks() -> Iterator[Check]:
+        yield from preflight.half_precision(config.precision, reward_model.device)
+        longest = max(x.length for x in examples)
+        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+        short = heapq.nsmallest(preflight.ROWS, examples, key=lambda x: x.length)
+        yield from reward_memory(reward_model, state.optimizer, short[0], tokens=tokens)
+        chosen, rejected = scores_of_pairs(reward_model, short)
+        yield scores_are_finite(torch.cat([chosen, rejected]))
+        yield scores_differ(chosen, rejected)
+        yield score_alone_equals_batch(reward_model, short, tolerance)
+        yield head_is_trainable(reward_model, short, config)
+
+    preflight.run("the reward model", checks(), state.optimizer, reward_model)
+
+
+def scores_of_pairs(
+    reward_model: RewardModel, examples: Sequence[reward.RewardExample]
+) -> tuple[Tensor, Tensor]:
+    """Scores of chosen and rejected of pairs in one batch, ``(B,)`` each."""
+    pairs = [x.chosen_pair for x in examples] + [x.rejected_pair for x in examples]
+    with evaluating(reward_model):
+        chosen, rejected = reward_model.forward_pairs(pairs).split(len(examples))
+    return chosen, rejected
+
+
+def scores_are_finite(scores: Tensor) -> Check:
+    """No score is infinite or NaN."""
+    return Check(
+        "scores that are not finite",
+        int((~scores.isfinite()).sum()),
+        0,
+        "the reward model's weights or its precision overflow",
+        "look at its weights, or use --precision fp32",
+    )
+
+
+def scores_differ(chosen: Tensor, rejected: Tensor) -> Check:
+    """The reward model tells at least one chosen text from its rejected one."""
+    equal, margin = int((chosen == rejected).sum()), float((chosen - rejected).abs().max())
+    return Check(
+        "pairs with the same score on both sides",
+        equal,
+        len(chosen) - 1,
+        "the score does not depend on the response, so nothing can be learned",
+        "look at where the score is read: pad token, max_length, classifier",
+        told=f"{equal} of {len(chosen)}, largest margin {margin:.2g}",
+    )
+
+
+def score_alone_equals_batch(
+    reward_model: RewardModel, examples: Sequence[reward.RewardExample], tolerance: float
+) -> Check:
+    """A text has the same score alone and padded beside a longer one."""
+    row, longer = examples[0], examples[-1]
+    with evaluating(reward_model):
+        alone = reward_model([row.prompt], [row.chosen])[0]
+        padded = reward_model(
+            [row.prompt, longer.prompt], [row.chosen, f"{longer.chosen} {longer.rejected}"]
+        )[0]
+    return Check(
+        "a score alone against it in a batch",
+        float((alone - padded).abs()),
+        tolerance,
+        "padding changes the score",
+        "look at the tokenizer's pad token and padding side",
+    )
+
+
+def head_is_trainable(
+    reward_model: RewardModel,
+    examples: Sequence[reward.RewardExample],
+    config: reward.RewardConfig,
+) -> Check:
+    """The loss has a gradient in the classifier's last layer."""
+    weight, norm = reward_model._last_layer.weight, 0.0
+    if weight.requires_grad:
+        found = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef)
+        norm = float(torch.autograd.grad(found.loss, weight)[0].norm())
+    return Check(
+        "classifier without gradient",
+        0 if 0 < norm < math.inf else 1,
+        0,
+        "the loss cannot change the reward model's last layer",
+        "let it require a gradient",
+        told=f"gradient of length {norm:.2g}",
+    )
+
+
+def reward_memory(
+    reward_model: RewardModel, optimizer: Optimizer, row: reward.RewardExample, *, tokens: int
+) -> Iterator[Check]:
+    """What training a reward model needs; `tokens` as in `preflight.policy_memory`."""
+    reward_model.train()
+    fixed, per_token = preflight.kept_bytes(
+        reward_model,
+        lambda n: reward_model.forward_pairs([row.chosen_pair] * n),
+        len(row.chosen_pair.ids),
+    )
+    yield from preflight.memory(
+        reward_model, [], optimizer, {"activations": fixed + tokens * per_token}, 0
+    )
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """How well a reward model ranks held-out pairs, beside two rules that only look at length."""
+
+    estimates: dict[str, Estimate]
+    normalised_on: str
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<14} {estimate}" for name, estimate in self.estimates.items()]
+        return "\n".join(["reward model on held-out pairs:", *lines, f"  {self.normalised_on}"])
+
+
+def run(
+    reward_model: RewardModel,
+    inputs: Inputs,
+    config: reward.RewardConfig,
+    log: MetricsLog,
+    *,
+    sft_policy: Policy | None = None,
+    codec: Codec | None = None,
+) -> RewardReport:
+    """Train the reward model, normalise its scores, save it in the run's folder, and measure it.
+
+    Args:
+        sft_policy, codec: if given, the scores are normalised on samples of this policy, else on
+            the training responses.
+    """
+    responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
+    examples, heldout, told = _prepared(reward_model, inputs)
+    state = reward.new_state(reward_model, examples, config)
+    total = reward.total(state.cursor, config)
+    snapshot = Snapshot(
+        "reward_model",
+        reward_model,
+        state,
+        partial(save_reward_model, reward_model),
+        models={"reward_model": reward_model},
+        texts=responses,
+        examples=examples,
+        heldout=heldout,
+        total=total,
+    )
+    if log.preflight and not log.has_checkpoint("reward_model"):
+        check(reward_model, config, state)
+    log.resume(snapshot)
+    note_start(log, snapshot, inputs, told, held_out=len(heldout))
+    steps = reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS])
+    log.follow(
+        "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
+    )
+    pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
+    chosen, rejected = reward.pair_scores(reward_model, pairs)
+    faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
+    with Spared(log.folder / layout.REWARD_MODEL, "the page will lack calibration and margins"):
+        results.write_json(log.folder / layout.REWARD_MODEL, results.pairs_json(chosen, rejected))
+    scale = "scores as trained, not normalised"
+    if config.normalise and sft_policy is not None and codec is not None:
+        rows = inputs.prompts[:NORMALISE_ON]
+        texts = sample_texts(sft_policy, codec, rows, seed=config.seed)
+        scale = _normalised(reward_model, *texts, "samples of the SFT model")
+    elif config.normalise:
+        prompts = [pair["prompt"] for pair in inputs.pairs] * 2
+        scale = _normalised(reward_model, prompts, responses, "training responses")
+    save_reward_model(reward_model, log.folder / "reward_model")
+    gold = inputs.monitors.get("gold_reward")
+    estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
+    found = {name: estimate.as_json() for name, estimate in estimates.items()}
+    note(log.folder, "reward_model", estimates=found, scale=scale)
+    return RewardReport(estimates, scale)
+
+
+def _prepared(
+    reward_model: RewardModel, inputs: Inputs
+) -> tuple[list[reward.RewardExample], list[reward.RewardExample], list[str]]:
+    """The pairs to train on and those held out, without those that are equal to the model, and
+    what was said of them."""
+    examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
+    heldout, heldout_cut = reward.prepare_pairs(reward_model, inputs.heldout_pairs)
+    told = tell(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
+    if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
+        n = len(inputs.heldout_pairs)
+        told += tell(f"  {equal} of {n} held-out pairs are left out likewise")
+    alike = "after the cut or because its tokenizer tells them not apart"
+    require(
+        len(examples) > 0,
+        "no pair is left to train on: the reward model reads the same on both sides of all, "
+        f"{alike}; give pairs that differ earlier or in more than signs, or a --reward_model with "
+        "more positions or tokens",
+    )
+    require(
+        len(heldout) > 0,
+        "no pair is left to measure on: the reward model reads the same on both sides of all "
+        f"{len(inputs.heldout_pairs)} held out, {alike}; give another --seed, a larger "
+        "--heldout_share, or other pairs as --heldout_data",
+    )
+    return examples, heldout, told
+
+
+def _normalised(
+    reward_model: RewardModel, prompts: Sequence[str], responses: Sequence[str], source: str
+) -> str:
+    try:
+        mean, std = reward.normalise(reward_model, prompts, responses)
+    except BadInput as error:  # the trained model is worth more than its scale
+        return f"scores as trained, not normalised: {error}"
+    told = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
+    if not reward_model.has_bias:
+        told += "; the mean stays, since the last layer has no bias"
+    return told
+
+
+def measure_reward(
+    chosen: Tensor,
+    rejected: Tensor,
+    pairs: Sequence[reward.Pair],
+    *,
+    gold: RewardFunction | None,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Accuracy, ties, margin, the two length rules, and what the gold reward itself reaches.
+
+    Args:
+        chosen, rejected: scores of the pairs, ``(N,)`` each.
+    """
+    longer, shorter = reward.length_rules(pairs)
+    estimates = {
+        "accuracy": proportion_estimate(int((chosen > rejected).sum()), len(pairs)),
+        "ties": proportion_estimate(int((chosen == rejected).sum()), len(pairs)),
+        "margin": mean_estimate((chosen - rejected).numpy(), seed=seed),
+        "longer_wins": mean_estimate(longer.numpy(), seed=seed),
+        "shorter_wins": mean_estimate(shorter.numpy(), seed=seed),
+    }
+    if gold is not None:
+        prompts = [pair["prompt"] for pair in pairs]
+        gold_chosen = call_reward(gold, prompts, [pair["chosen"] for pair in pairs])
+        gold_rejected = call_reward(gold, prompts, [pair["rejected"] for pair in pairs])
+        right = int((gold_chosen > gold_rejected).sum())
+        estimates["gold_accuracy"] = proportion_estimate(right, len(pairs))
+    return estimates
