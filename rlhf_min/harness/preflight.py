@@ -8,13 +8,11 @@ few short rows and leave weights, modes and random generators as they were.
 import contextlib
 import heapq
 import math
-import os
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_min.data import Sequences, collate
 from rlhf_min.errors import BadInput
+from rlhf_min.harness.rows.files import GB, free_memory
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.optim import Optimizer
 from rlhf_min.policy import CHUNK_TOKENS, Policy, evaluating
@@ -38,7 +37,6 @@ ROWS = 3  # in a forward pass
 PROMPT_TOKENS, RESPONSE_TOKENS = 12, 6  # of a row, at most
 LOOKED_AT = 1000  # rows whose EOS is looked for
 LOGITS_COPIES = 4  # of a chunk of logits: themselves, probabilities, gradient, a temporary
-GB = 1024**3
 
 Row = tuple[Tensor, Tensor]  # ids of a prompt and of its response
 
@@ -357,13 +355,7 @@ def available_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if Path("/proc/meminfo").is_file():
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * float(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
-    try:  # all there is, free or not
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+    return free_memory()
 
 
 def _collated(policy: Policy, rows: Sequence[Row]) -> Sequences:

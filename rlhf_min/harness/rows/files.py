@@ -8,21 +8,18 @@ import codecs
 import csv
 import io
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import pyarrow as pa
-import torch
-
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.preflight import GB, available_bytes
 
 Row = dict[str, Any]
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+GB = 1024**3
 FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _COMPRESSION = {
@@ -39,19 +36,6 @@ _LOOKS_LIKE = {  # the first bytes of what is not UTF-8
     b"\xfd7zXZ": "looks like an xz archive; unpack it",
 }
 _MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # other than commas, in a CSV header
-
-# What pandas and pyarrow raise on damaged bytes or damaged pandas metadata.
-_PARQUET_ERRORS = (
-    pa.ArrowException,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def read_file(path: str | Path, source: str) -> list[tuple[int, Row]]:
@@ -111,7 +95,7 @@ def check_room(size: int, source: str) -> None:
     Raises:
         BadInput: if twice the size is more than the memory that is free.
     """
-    room = available_bytes(torch.device("cpu"))
+    room = free_memory()
     require(
         2 * size <= room,
         f"{source}: its {size / GB:.1f} GB are read as a whole, and {room / GB:.1f} GB of memory "
@@ -119,10 +103,23 @@ def check_room(size: int, source: str) -> None:
     )
 
 
+def free_memory() -> float:
+    """Bytes of memory that are free for this process; infinite where nothing tells."""
+    if Path("/proc/meminfo").is_file():
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * float(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+    try:  # all there is, free or not
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def _decompress(data: bytes, source: str) -> bytes:
     kind = next((kind for kind, start in _COMPRESSION.items() if re.match(start, data)), None)
     if kind is None:
         return data
+    import pyarrow as pa
+
     try:
         return bytes(pa.input_stream(pa.BufferReader(data), compression=kind).read())
     except (OSError, pa.ArrowInvalid) as error:
@@ -196,14 +193,16 @@ def _quotes(text: str, cure: str) -> str:
 
 
 def _read_parquet(data: bytes, source: str) -> list[tuple[int, Row]]:
+    import pandas as pd
+
     try:
         # The pyarrow types keep integers, lists and nulls what they are.
         frame = pd.read_parquet(io.BytesIO(data), engine="pyarrow", dtype_backend="pyarrow")
         named = [name for name in frame.index.names if name is not None]
         rows = frame.reset_index(level=named).to_dict("records")  # a named index is a column too
-    except MemoryError:  # Arrow's own is one of the errors below too
+    except MemoryError:
         raise
-    except _PARQUET_ERRORS as error:
+    except Exception as error:  # pandas and pyarrow raise any kind on damaged bytes
         raise BadInput(
             f"{source}: not a readable Parquet file ({shown(str(error))}); write it again"
         ) from error

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-import pandas as pd
-
 from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import Row, shown
@@ -508,7 +506,7 @@ def _is_blank(value: Any) -> bool:
     """Whether the cell says nothing: no value, NaN, or nothing but white space."""
     if isinstance(value, (list, dict)):
         return not value
-    return value is None or value is pd.NA or value != value or _is_empty(value)
+    return value is None or value != value or _is_empty(value)
 
 
 def _is_empty(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Rows that the `datasets` library finds: in a folder of files, or under a name on the Hub."""
 
 import os
-import re
 import threading
 import urllib.error
 import urllib.request
@@ -34,14 +33,6 @@ _NOT_READ = (  # what the library raises
     RuntimeError,
     datasets.exceptions.DatasetsError,
 )
-
-
-def is_hub_name(data: str) -> bool:
-    """``owner/name`` or ``owner/name:config``, unless it is the path of something or ends like a
-    file."""
-    name, _, _ = data.partition(":")
-    like_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None
-    return like_name and not os.path.exists(name) and format_of(name) not in SUFFIXES
 
 
 def load_hub(data: str, split: str) -> datasets.Dataset:

@@ -6,24 +6,31 @@ and its number and the reason are kept for the report.
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
-
-import datasets
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_min.encoding.conversation import Place, PlacedRow
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.rows.files import Row, format_of, plural, printable, read_file, shown
+from rlhf_min.harness.rows.doubts import doubts
+from rlhf_min.harness.rows.files import (
+    SUFFIXES,
+    Row,
+    format_of,
+    plural,
+    printable,
+    read_file,
+    shown,
+)
 from rlhf_min.harness.rows.formats import Stage, Unusable, check_columns, clean_row, find_columns
-from rlhf_min.harness.rows.hub import is_hub_name, load_hub, read_folder
-from rlhf_min.harness.rows.odd import doubts
 
-Data: TypeAlias = str | Path | datasets.Dataset | pd.DataFrame
+if TYPE_CHECKING:  # they take a second, and a CSV or JSON file needs neither
+    import datasets
+    import pandas as pd
+
 T = TypeVar("T")
 
 
@@ -89,7 +96,7 @@ class LoadedRows:
 
 
 def load_rows(
-    data: Data,
+    data: "str | Path | datasets.Dataset | pd.DataFrame",
     stage: Stage,
     *,
     columns: Mapping[str, str] | None = None,
@@ -251,12 +258,15 @@ def split_rows(
 
 
 def _read(
-    data: Data, split: str | None, usual_split: str
+    data: "str | Path | datasets.Dataset | pd.DataFrame", split: str | None, usual_split: str
 ) -> tuple[str, list[tuple[Place, Row]], list[str]]:
     """What to call the source, its rows with their numbers, and what was not read of it."""
     if isinstance(data, str | Path):
         return _read_named(str(data), split, usual_split)
     require(split is None, f"split {split!r} is for datasets of the Hub; leave it out")
+    import datasets
+    import pandas as pd
+
     if isinstance(data, pd.DataFrame):
         require(data.columns.is_unique, "the frame has two columns of the same name; rename one")
         named = [name for name in data.index.names if name is not None]
@@ -269,14 +279,26 @@ def _read(
     return "the dataset", _numbered(data.to_list()), []
 
 
+def is_hub_name(data: str) -> bool:
+    """``owner/name`` or ``owner/name:config``, unless it is the path of something or ends like a
+    file."""
+    name, _, _ = data.partition(":")
+    like_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None
+    return like_name and not os.path.exists(name) and format_of(name) not in SUFFIXES
+
+
 def _read_named(
     data: str, split: str | None, usual_split: str
 ) -> tuple[str, list[tuple[Place, Row]], list[str]]:
     if is_hub_name(data):
+        from rlhf_min.harness.rows.hub import load_hub
+
         split = split or usual_split
         return f"{data} ({split})", _numbered(load_hub(data, split).to_list()), []
     folder, _, config = (data, "", "") if os.path.exists(data) else data.partition(":")
     if os.path.isdir(folder):
+        from rlhf_min.harness.rows.hub import read_folder
+
         split, rows, others = read_folder(folder, config, split, usual_split)
         left = f"warning: files of {printable(folder)} that are not read: {_listed(others)}"
         return f"{data} ({split})", rows, [left] if others else []
@@ -301,10 +323,13 @@ def _numbered(rows: list[dict[Any, Any]]) -> list[tuple[Place, Row]]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and numbers as Python's own, where a frame holds those of NumPy."""
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    """What a frame holds as Python's own: lists and numbers of NumPy, and no value of pandas."""
+    if type(value).__name__ == "NAType":
+        return None
+    if type(value).__module__ != "numpy":
+        return value
+    value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _reasons(dropped: dict[str, list[Place]], source: str) -> str:
