@@ -7,7 +7,6 @@ few short rows and leave weights, modes and random generators as they were.
 
 import contextlib
 import heapq
-import math
 import random
 import time
 from collections import defaultdict
