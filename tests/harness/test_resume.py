@@ -49,8 +49,9 @@ from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import read_record, reopen_run
 from rlhf_min.harness.run.identity import weight_digests
 from rlhf_min.harness.run.layout import clear
-from rlhf_min.harness.run.log import MEASURED, MetricsLog, Saving
+from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.saved_models import unsound
+from rlhf_min.harness.run.saving import MEASURED, Saving
 from rlhf_min.harness.run.signals import Stopped, catching_signals, to_resume
 from rlhf_min.policy import Policy
 from rlhf_min.ppo import PPOConfig

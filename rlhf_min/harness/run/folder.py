@@ -117,7 +117,8 @@ def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = 
         BadInput: if it is resumed with another configuration, without ``--allow_config_change``,
             or no stage measures what ``--keep_best`` names.
     """
-    from rlhf_min.harness.run.log import MetricsLog, Saving, require_measured
+    from rlhf_min.harness.run.log import MetricsLog
+    from rlhf_min.harness.run.saving import Saving, require_measured
 
     require_measured(options.keep_best, _stages(options, configs), monitors)
     changed = None if options.resume is None else _check_same(out, options, configs)

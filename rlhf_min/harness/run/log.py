@@ -5,10 +5,8 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run import checkpoint, faults
-from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, Writer, checkpoints
+from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, checkpoints
 from rlhf_min.harness.run.files import NotWritten, flush, write_file
 from rlhf_min.harness.run.layout import (
-    BEST,
     CHECKPOINTS,
     METRICS,
     NOTES,
@@ -30,46 +27,14 @@ from rlhf_min.harness.run.layout import (
     foreign,
     remove,
 )
+from rlhf_min.harness.run.saving import Saving, StageSaver, measures
 from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
 from rlhf_min.harness.trackers import Track, start_tracker
 
 # Without a thread beside the run: each step looks at the clock.
 tqdm.monitor_interval = 0
 _Bar = partial(tqdm, dynamic_ncols=True, miniters=1)
-SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
 DAMAGED = "damaged; put the file back as the run wrote it"
-# What each stage measures on held-out rows; PPO also what its monitors are called.
-MEASURED = {
-    "sft": ("loss", "perplexity"),
-    "reward_model": ("loss", "accuracy", "ties", "margin"),
-    "ppo": ("score", "k1", "response_length", "distinct_2", "repeated_4"),
-    "dpo": (
-        *("loss", "accuracy", "margin", "chosen_rewards", "rejected_rewards"),
-        *("chosen_logprobs", "rejected_logprobs"),
-        *("chosen_logprobs_change", "rejected_logprobs_change"),
-    ),
-}
-LOWER_IS_BETTER = (
-    *("loss", "perplexity", "ties", "k1", "repeated_4"),
-    *("rejected_rewards", "rejected_logprobs", "rejected_logprobs_change"),
-)
-BEST_FILE = "best.json"
-
-
-@dataclass(frozen=True)
-class Saving:
-    """When checkpoints are written, and which are kept.
-
-    Args:
-        every: steps of a stage from one to the next; None: `SAVE_SECONDS`; 0: none at all but when
-            a signal stops the run.
-        keep_last: so many of each stage.
-        keep_best: a metric like ``eval/score``; the model with its best value is kept beside.
-    """
-
-    every: int | None = None
-    keep_last: int = 1
-    keep_best: str | None = None
 
 
 class MetricsLog:
@@ -103,9 +68,7 @@ class MetricsLog:
         self._trackers: list[Track] | None = None  # until there is a step to send
         self._sizes: dict[str, int] = {}  # of the growing files after the last restored stage
         self._restored: set[str] = set()
-        self._saved_at = 0.0
-        self._best: float | None = None  # of the stage that runs, the larger the better
-        self._unsaved = False  # a stage is over of which there is no checkpoint
+        self._resumable = True  # until a stage is over of which there is no checkpoint
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -130,26 +93,26 @@ class MetricsLog:
         """
         if not self.resuming:
             return
-        found = checkpoint.latest(self._checkpoints(snapshot.stage))
-        at_end = found is not None and (found.finished or found.step >= snapshot.total)
+        newest = checkpoint.latest(self._checkpoints(snapshot.stage))
+        at_end = newest is not None and (newest.finished or newest.step >= snapshot.total)
         if not at_end:
             self._require_nothing_later(snapshot.stage)
-        if found is None:
+        if newest is None:
             self._require_unfinished(snapshot)
         else:
-            found.restore(snapshot)
-            self._sizes = found.sizes
+            newest.restore(snapshot)
+            self._sizes = newest.sizes
             self._restored.add(snapshot.stage)
-        self._require_lines(found)
+        self._require_lines(newest)
         self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
 
         # Until here nothing was changed, from here on nothing is refused.
-        if found is None:
+        if newest is None:
             print(f"{snapshot.stage}: there is no checkpoint of it, so it starts anew")
         else:
-            checkpoint.keep(found.folder.parent, found.folder, self._saving.keep_last)
-            print(f"{snapshot.stage}: continued after step {found.step} of {snapshot.total}")
-        more_steps = found is not None and max(found.step, found.total) < snapshot.total
+            checkpoint.keep(newest.folder.parent, newest.folder, self._saving.keep_last)
+            print(f"{snapshot.stage}: continued after step {newest.step} of {snapshot.total}")
+        more_steps = newest is not None and max(newest.step, newest.total) < snapshot.total
         if not at_end or more_steps:
             self.resuming = False
             self.note_changes()
@@ -187,53 +150,34 @@ class MetricsLog:
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         every = 0.1 if watched else 30.0  # seconds
-        done = 0 if snapshot is None else snapshot.state.step
+        first = step = 0 if snapshot is None else snapshot.state.step
         folder = self.folder  # made before the bar is drawn, or refused
         if snapshot is not None:
-            self._require_heldout(stage, snapshot)
-            self._best = self._best_before(stage, done)
-        bar = _Bar(steps, f"{stage:>12}", total, initial=done, mininterval=every)
-        shown: dict[str, str] = {}
-        self._saved_at, saved, step = time.monotonic(), done, done
+            self._require_heldout(snapshot)
+        bar = _Bar(steps, f"{stage:>12}", total, initial=first, mininterval=every)
+        in_bar: dict[str, str] = {}
         with ExitStack() as stack:
             request = stack.enter_context(catching_signals())
             stack.enter_context(faults.saved(folder, self.rows, snapshot))
-            writer = snapshot and stack.enter_context(
-                Writer(self._checkpoints(stage), snapshot, keep_last=self._saving.keep_last)
-            )
-            for step, metrics in enumerate(bar, start=done + 1):
+            saver = stack.enter_context(self._saver(snapshot)) if snapshot else None
+            for step, metrics in enumerate(bar, start=first + 1):
                 self._write(stage, step, metrics)
-                shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
-                bar.set_postfix(shown, refresh=False)
+                in_bar |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
+                bar.set_postfix(in_bar, refresh=False)
                 ended = step >= total or getattr(snapshot and snapshot.state, "too_far", False)
                 stop = request.signal is not None  # looked at once: it may come at any time
-                if snapshot and writer:
-                    writer.check()
-                    self._keep_best(snapshot, metrics)
-                    due = self._due(step) or (stop and not self._unsaved)
-                    if not ended and due:
-                        faults.require_kept(snapshot, {})
-                        self._save(writer)
-                        saved = step
+                if saver:
+                    saver.after_step(metrics, ended=ended, stop=stop)
                 if stop and not ended:
-                    raise self._stopped(request, stage, step, total, saved)
-            stop = request.signal is not None
-            if snapshot and writer:
-                faults.require_kept(snapshot, self.rows[-1] if step > done else {})
-                if step > done and (self._saving.every != 0 or (stop and not self._unsaved)):
-                    try:
-                        self._save(writer, finished=True)
-                        writer.wait()  # a signal that comes meanwhile counts too
-                        saved = step
-                    except NotWritten as error:  # the model, which is smaller, may still fit
-                        then = "the model itself is saved next; this stage cannot be resumed"
-                        print(f"warning: {error}; {then}", file=sys.stderr)
-                writer.wait()
-            self._unsaved = self._unsaved or (writer is not None and saved < step)
+                    raise self._stopped(request, stage, step, total, saver)
+            if saver:
+                last = self.rows[-1] if step > first else {}
+                saver.at_end(last, stop=request.signal is not None)
+                self._resumable &= saver.saved == step
             if request.signal is not None:
-                raise self._stopped(request, stage, step, total, saved)
-        best = self._saving.keep_best if snapshot is not None and step > done else None
-        if best is not None and _measures(stage, best) and not self.series(stage, best)[0]:
+                raise self._stopped(request, stage, step, total, saver)
+        best = self._saving.keep_best or ""
+        if saver and step > first and measures(stage, best) and not self.series(stage, best)[0]:
             print(f"--keep_best {best}: {stage} never measured it, so none was kept")
 
     def add_samples(
@@ -248,10 +192,10 @@ class MetricsLog:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
             try:
-                kept = [line for line in whole if json.loads(line)["stage"] != stage]
+                others = [line for line in whole if json.loads(line)["stage"] != stage]
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise BadInput(f"{file}: {DAMAGED}") from error
-            write_file(file, "".join(kept))
+            write_file(file, "".join(others))
         self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
@@ -283,65 +227,43 @@ class MetricsLog:
         except OSError as error:
             raise NotWritten(f"{file}: could not be written: {error.strerror}") from error
 
-    def _due(self, step: int) -> bool:
-        if self._saving.every is None:
-            return time.monotonic() - self._saved_at > SAVE_SECONDS
-        return self._saving.every > 0 and step % self._saving.every == 0
+    def _saver(self, snapshot: Snapshot) -> StageSaver:
+        return StageSaver(
+            self.folder,
+            snapshot,
+            self._saving,
+            sizes=self._flushed_sizes,
+            resumable=self._resumable,
+        )
 
-    def _save(self, writer: Writer, *, finished: bool = False) -> None:
-        # All lines until here must be on the disk before the checkpoint that counts on them.
+    def _flushed_sizes(self) -> dict[str, int]:
+        """Bytes of the files of lines, when all that was written to them is on the disk."""
         sizes = {name: _flushed_size(file) for name, file in self._growing() if file.exists()}
         flush(self.folder)
-        self._saved_at = time.monotonic()
-        writer.write(finished=finished, sizes=sizes)
+        return sizes
 
-    def _keep_best(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
-        name = self._saving.keep_best
-        if name is None or not math.isfinite(metrics.get(name, math.nan)):
-            return
-        value = _sign(name) * metrics[name]
-        if self._best is None or value > self._best:
-            faults.require_kept(snapshot, {})
-            folder = self.folder / BEST / snapshot.stage
-            snapshot.save_model(folder)
-            told = {"metric": name, "step": snapshot.state.step, "value": metrics[name]}
-            report = json.dumps(told) + "\n"
-            (folder / BEST_FILE).write_text(report, encoding="utf-8")
-            self._best = value
-
-    def _best_before(self, stage: str, done: int) -> float | None:
-        """How good the kept model is, if it is of this run: of the same metric, and of a step that
-        the run did not go back behind."""
-        try:
-            file = self.folder / BEST / stage / BEST_FILE
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["metric"] != self._saving.keep_best or told["step"] > done:
-                return None
-            return _sign(told["metric"]) * float(told["value"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
-
-    def _require_heldout(self, stage: str, snapshot: Snapshot) -> None:
-        """Nothing can be the best without held-out rows. Once other stages are trained it is only
-        told."""
-        name = self._saving.keep_best
-        if name is not None and snapshot.heldout == [] and _measures(stage, name):
-            told = f"--keep_best {name}: {stage} has no held-out rows to measure it on"
+    def _require_heldout(self, snapshot: Snapshot) -> None:
+        """Nothing can be the best without held-out rows. Once other stages are trained this is
+        only a warning."""
+        stage, best = snapshot.stage, self._saving.keep_best or ""
+        if snapshot.heldout == [] and measures(stage, best):
+            missing = f"--keep_best {best}: {stage} has no held-out rows to measure it on"
             cure = "give more rows, a larger --heldout_share, or other rows as --heldout_data"
-            require(bool(self.rows), f"{told}; {cure}")
-            print(told)
+            require(bool(self.rows), f"{missing}; {cure}")
+            print(missing)
 
     def _stopped(
-        self, request: StopRequest, stage: str, step: int, total: int, saved: int
+        self, request: StopRequest, stage: str, step: int, total: int, saver: StageSaver | None
     ) -> Stopped:
-        kept = f"saved; go on with: {to_resume(self.folder)}"
+        saved = saver.saved if saver else 0
+        how = f"saved; go on with: {to_resume(self.folder)}"
         if saved < step:
             before = f"; the last checkpoint is of step {saved}: {to_resume(self.folder)}"
-            kept = f"not saved{before if saved else ''}"
-        elif self._unsaved:
-            kept = "not saved, since a stage before has no checkpoint of its end"
+            how = f"not saved{before if saved else ''}"
+        elif not self._resumable:
+            how = "not saved, since a stage before has no checkpoint of its end"
         return Stopped(
-            f"stopped by a signal after step {step} of {total} of {stage}; {kept}",
+            f"stopped by a signal after step {step} of {total} of {stage}; {how}",
             self.folder,
             request.exit_code,
         )
@@ -373,12 +295,12 @@ class MetricsLog:
             "would be trained again; put it back, or start a new run without --save_every 0",
         )
 
-    def _require_lines(self, found: Checkpoint | None) -> None:
+    def _require_lines(self, newest: Checkpoint | None) -> None:
         for name, file in self._growing():
             size = self._sizes.get(name, 0)
             require(
                 size == 0 or (file.exists() and file.stat().st_size >= size),
-                f"{file} is shorter than when {found.folder if found else 'the run'} was saved; "
+                f"{file} is shorter than when {newest.folder if newest else 'the run'} was saved; "
                 "put the whole file back",
             )
 
@@ -425,33 +347,6 @@ def read_notes(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _measures(stage: str, name: str) -> bool:
-    """Whether a stage would measure this; what no stage is known for may be a monitor of PPO."""
-    bare = name.removeprefix("eval/")
-    known = bare in {metric for metrics in MEASURED.values() for metric in metrics}
-    return bare in MEASURED.get(stage, ()) or (not known and stage == "ppo")
-
-
-def require_measured(name: str | None, stages: Iterable[str], monitors: Iterable[str]) -> None:
-    """Raise `BadInput` for a ``--keep_best`` that none of these stages will measure.
-
-    Args:
-        name: what is given, if anything is.
-        stages: that the command trains.
-        monitors: the rewards that PPO reports beside its own.
-    """
-    names = {
-        f"eval/{name}"
-        for stage in stages
-        for name in (*MEASURED[stage], *(monitors if stage == "ppo" else ()))
-    }
-    require(
-        name is None or name in names,
-        f"--keep_best {name} is measured by no stage of this run; give one of "
-        f"{', '.join(sorted(names))}",
-    )
-
-
 def _last_rows(file: Path) -> dict[str, int]:
     """The last step of each stage in a file of metrics, of which the last line may be cut."""
     last: dict[str, int] = {}
@@ -484,10 +379,6 @@ def _flushed_size(file: Path) -> int:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         return os.fstat(opened.fileno()).st_size
-
-
-def _sign(name: str) -> int:
-    return -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1
 
 
 def _json_number(value: Any) -> Any:
