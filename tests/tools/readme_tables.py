@@ -86,24 +86,37 @@ def tags_of_tests() -> dict[str, set[str]]:
 # Places
 
 PLACES = {
-    "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
-    "are advantages whitened": ("ppo.py", "advantages = masked_whiten("),
-    "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
-    "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
-    "does the KL enter the reward": ("kl.py", "-kl_coef * at_least_float32(kl)"),
-    "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
-    "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
-    "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
-    "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
-    "are logits and tokens shifted": ("speed/packing.py", "batch.prompt_lengths[rows] - 1 + t"),
-    "is a value read": ("policy.py", "self.value_head(hidden)"),
-    "is EOS put after a response of the data": ("data.py", "ids=[*read.ids, self.tok"),
-    "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
+    "is EOS put after a response of the data": (
+        "encoding/codec.py",
+        "Read([*ids, self.tokenizer.eos",
+    ),
     "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
-    "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
-    "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
+    "are logits and tokens shifted": ("speed/packing.py", "batch.prompt_lengths[rows] - 1 + t"),
+    "are rows packed, instead of padded": ("policy.py", "return packed(batch"),
+    "are logits divided by the temperature": ("logprobs.py", "else logits / temperature"),
+    "is a value read": ("policy.py", "self.value_head(hidden)"),
     "is the reference frozen": ("policy.py", "reference.requires_grad_(False)"),
     "is dropout turned off": ("policy.py", "def disable_dropout("),
+    "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
+    "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
+    "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
+    "is the reward model put to mean 0, variance 1": ("reward.py", "reward_model.rescale("),
+    "are scores normalised by a running mean (off)": ("ppo.py", "moments.normalise("),
+    "are rewards whitened, mean kept (off)": ("ppo.py", "rewards = masked_scale("),
+    "does the KL enter the reward": ("kl.py", "-kl_coef * at_least_float32(kl)"),
+    "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
+    "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
+    "are advantages whitened, over the whole rollout": ("ppo.py", "advantages = masked_whiten("),
+    "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
+    "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
+    "is PPO's loss averaged, over the tokens of a minibatch": (
+        "ppo.py",
+        "share = int(policy_loss.count) / tokens",
+    ),
+    "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
+    "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
+    "is DPO's loss averaged, over the pairs of a batch": ("dpo.py", "found.count / len(batch)"),
+    "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
 }
 
 
@@ -117,7 +130,9 @@ def places() -> str:
 
 def place(name: str, code: str) -> tuple[str, str]:
     lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
-    [(number, line)] = [(n, line.strip()) for n, line in enumerate(lines, 1) if code in line]
+    found = [(n, line.strip()) for n, line in enumerate(lines, 1) if code in line]
+    assert len(found) == 1, f"{len(found)} lines of {name} hold {code!r}; mend it in PLACES"
+    [(number, line)] = found
     return link(PACKAGE / name, number, f"`{name}:{number}`"), f"`{line.partition('  #')[0]}`"
 
 
