@@ -14,7 +14,8 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
-from rlhf_min.harness.inputs import make_codec, model_folders, start_policy
+from rlhf_min.harness.inputs import model_folders
+from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.run.terminal import is_read
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import sample

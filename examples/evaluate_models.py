@@ -12,7 +12,8 @@ from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, model_folders, start_policy
+from rlhf_min.harness.inputs import load_inputs, model_folders
+from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.rows.encoding_report import encoded
 from rlhf_min.harness.run.folder import check_out, open_run, run_seed

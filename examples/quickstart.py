@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from rlhf_min.config import option, require_positive, require_seed
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.run.folder import check_out, start_log
 from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft

@@ -6,7 +6,8 @@ chosen responses). The model lands in <out>/dpo.
 
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness.cli import RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.folder import check_out, start_log
 from rlhf_min.harness.stages import dpo, sft

@@ -15,7 +15,8 @@ import torch
 from rlhf_min.config import option, require_not_negative
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
 from rlhf_min.harness.run.folder import check_out, start_log

@@ -5,7 +5,8 @@ samples of that policy, otherwise on the training responses. The model lands in 
 """
 
 from rlhf_min.harness.cli import RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.run.folder import check_out, start_log
 from rlhf_min.harness.stages import reward

@@ -4,7 +4,8 @@ Without options: a small new GPT-2 on the embedded world. The model lands in <ou
 """
 
 from rlhf_min.harness.cli import RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.folder import check_out, start_log
 from rlhf_min.harness.stages import sft

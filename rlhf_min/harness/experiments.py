@@ -28,13 +28,8 @@ from rlhf_min.estimates import (
     mean_estimate,
 )
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import (
-    Inputs,
-    load_inputs,
-    make_codec,
-    start_policy,
-    start_reward_model,
-)
+from rlhf_min.harness.inputs import Inputs, load_inputs
+from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import results
 from rlhf_min.harness.run.folder import read_record, start_log
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model

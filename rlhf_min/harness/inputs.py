@@ -1,28 +1,23 @@
-"""What a run works on: rows of the embedded world or of the user's file, and models for them."""
+"""What a run works on: rows of the embedded world or of the user's file."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rlhf_min.encoding.codec import Codec
 from rlhf_min.encoding.conversation import PlacedRow
-from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.rows.files import plural, printable
 from rlhf_min.harness.rows.formats import Stage, parse_columns
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
-from rlhf_min.policy import Critic, Policy
-from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import RewardFunction
-from rlhf_min.world import World, build_wordpiece, make_world, small_bert, small_gpt2, train_bpe
+
+if TYPE_CHECKING:  # they import torch
+    from rlhf_min.rollout import RewardFunction
+    from rlhf_min.world import World
 
 Row = dict[str, Any]
-VOCABULARY = 4000  # at most; of the tokenizers of small new models
 HELDOUT_SHARE = 0.1  # of the user's prompts, unless they say another one
 HELDOUT_ROWS = 1000  # at most; looked at during training
 
@@ -43,7 +38,7 @@ class Inputs:
     prompts: list[Row] = field(default_factory=list)
     eval_prompts: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
-    monitors: dict[str, RewardFunction] = field(default_factory=dict)
+    monitors: "dict[str, RewardFunction]" = field(default_factory=dict)
     report: list[str] = field(default_factory=list)
 
     @property
@@ -68,6 +63,8 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
     if options.data is None:
         for name in ("columns", "split", "limit", "heldout_data"):
             require(getattr(options, name) is None, f"--{name} is for your own rows; give --data")
+        from rlhf_min.world import make_world
+
         return world_inputs(make_world(seed))
     columns = parse_columns(options.columns) if options.columns is not None else None
     loaded = load_rows(
@@ -144,7 +141,7 @@ def _check_heldout(loaded: LoadedRows, own: LoadedRows, tell: Callable[[str], No
         )
 
 
-def world_inputs(world: World) -> Inputs:
+def world_inputs(world: "World") -> Inputs:
     """All rows of a world, with its gold reward and the parts of it as monitors."""
     monitors: dict[str, RewardFunction] = {
         "gold_reward": lambda p, r: [gold.total for gold in world.gold(p, r)],
@@ -162,70 +159,6 @@ def world_inputs(world: World) -> Inputs:
         test=[{"prompt": q.text, "references": [q.reference]} for q in world.test],
         monitors=monitors,
     )
-
-
-def make_codec(policy: Policy, options: RunOptions) -> Codec:
-    """The codec of a policy, within the room that the options give.
-
-    The template is written into the model's config, so that whoever loads the model later uses the
-    one that it was trained with.
-    """
-    has_chat = getattr(policy.tokenizer, "chat_template", None)
-    template = getattr(policy.lm.config, "prompt_template", CHAT if has_chat else "{prompt}\n")
-    if options.template is not None:
-        template = options.template.replace("\\n", "\n")
-    policy.lm.config.prompt_template = template
-    return Codec(
-        policy.tokenizer,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_response_tokens=options.max_response_tokens,
-        template=template,
-    )
-
-
-def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:
-    """The policy that ``--model`` names, or a small new GPT-2 with a tokenizer for these texts.
-
-    Raises:
-        BadInput: if the model cannot be loaded or has too few positions.
-    """
-    if options.model is None:
-        tokenizer = train_bpe(texts, VOCABULARY)
-        lm = small_gpt2(tokenizer, positions=options.max_length, seed=seed)
-        policy = Policy(lm, tokenizer, critic=critic)
-    else:
-        policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
-        if policy.value_head is not None and not policy.value_head.weight.any():
-            print(f"{options.model} has no value head; a new one starts at zero")
-        require(
-            options.max_length <= policy.positions,
-            f"--model {options.model} has {policy.positions} positions; --max_length "
-            f"{options.max_length} does not fit, lower it",
-        )
-    if options.gradient_checkpointing:
-        policy.checkpoint_gradients()
-    return policy.to(options.torch_device("policy_device"))
-
-
-def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) -> RewardModel:
-    """The classifier that ``--reward_model`` names, or a small new BERT for these texts.
-
-    Its head may be new, so this is for training only.
-    """
-    if options.reward_model is None:
-        tokenizer = build_wordpiece(texts, VOCABULARY)
-        # Its own tokens may be shorter than the policy's, so it gets more of them.
-        positions = 2 * options.max_length
-        reward_model = RewardModel(small_bert(tokenizer, positions=positions, seed=seed), tokenizer)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
-        if reward_model.new_weights:
-            print(f"{options.reward_model} has no trained head; {reward_model.new_weights} are new")
-    if options.gradient_checkpointing:
-        reward_model.checkpoint_gradients()
-    return reward_model.to(options.torch_device("reward_device"))
 
 
 def model_folders(models: str, run: str) -> dict[str, str]:

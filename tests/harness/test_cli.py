@@ -14,7 +14,7 @@ from small import small_policy, small_reward_model
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions, parse
-from rlhf_min.harness.inputs import make_codec
+from rlhf_min.harness.models import make_codec
 from rlhf_min.harness.run.folder import check_out, open_run
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy

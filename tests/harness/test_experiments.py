@@ -28,7 +28,8 @@ from rlhf_min.harness.experiments import (
     table,
     verdict,
 )
-from rlhf_min.harness.inputs import Inputs, make_codec
+from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.models import make_codec
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import reward, sft
 from rlhf_min.policy import Policy

@@ -7,11 +7,8 @@ from small import small_policy
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import (
-    Inputs,
-    load_inputs,
-    make_codec,
-)
+from rlhf_min.harness.inputs import Inputs, load_inputs
+from rlhf_min.harness.models import make_codec
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.policy import Policy
 

@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import load_inputs, make_codec, start_policy, start_reward_model
+from rlhf_min.harness.inputs import load_inputs
+from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.run.folder import start_log
 from rlhf_min.harness.stages import ppo
 from rlhf_min.ppo import PPOConfig

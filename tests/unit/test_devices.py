@@ -21,7 +21,7 @@ from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.errors import BadInput
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import start_policy, start_reward_model
+from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.rollout import score_rollout
 from rlhf_min.sampling import _inverse_cdf, below_one, sample, widest_float
 

@@ -32,7 +32,7 @@ from transformers import (
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import start_policy, start_reward_model
+from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel

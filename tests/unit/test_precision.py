@@ -14,7 +14,7 @@ from small import (
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import start_policy, start_reward_model
+from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.rollout import collect
 
 BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1

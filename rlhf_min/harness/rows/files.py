@@ -36,6 +36,10 @@ _LOOKS_LIKE = {  # the first bytes of what is not UTF-8
     b"\xfd7zXZ": "looks like an xz archive; unpack it",
 }
 _MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # other than commas, in a CSV header
+_DAMAGED = (  # beside pyarrow's own, what pandas and pyarrow raise on damaged bytes
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 def read_file(path: str | Path, source: str) -> list[tuple[int, Row]]:
@@ -194,15 +198,16 @@ def _quotes(text: str, cure: str) -> str:
 
 def _read_parquet(data: bytes, source: str) -> list[tuple[int, Row]]:
     import pandas as pd
+    import pyarrow as pa
 
     try:
         # The pyarrow types keep integers, lists and nulls what they are.
         frame = pd.read_parquet(io.BytesIO(data), engine="pyarrow", dtype_backend="pyarrow")
         named = [name for name in frame.index.names if name is not None]
         rows = frame.reset_index(level=named).to_dict("records")  # a named index is a column too
-    except MemoryError:
+    except MemoryError:  # one of pyarrow's own too
         raise
-    except Exception as error:  # pandas and pyarrow raise any kind on damaged bytes
+    except (pa.ArrowException, *_DAMAGED) as error:
         raise BadInput(
             f"{source}: not a readable Parquet file ({shown(str(error))}); write it again"
         ) from error
