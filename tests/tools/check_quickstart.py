@@ -1,4 +1,4 @@
-"""Do the results of quickstart runs hold what the README promises?
+"""Do the results of quickstart runs hold what examples/README.md promises?
 
     python tests/tools/check_quickstart.py runs/*/results.json    # one of each seed
 
