@@ -41,13 +41,12 @@ from rlhf_min.harness.run.checkpoint import (
     begin,
     checkpoints,
     crc32_of,
-    fingerprint,
     keep,
     latest,
 )
 from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import read_record, reopen_run
-from rlhf_min.harness.run.identity import weight_digests
+from rlhf_min.harness.run.identity import fingerprint, weight_digests
 from rlhf_min.harness.run.layout import clear
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.saved_models import unsound
@@ -322,7 +321,7 @@ def snapshot(policy=None, *, step=4, examples=(), **models):
 def saved(folder, step=4, **models):
     path = folder / f"step-{step:06d}"
     shot = snapshot(step=step, **models)
-    begin(path, shot, finished=False, sizes={"metrics.jsonl": 7}).complete()
+    begin(path, shot, finished=False, sizes={"metrics.jsonl": 7})()
     return path
 
 
@@ -690,7 +689,7 @@ def test_weights_of_nan_are_not_gone_on_with(tmp_path):
     shot = snapshot()
     torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
     path = tmp_path / "step-000004"
-    begin(path, shot, finished=False, sizes={}).complete()
+    begin(path, shot, finished=False, sizes={})()
     with pytest.raises(BadInput, match=r"step-000004: value_head.bias is not finite; start a new"):
         Checkpoint(path).restore(snapshot())
 
@@ -1307,7 +1306,7 @@ def test_other_held_out_rows_are_told(tmp_path, capsys):
     red, blue = (PromptExample(text, torch.tensor([2])) for text in ("red", "blue"))
     path = tmp_path / "step-000004"
     shot = replace(snapshot(), heldout=[red])
-    begin(path, shot, finished=False, sizes={}).complete()
+    begin(path, shot, finished=False, sizes={})()
     Checkpoint(path).restore(shot)
     assert capsys.readouterr().out == ""
     Checkpoint(path).restore(replace(shot, heldout=[red, blue]))

@@ -333,7 +333,7 @@ def stage() -> Snapshot:
 def saved_stage() -> Path:
     """Its checkpoint."""
     folder = Path(kept().name) / "step-000001"
-    checkpoint.begin(folder, stage(), finished=False, sizes={"metrics.jsonl": 9}).complete()
+    checkpoint.begin(folder, stage(), finished=False, sizes={"metrics.jsonl": 9})()
     return folder
 
 

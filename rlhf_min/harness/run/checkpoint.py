@@ -4,7 +4,6 @@ A checkpoint is a folder with the weights and the state's tensors in safetensors
 JSON. It gets its name only when it is complete, and older ones are deleted only after that.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -15,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,13 @@ from torch import Tensor, nn
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run.files import publish, saving
-from rlhf_min.harness.run.identity import difference, identity
+from rlhf_min.harness.run.identity import (
+    difference,
+    fingerprint,
+    identity,
+    in_threads,
+    named_tensors,
+)
 from rlhf_min.harness.run.layout import STEP, remove
 from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.harness.run.signals import Stopped
@@ -123,8 +128,8 @@ class Checkpoint:
                 f"{folder / RECORD}: changed since it was written",
             )
             for name in (WEIGHTS, *STATES):
-                found, wanted = _identity(folder / name), self.record["files"][name]
-                require(found == wanted, f"{folder / name}: cut or changed since it was written")
+                same = _identity(folder / name) == self.record["files"][name]
+                require(same, f"{folder / name}: cut or changed since it was written")
             self.step, self.total = int(self.record["step"]), int(self.record["total"])
             self.finished = bool(self.record["finished"])
             self.sizes = {str(k): int(v) for k, v in self.record["sizes"].items()}
@@ -205,10 +210,10 @@ class Writer:
         """Begin a checkpoint of the present step, when the one before is complete; as `begin`."""
         self.wait()
         new = self._folder / f"step-{self._snapshot.state.step:06d}"
-        unfinished = begin(new, self._snapshot, finished=finished, sizes=sizes)
+        complete = begin(new, self._snapshot, finished=finished, sizes=sizes)
 
         def then() -> None:
-            unfinished.complete()
+            complete()
             keep(self._folder, new, self._keep_last)
 
         try:
@@ -248,7 +253,7 @@ class Writer:
 
 def begin(
     folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
-) -> "Unfinished":
+) -> Callable[[], None]:
     """Give the system all that a checkpoint holds; then training may go on.
 
     Args:
@@ -256,13 +261,13 @@ def begin(
         sizes: bytes of the run's growing files at this step; what follows belongs to later ones.
 
     Returns:
-        What is left to do.
+        What is left to do: read the tensors back, add the record, and give the folder its name.
 
     Raises:
-        BadInput: if it cannot be written; what was there before is left as it was.
+        BadInput: if it cannot be written, now or then; what was there before is left as it was.
     """
     tensors: dict[str, Tensor] = {}
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "stage": snapshot.stage,
         "step": snapshot.state.step,
@@ -276,38 +281,22 @@ def begin(
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
     }
-    parts = {WEIGHTS: _weights(snapshot.module), **_shared_out(tensors)}
+    weights = {name: x.detach().contiguous() for name, x in named_tensors(snapshot.module).items()}
+    parts = {WEIGHTS: weights, **_shared_out(tensors)}
     with saving(folder) as new:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        files = {new / name: tensors for name, tensors in parts.items()}
-        try:
-            with ThreadPoolExecutor() as pool:  # they wait for the system's memory more than for us
-                list(pool.map(save_file, files.values(), files))
-        except RuntimeError:  # the system gives no further thread
-            list(map(save_file, files.values(), files))
-    return Unfinished(folder, record)
+        # They wait for the system's memory more than for us.
+        in_threads(save_file, parts.values(), [new / name for name in parts])
 
-
-@dataclass(frozen=True)
-class Unfinished:
-    """A checkpoint whose tensors are with the system, still under another name."""
-
-    folder: Path
-    record: dict[str, Any]
-
-    def complete(self) -> None:
-        """Read the tensors back, add the record, and give the folder its name.
-
-        Raises:
-            BadInput: if it cannot be written; what was there before is left as it was.
-        """
-        with saving(self.folder) as new:
-            files = {name: _identity(new / name) for name in (WEIGHTS, *STATES)}
-            record = self.record | {"files": files}
+    def complete() -> None:
+        with saving(folder) as new:
+            record["files"] = {name: _identity(new / name) for name in (WEIGHTS, *STATES)}
             record["crc32"] = crc32_of(record)
             (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
-            publish(new, self.folder)
+            publish(new, folder)
+
+    return complete
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -316,14 +305,14 @@ def latest(folder: Path) -> Checkpoint | None:
     Raises:
         BadInput: if there are checkpoints and none is sound: to start anew is for the user to say.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
             return Checkpoint(path)
         except BadInput as error:
             print(f"passed over: {error}")
     require(
-        not found,
+        not paths,
         f"{folder}: none of its checkpoints can be used; put one back, or start a new run",
     )
     return None
@@ -331,50 +320,20 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sound or not, by their steps."""
-    found = [x for x in folder.glob("step-*") if re.fullmatch(STEP, x.name) and x.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    paths = [x for x in folder.glob("step-*") if re.fullmatch(STEP, x.name) and x.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
 def keep(folder: Path, newest: Path, n: int) -> None:
     """Delete all checkpoints but the newest and the n - 1 before it, and those that hold files of
     the user's."""
-    found = checkpoints(folder)
-    place = found.index(newest)
-    for path in [*found[: max(0, place + 1 - n)], *found[place + 1 :]]:
+    paths = checkpoints(folder)
+    place = paths.index(newest)
+    for path in [*paths[: max(0, place + 1 - n)], *paths[place + 1 :]]:
         try:
             remove(path)
         except OSError as error:  # there is one too many, which harms nobody
             print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
-
-
-def fingerprint(examples: Sequence[Any]) -> str:
-    """A digest of all that these dataclasses hold, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        for part in fields(example):
-            value = getattr(example, part.name)
-            if part.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
-                # An object is somewhere else in another process.
-                told = re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(_plain(value)))
-                digest.update(f"{part.name}={told};".encode(errors="backslashreplace"))
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """The value, with all that arrays and images hold, of which they only show some."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else repr(value)
-    if isinstance(value, (set, frozenset)):  # in no order of its own
-        return sorted(map(repr, value))
-    if hasattr(value, "tobytes") and not isinstance(value, np.generic):
-        return repr(value), zlib.crc32(value.tobytes())
-    return value
 
 
 # Tensors and JSON
@@ -426,15 +385,9 @@ def _shared_out(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once, however many names it has."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
-
-
 @torch.no_grad()
 def _load_weights(module: nn.Module, file: Path) -> None:
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    named = named_tensors(module)
     with safe_open(file, framework="pt") as saved:
         names = set(saved.keys())
         require(
@@ -443,13 +396,13 @@ def _load_weights(module: nn.Module, file: Path) -> None:
             f"such as {min(names ^ set(named), default='')}",
         )
         for name, tensor in named.items():
-            found = saved.get_tensor(name)
+            was = saved.get_tensor(name)
             require(
-                found.shape == tensor.shape and found.dtype == tensor.dtype,
-                f"{file}: {name} is {tuple(found.shape)} {found.dtype}, the model's is "
+                was.shape == tensor.shape and was.dtype == tensor.dtype,
+                f"{file}: {name} is {tuple(was.shape)} {was.dtype}, the model's is "
                 f"{tuple(tensor.shape)} {tensor.dtype}",
             )
-            tensor.copy_(found)
+            tensor.copy_(was)
 
 
 def _identity(file: Path) -> list[int]:

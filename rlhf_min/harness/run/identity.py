@@ -1,12 +1,16 @@
-"""What a resumed run must find as it was: tokenizers, configs, and the weights of frozen models."""
+"""What a resumed run must find as it was: its data, and of its models the tokenizers, the configs
+and the weights that are not trained."""
 
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -27,17 +31,17 @@ def identity(model: Policy | RewardModel, *, trained: bool) -> dict[str, Any]:
         trained: the weights change, and come back from a checkpoint; they are left out.
     """
     inner = model.lm if isinstance(model, Policy) else model.model
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "tokenizer": tokenizer_digest(model.tokenizer),
         "config": _settings(inner.config),
     }
     if not trained:
-        found["weights"] = weight_digests(model)
+        facts["weights"] = weight_digests(model)
     if isinstance(model, RewardModel):
-        found["config"]["max_length"] = model.max_length
+        facts["config"]["max_length"] = model.max_length
         if model.rescaled and not trained:
-            found["weights"] |= _numbers(model, model._last_layer)
-    return found
+            facts["weights"] |= _numbers(model, model._last_layer)
+    return facts
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -57,15 +61,24 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def weight_digests(module: nn.Module) -> dict[str, int]:
-    """The CRC-32 of each parameter and saved buffer, each once, however many names it has."""
+    """The CRC-32 of each parameter and saved buffer."""
     saved = module.state_dict().keys()
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    tensors = {name: tensor for name, tensor in named.items() if name in saved}
+    tensors = {name: x for name, x in named_tensors(module).items() if name in saved}
+    return dict(zip(tensors, in_threads(_crc32, tensors.values()), strict=True))
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, however many names it has."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def in_threads(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    """What `map` gives, by several threads; by one if the system gives no more."""
     try:
         with ThreadPoolExecutor() as pool:
-            return dict(zip(tensors, pool.map(_crc32, tensors.values()), strict=True))
-    except RuntimeError:  # the system gives no more threads
-        return {name: _crc32(tensor) for name, tensor in tensors.items()}
+            return list(pool.map(function, *arguments))
+    except RuntimeError:
+        return list(map(function, *arguments))
 
 
 def _numbers(module: nn.Module, layer: nn.Module) -> dict[str, list[float]]:
@@ -107,5 +120,35 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    told = json.loads(config.to_json_string(use_diff=False), parse_constant=str)  # Infinity
-    return {name: value for name, value in told.items() if name not in NO_MATTER}
+    values = json.loads(config.to_json_string(use_diff=False), parse_constant=str)  # Infinity
+    return {name: value for name, value in values.items() if name not in NO_MATTER}
+
+
+def fingerprint(examples: Sequence[Any]) -> str:
+    """A digest of all that these dataclasses hold, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for part in fields(example):
+            value = getattr(example, part.name)
+            if part.name not in ("ref_logprobs", "chosen_pair", "rejected_pair"):  # computed
+                # An object is somewhere else in another process.
+                text = re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(_plain(value)))
+                digest.update(f"{part.name}={text};".encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The value, with all that arrays and images hold, of which they only show some."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else repr(value)
+    if isinstance(value, (set, frozenset)):  # in no order of its own
+        return sorted(map(repr, value))
+    if hasattr(value, "tobytes") and not isinstance(value, np.generic):
+        return repr(value), zlib.crc32(value.tobytes())
+    return value

@@ -6,16 +6,14 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-# Windows has no SIGHUP.
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -65,15 +63,8 @@ def raising_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise Interrupted(number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    mine = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
-    for number in mine if in_main_thread else ():
-        signal.signal(number, stop)
-    try:
+    with _handled_by(stop, lambda handler: handler == signal.SIG_DFL):
         yield
-    finally:
-        for number in mine if in_main_thread else ():
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -90,16 +81,23 @@ def catching_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = request.signal or number
 
-    try:
-        # A handler that is not of Python (None) could not be put back.
-        left = (signal.SIG_IGN, None)
-        heeded = [number for number in SIGNALS if signal.getsignal(number) not in left]
-        before = {number: signal.signal(number, note) for number in heeded}
-    except ValueError:  # not in the main thread, where signals never arrive
+    # A handler that is not of Python (None) could not be put back.
+    with _handled_by(note, lambda handler: handler not in (signal.SIG_IGN, None)):
         yield request
-        return
+
+
+@contextmanager
+def _handled_by(handler: Callable[..., None], instead_of: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside, signals are handled by this in the place of some handlers. They only arrive in the
+    main thread; nothing is changed in any other."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: old for number, old in before.items() if instead_of(old)}
+    for number in before:
+        signal.signal(number, handler)
     try:
-        yield request
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
