@@ -5,13 +5,14 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import check_quickstart
 import pytest
 import torch
-from test_house import definitions
+from test_house import EXAMPLES, SOURCES, definitions
 from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness import experiments
@@ -95,7 +96,38 @@ def test_the_tests_and_files_that_are_named_exist(folder):
         assert (ROOT / file).is_file(), file
 
 
+def first_cells(folder, head):
+    """The files and folders in the first column of a table."""
+    lines = TEXTS[folder].partition(f"\n| {head} |")[2].partition("\n\n")[0].splitlines()
+    return re.findall(r"`(\w+(?:\.py|/))`", " ".join(line.split(" | ")[0] for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("folder", "head"), [("rlhf_min", "file"), ("rlhf_min/harness", "room"), ("tests", "folder")]
+)
+def test_the_table_of_a_folder_names_what_lies_in_it(folder, head):
+    found = [path for path in (ROOT / folder).iterdir() if not path.name.startswith(("_", "."))]
+    names = {f"{path.name}/" for path in found if path.is_dir()}
+    if folder != "tests":
+        names |= {path.name for path in found if path.suffix == ".py"}
+    assert sorted(first_cells(folder, head)) == sorted(names)
+
+
 # Commands
+
+
+def test_the_shell_understands_each_block():
+    script = "\n".join(text for folder in FOLDERS for text in blocks(folder, "sh"))
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@each_folder()
+def test_an_option_that_is_named_is_known(folder):
+    paths = [*SOURCES, *EXAMPLES, *(ROOT / "tests").rglob("*.py"), ROOT / ".ci/run"]
+    known = re.findall(r"\w[\w-]*", "\n".join(path.read_text(encoding="utf-8") for path in paths))
+    code = blocks(folder, "sh") + re.findall(r"`([^`]+)`", FENCE.sub("", TEXTS[folder]))
+    named = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", "\n".join(code)))
+    assert named <= {*known, "help"}
 
 
 class Parsed(BaseException):
