@@ -11,11 +11,11 @@ import threading
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
 
 Tell = Callable[[str], None]
+_Outcome = tuple[Any, BaseException | None]  # of a user's code: what it gave, or raised
 
 
 def _in_main_thread() -> bool:
@@ -92,12 +93,6 @@ class WeightedSum:
         return torch.stack(weighted).sum(0)
 
     @property
-    def models(self) -> list[RewardModel]:
-        """The reward models among the parts."""
-        owners = [getattr(reward, "__self__", None) for _, reward in self.parts.values()]
-        return [owner for owner in owners if isinstance(owner, RewardModel)]
-
-    @property
     def monitors(self) -> dict[str, RewardFunction]:
         """Each part as a reward of its own, for the metrics."""
         return {f"reward/{name}": partial(self._part, name) for name in self.parts}
@@ -110,23 +105,27 @@ class WeightedSum:
         return self._scores[name]
 
 
+def _functions(reward: RewardModel | RewardFunction) -> dict[str, RewardModel | RewardFunction]:
+    """What a reward is a sum of, by name, or the reward itself."""
+    if not isinstance(reward, WeightedSum):
+        return {"reward": reward}
+    return {name: part for name, (_, part) in reward.parts.items()}
+
+
 def models_in(reward: RewardModel | RewardFunction) -> list[RewardModel]:
     """The reward models that a reward is, or is a sum of."""
-    if isinstance(reward, RewardModel):
-        return [reward]
-    return reward.models if isinstance(reward, WeightedSum) else []
+    owners = [getattr(part, "__self__", part) for part in _functions(reward).values()]
+    return [owner for owner in owners if isinstance(owner, RewardModel)]
 
 
 def sources(reward: RewardModel | RewardFunction) -> dict[str, int]:
     """The CRC-32 of the file of each function that a reward is, or is a sum of, by its name."""
-    parts = {"reward": (1.0, reward)} if not isinstance(reward, WeightedSum) else reward.parts
-    found = {}
-    for name, (_, function) in parts.items():
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        of_model = isinstance(getattr(function, "__self__", None), RewardModel)
-        if code is not None and not of_model and Path(code.co_filename).is_file():
-            found[name] = zlib.crc32(Path(code.co_filename).read_bytes())
-    return found
+    files = {}
+    for name, part in _functions(reward).items():
+        code = getattr(inspect.unwrap(part), "__code__", None)
+        if code is not None and not models_in(part) and Path(code.co_filename).is_file():
+            files[name] = Path(code.co_filename)
+    return {name: zlib.crc32(file.read_bytes()) for name, file in files.items()}
 
 
 def load_reward(
@@ -170,21 +169,17 @@ def unserved(reward: RewardModel | RewardFunction, columns: Collection[str]) -> 
     Args:
         columns: of the data, ``prompt`` among them.
     """
-    functions = [reward]
-    if isinstance(reward, WeightedSum):
-        functions = [function for _, function in reward.parts.values()]
     lines = []
-    for function in functions:
-        if isinstance(function, RewardModel):
-            continue
-        for p in reward_parameters(function)[2:]:
+    for function in _functions(reward).values():
+        of_model = isinstance(function, RewardModel)
+        for p in [] if of_model else reward_parameters(function)[2:]:
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in {"prompt", *columns}:
                 continue
             default = f" and keeps its default {one_line(p.default, repr):.40}"
-            kept = "" if p.default is p.empty else default
             lines.append(
                 f"reward {getattr(function, '__name__', type(function).__name__)}: its parameter "
-                f"{p.name} is no column of the data{kept}; the columns are {', '.join(columns)}"
+                f"{p.name} is no column of the data{default if p.default is not p.empty else ''}; "
+                f"the columns are {', '.join(columns)}"
             )
     return lines
 
@@ -218,11 +213,19 @@ def guarded(
 
     @wraps(reward)
     def call(*texts: list[str], **columns: list[Any]) -> Sequence[float]:
-        answer = _Answer()
-        with _kept(f"reward {name}", tell):
+        n = len(texts[-1])  # the function may change its list
+
+        def ask() -> Sequence[float] | BadInput:
+            found = reward(*texts, **columns)
+            try:  # what is generated is generated only here
+                return as_scores(found, name, n)
+            except BadInput as refused:
+                return refused
+
+        outcome: list[_Outcome] = []
+        with _process_unchanged(f"reward {name}", tell):
             if timeout > 0:
-                ask = partial(answer.ask, name, reward, texts, columns)
-                thread = threading.Thread(target=ask, daemon=True)
+                thread = threading.Thread(target=lambda: outcome.append(_caught(ask)), daemon=True)
                 thread.start()
                 thread.join(min(timeout, threading.TIMEOUT_MAX))
                 require(
@@ -231,54 +234,34 @@ def guarded(
                     "it a longer --reward_timeout (0: no limit)",
                 )
             else:
-                answer.ask(name, reward, texts, columns)
-        if answer.refused is not None:
-            raise answer.refused
-        if answer.error is not None:
-            told = _told(answer.error, folder)
-            if timeout > 0 and isinstance(answer.error, ValueError) and "main thread" in told:
-                told += "; --reward_timeout 0 calls it in the main thread"
-            raise BadInput(f"reward {name} raised {told}") from answer.error
-        return answer.scores
+                outcome.append(_caught(ask))
+        ((scores, error),) = outcome
+        if error is not None:
+            raised = _described(error, folder)
+            if timeout > 0 and isinstance(error, ValueError) and "main thread" in raised:
+                raised += "; --reward_timeout 0 calls it in the main thread"
+            raise BadInput(f"reward {name} raised {raised}") from error
+        if isinstance(scores, BadInput):
+            raise scores
+        return scores
 
     call.__name__ = getattr(reward, "__name__", type(reward).__name__)
     return call
 
 
-class _Answer(AbstractContextManager[None]):
-    """What a user's code gave, and what it raised inside, which may be anything."""
-
-    found: Any = None
-    scores: Sequence[float] = ()
-    error: BaseException | None = None
-    refused: BadInput | None = None
-
-    def ask(
-        self,
-        name: str,
-        reward: RewardFunction,
-        texts: Sequence[Any],
-        columns: Mapping[str, Any],
-    ) -> None:
-        """Call the user's function; what it generates, and turns into numbers, is so here too."""
-        n = len(texts[-1])  # the function may change its list
-        with self:
-            self.found = reward(*texts, **columns)
-            try:
-                self.scores = as_scores(self.found, name, n)
-            except BadInput as refused:
-                self.refused = refused
-
-    def __exit__(
-        self, _: type | None, error: BaseException | None, __: TracebackType | None
-    ) -> bool:
-        self.error = error
+def _caught(function: Callable[[], Any]) -> _Outcome:
+    """What a user's code gives, and what it raises, which may be anything."""
+    try:
+        return function(), None
+    except BaseException as error:
         # Ctrl-C arrives in the main thread; anywhere else it is the user's code that raised it.
-        return not (isinstance(error, KeyboardInterrupt) and _in_main_thread())
+        if isinstance(error, KeyboardInterrupt) and _in_main_thread():
+            raise
+        return None, error
 
 
 @contextmanager
-def _kept(name: str, tell: Tell) -> Iterator[None]:
+def _process_unchanged(name: str, tell: Tell) -> Iterator[None]:
     """Inside runs a user's code; what belongs to the whole process is put back after it."""
     before = {}
     for what, (read, _) in _OF_THE_PROCESS.items():
@@ -297,18 +280,18 @@ def _kept(name: str, tell: Tell) -> Iterator[None]:
                     tell(f"{name} has changed {what}{values}; this was put back")
 
 
-def _told(error: BaseException, folder: Path) -> str:
+def _described(error: BaseException, folder: Path) -> str:
     """Type, message and place of an error, on one line."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is our own call
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
     places = [frame for frame in frames if Path(frame.filename).parent == folder] or frames
     message = one_line(error)[:200]
-    told = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{told} ({places[-1].filename}:{places[-1].lineno})" if places else told
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{line} ({places[-1].filename}:{places[-1].lineno})" if places else line
 
 
 def _function(name: str, timeout: float, tell: Tell) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
-    with _kept(f"--reward {where}", tell):
+    with _process_unchanged(f"--reward {where}", tell):
         module = _module(where)
     found: Any = getattr(module, attribute, None)
     require(callable(found), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
@@ -323,22 +306,17 @@ def _module(where: str) -> ModuleType:
     # As if it were imported by a script that lies there: it may import its neighbours.
     beside = str(file.parent.resolve() if is_file else Path.cwd())
     sys.path.insert(0, beside)
-    imported = _Answer()
-    with imported:
-        imported.found = _from_file(file) if is_file else importlib.import_module(where)
+    module, error = _caught(lambda: _from_file(file) if is_file else importlib.import_module(where))
     with suppress(ValueError):  # the module may have done so
         sys.path.remove(beside)
     if beside not in sys.path:
         sys.path.append(beside)  # a function may import a neighbour when it is called
-    if imported.error is not None:
-        told = one_line(imported.error)
-        if isinstance(imported.error, SystemExit):
-            told = f"it ends the process: {_told(imported.error, Path(beside))}"
-        raise BadInput(
-            f"--reward {where}: cannot be imported ({told}); {FORMS}"
-        ) from imported.error
-    found: ModuleType = imported.found
-    return found
+    if error is not None:
+        reason = one_line(error)
+        if isinstance(error, SystemExit):
+            reason = f"it ends the process: {_described(error, Path(beside))}"
+        raise BadInput(f"--reward {where}: cannot be imported ({reason}); {FORMS}") from error
+    return cast(ModuleType, module)
 
 
 def _from_file(file: Path) -> ModuleType:

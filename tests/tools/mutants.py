@@ -1385,7 +1385,7 @@ MUTANTS = [
     Mutant("the parts of another batch's texts", "harness/rewards.WeightedSum._part",
            "if self._texts != (prompts, responses):", "if self._texts is None:",
            "harness/test_rewards.py::test_the_parts_are_watched_without_scoring_again"),
-    Mutant("a reward may move the working folder", "harness/rewards._kept",
+    Mutant("a reward may move the working folder", "harness/rewards._process_unchanged",
            "put_back(value)", "pass",
            "harness/test_rewards.py::test_what_belongs_to_the_process_is_put_back_and_told_once"),
     Mutant("a held-out share is rounded down", "harness/rows/load.split_rows",
