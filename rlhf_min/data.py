@@ -40,6 +40,14 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def predicting(self) -> tuple[Tensor, Tensor]:
+        """Where each real response token is predicted: its row, and P - 1 + t. Shape (N,) each.
+
+        The one shift by a token. All that the models compute there is then response-aligned.
+        """
+        rows, t = self.mask.nonzero(as_tuple=True)
+        return rows, self.prompt_lengths[rows] - 1 + t
+
     def select(self, rows: Sequence[int]) -> "Sequences":
         """These rows, with the padding that they no longer need cut off."""
         index = torch.as_tensor(rows, device=self.ids.device)

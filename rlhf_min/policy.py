@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Sequences
 from .errors import require
+from .loading import checks
 from .loading.models import VALUE_FILE, Reading, load_causal_lm
-from .logprobs import at_least_float32, lm_head_logits, lm_head_logprobs
-from .speed.fast import can_pack, separate_trunk, speed_up
-from .speed.packing import Layout, packed, padded
+from .logprobs import entropy, lm_head_logits, token_logprobs
+from .speed.fast import checkpoint_layers, separate_trunk, speed_up
+from .speed.forward import hidden_states, layout_of, logprobs_and_states
+from .speed.packing import padded
 
-CHUNK_TOKENS = 1024  # rows of logits held at once
 Critic = Literal["none", "shared", "separate"]
 
 
@@ -41,17 +41,24 @@ class Policy(nn.Module):
         tokenizer: the model's own.
         critic: ``"shared"`` reads values off the policy's own trunk, ``"separate"`` off a copy of
             it with weights of its own, ``"none"`` has no values (SFT, DPO, the reference).
+        plain: compute as a textbook does, and slower. The numbers are the same up to rounding.
 
     The value of response token t is read where that token is predicted, so it has not seen it. A
     new value head is zero: the first advantages are sums of rewards, discounted by gamma * lam.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, critic: Critic = "none"
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        critic: Critic = "none",
+        plain: bool = False,
     ) -> None:
         super().__init__()
-        speed_up(lm)
-        self.lm, self.tokenizer, self.critic = lm, tokenizer, critic
+        if not plain:
+            speed_up(lm)
+        self.lm, self.tokenizer, self.critic, self.plain = lm, tokenizer, critic, plain
         self.critic_trunk = separate_trunk(lm) if critic == "separate" else None
         self.value_head: nn.Linear | None = None
         if critic != "none":
@@ -61,7 +68,55 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.eval()
-        self._check_head()
+        checks.require_known_head(lm, lm_head(lm))
+
+    def forward(self, batch: Sequences, *, temperature: float = 1.0) -> PolicyOutput:
+        """Log-probabilities, entropy and values of the response tokens.
+
+        Below, N is the number of real response tokens, row after row.
+        """
+        batch = self._on_device(batch)
+        if self.plain:
+            logprobs, entropies, hidden = self._plain(batch, temperature)
+        else:  # the same, faster
+            logprobs, entropies, hidden = logprobs_and_states(
+                self.lm, lm_head(self.lm), self.critic_trunk, batch, temperature=temperature
+            )
+        values = None
+        if self.value_head is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                hidden = hidden.to(self.value_head.weight.dtype)  # (N, H)
+                values = scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)
+        return PolicyOutput(
+            scatter_tokens(logprobs, batch.mask), scatter_tokens(entropies, batch.mask), values
+        )
+
+    def _plain(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits at all positions of the padded rows, and of them those that predict a token."""
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
+        rows, at = batch.predicting()  # (N,) each
+        hidden = self.lm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+        logits = lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))  # (B, L, V)
+        logits = logits[rows, at]  # (N, V)
+        logprobs = token_logprobs(logits, batch.responses[batch.mask])
+        if self.critic_trunk is not None:
+            hidden = self.critic_trunk(**inputs, use_cache=False).last_hidden_state
+        return logprobs, entropy(logits.detach()), hidden[rows, at]
+
+    def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
+        """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
+        batch = self._on_device(batch)
+        layout = padded(batch) if self.plain else layout_of(self.lm, batch)
+        hidden = hidden_states(self.lm.base_model, layout)
+        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
+
+    def _on_device(self, batch: Sequences) -> Sequences:
+        """The batch where the model is, once it is sure that the model can take it."""
+        low, high = batch.ids[batch.attention_mask.bool()].aminmax()
+        if low < 0 or high >= self.vocabulary or batch.ids.shape[1] > self.positions:
+            lengths = batch.attention_mask.sum(1)
+            self.require_room([ids[:n]] for ids, n in zip(batch.ids, lengths, strict=True))
+        return batch.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +134,12 @@ class Policy(nn.Module):
     @property
     def positions(self) -> float:
         """How many tokens a row may have; infinite where the model does not say."""
-        return positions_of(self.lm)
+        return checks.positions_of(self.lm)
 
     @property
     def vocabulary(self) -> int:
         """How many ids the model has embeddings for."""
-        embeddings: Any = self.lm.get_input_embeddings()
-        return len(embeddings.weight)
+        return checks.vocabulary_of(self.lm)
 
     def require_room(self, rows: Iterable[Sequence[Tensor]], *, new_tokens: int = 0) -> None:
         """Raise `BadInput` unless the model has embeddings and positions for these rows.
@@ -97,68 +151,11 @@ class Policy(nn.Module):
             rows: the parts of each row, ``(P_b,)`` and perhaps ``(T_b,)``; none is empty.
             new_tokens: how many are to be written after each row.
         """
-        name, positions, vocabulary = type(self.lm).__name__, self.positions, self.vocabulary
-        rows = [tuple(parts) for parts in rows]
-        if _all_fit(rows, positions - new_tokens, vocabulary):
-            return
-        for row, parts in enumerate(rows):
-            for ids in parts:
-                require(
-                    ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0,
-                    f"row {row}: ids of shape {tuple(ids.shape)} and {ids.dtype}; a prompt and a "
-                    "response are one row of whole numbers each, with at least one token",
-                )
-                low, high = (int(x) for x in ids.aminmax())
-                require(
-                    low >= 0 and high < vocabulary,
-                    f"row {row}: id {low if low < 0 else high} is none of the {vocabulary} that "
-                    f"{name} has embeddings for; encode with the model's own tokenizer",
-                )
-            length = sum(map(len, parts))
-            told = f"{length} tokens" + f" and {new_tokens} to be written" * (new_tokens > 0)
-            require(
-                length + new_tokens <= positions,
-                f"row {row}: {told} do not fit into the {positions} positions of {name}; shorten "
-                "the rows (of a Codec: max_prompt_tokens, max_response_tokens)",
-            )
+        checks.require_room(self.lm, rows, new_tokens=new_tokens)
 
     def decode(self, response_ids: Tensor) -> str:
         """A response as rewards and readers see it: no special tokens, no outer white space."""
         return str(self.tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
-
-    def forward(self, batch: Sequences, *, temperature: float = 1.0) -> PolicyOutput:
-        """Log-probabilities, entropy and values of the response tokens.
-
-        Only the positions that predict a real response token reach the vocabulary, which is most
-        of the work of a small model.
-        """
-        batch = self._on_device(batch)
-        layout = self._layout(batch)
-        head = lm_head(self.lm)  # before the trunk: `lm_head` says why
-        hidden = _hidden_states(self.lm.base_model, layout)  # (N, H), N real response tokens
-        logprobs, entropy = lm_head_logprobs(
-            hidden,
-            tokens=batch.responses[batch.mask],
-            temperature=temperature,
-            chunk_tokens=CHUNK_TOKENS,
-            **head,
-        )
-        values = None
-        if self.value_head is not None:
-            if self.critic_trunk is not None:
-                hidden = _hidden_states(self.critic_trunk, layout)
-            with torch.autocast(self.device.type, enabled=False):
-                hidden = hidden.to(self.value_head.weight.dtype)
-                values = scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)
-        return PolicyOutput(
-            scatter_tokens(logprobs, batch.mask), scatter_tokens(entropy, batch.mask), values
-        )
-
-    def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
-        """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
-        batch = self._on_device(batch)
-        hidden = _hidden_states(self.lm.base_model, self._layout(batch))
-        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
 
     def reference(self, device: torch.device | None = None) -> "Policy":
         """A frozen copy of the language model as it is now, without critic and dropout.
@@ -166,7 +163,7 @@ class Policy(nn.Module):
         Args:
             device: where the copy is kept; None for the policy's own device.
         """
-        reference = Policy(copy.deepcopy(self.lm), self.tokenizer)
+        reference = Policy(copy.deepcopy(self.lm), self.tokenizer, plain=self.plain)
         reference.requires_grad_(False)
         disable_dropout(reference)
         return reference.eval().to(self.device if device is None else device)
@@ -179,14 +176,19 @@ class Policy(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, critic: Critic, new_head: bool = False
+        cls,
+        name_or_path: str | Path,
+        *,
+        critic: Critic,
+        new_head: bool = False,
+        plain: bool = False,
     ) -> "Policy":
         """Load a causal language model with its tokenizer, and its value head if it has one.
 
         Args:
             name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file. A
                 folder may be one of trl 0.x, with its value head.
-            critic: as for the class.
+            critic: as for the class, like `plain`.
             new_head: whether a missing value head may start at zero; only to begin training.
 
         Raises:
@@ -194,7 +196,7 @@ class Policy(nn.Module):
         """
         with Reading(name_or_path):
             lm, tokenizer, value_head = load_causal_lm(name_or_path)
-            policy = cls(lm, tokenizer, critic=critic)
+            policy = cls(lm, tokenizer, critic=critic, plain=plain)
             policy.decode(torch.tensor(tokenizer("What?").input_ids))
         if critic != "none" and value_head is not None:
             policy.load_critic(value_head)
@@ -222,55 +224,6 @@ class Policy(nn.Module):
         )
         self.load_state_dict(tensors, strict=False)
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.arange(2, device=self.device)[None]  # (1, 2), any two tokens
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden = self.lm.base_model(**inputs).last_hidden_state
-        ours = lm_head_logits(hidden, temperature=1.0, **lm_head(self.lm))
-        theirs = at_least_float32(self.lm(**inputs).logits)
-        require(
-            bool(theirs.isfinite().all()),
-            f"{self.lm.name_or_path or type(self.lm).__name__}: its weights are finite and its "
-            "logits are not; give weights from before they went wrong",
-        )
-        require(
-            torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())),
-            f"{type(self.lm).__name__} makes its logits in a way that is not known here, so its "
-            "log-probabilities would be wrong; use another model",
-        )
-
-    def _on_device(self, batch: Sequences) -> Sequences:
-        """The batch where the model is, once it is sure that the model can take it."""
-        low, high = batch.ids[batch.attention_mask.bool()].aminmax()
-        if low < 0 or high >= self.vocabulary or batch.ids.shape[1] > self.positions:
-            lengths = batch.attention_mask.sum(1)
-            self.require_room([ids[:n]] for ids, n in zip(batch.ids, lengths, strict=True))
-        return batch.to(self.device)
-
-    def _layout(self, batch: Sequences) -> Layout:
-        if not can_pack(self.lm):
-            return padded(batch)
-        # At a row of a third of the width of the model, attention is a twentieth of the work.
-        return packed(batch, width=self.lm.config.hidden_size // 3)
-
-
-def _all_fit(rows: list[Sequence[Tensor]], positions: float, vocabulary: int) -> bool:
-    """Whether all ids are sound, seen at once; False too where that cannot be seen at once."""
-    every = [ids for parts in rows for ids in parts]
-    if not all(ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0 for ids in every):
-        return False
-    if len({ids.device for ids in every}) != 1 or positions < max(sum(map(len, x)) for x in rows):
-        return False
-    low, high = torch.cat(every).aminmax()
-    return bool(low >= 0 and high < vocabulary)
-
-
-def _hidden_states(trunk: nn.Module, layout: Layout) -> Tensor:
-    """The states that predict the real response tokens, row after row. Shape ``(N, H)``."""
-    hidden = trunk(**layout.inputs, use_cache=False).last_hidden_state  # (R, W, H)
-    return hidden.flatten(0, 1)[layout.at]
-
 
 def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
     """Put one number for each real token, ``(N,)``, in its place, ``(B, T)``; 0 at padding."""
@@ -278,17 +231,11 @@ def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
-    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale.
-
-    Where the embedding is the same weight, two gradients meet in it: a large one from here and a
-    few rows from the embedding. Autograd adds the one that comes later in place, and works from the
-    youngest node to the oldest. `expand_as` makes a node here; called before the trunk, it is older
-    than the embedding's, and no third gradient is made.
-    """
+    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale."""
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0
     return {
-        "weight": head.weight.expand_as(head.weight) if torch.is_grad_enabled() else head.weight,
+        "weight": head.weight,
         "bias": getattr(head, "bias", None),
         "softcap": getattr(config, "final_logit_softcapping", None),
         "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
@@ -317,35 +264,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):  # as Llama and OPT have it
                 setattr(module, name, 0.0)
-
-
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """From now on keep only the layers' inputs for backward, and compute the rest again."""
-    require(
-        model.supports_gradient_checkpointing,
-        f"{type(model).__name__} has no gradient checkpointing; go without",
-    )
-    # Renamed within version 5 of transformers; the older name goes in version 6.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    enable({"use_reentrant": False})
-
-
-def positions_of(model: PreTrainedModel) -> float:
-    """How many tokens the model has positions for; infinite where its config does not say.
-
-    With rotary positions it could go on, but it was not trained for that. Where the frequencies
-    change beyond a length, they do so for all rows of a batch once its longest is beyond it.
-    """
-    config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    embeddings = getattr(model.base_model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-        # RoBERTa counts from behind its pad id
-        limits.append(table.num_embeddings - table.padding_idx - 1)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:  # or one for each kind
-        if part.get("rope_type") == "longrope":
-            limits.append(part.get("original_max_position_embeddings"))
-    return min((n for n in limits if n is not None and n > 0), default=math.inf)  # XLNet says -1

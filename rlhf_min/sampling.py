@@ -1,19 +1,16 @@
-"""Sampling responses with a key-value cache, one uniform number for each token."""
+"""Sampling responses, one uniform number for each token."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import ModelOutput
 
 from .errors import BadNumbers, require
-from .policy import Policy, evaluating, lm_head, lm_head_logits
+from .logprobs import lm_head_logits
+from .policy import Policy, evaluating, lm_head
+from .speed.cache import KeyValueCache, rows_that_fit
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
-SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed
-CACHE_NAMES = frozenset({"cache", "past_key_values"})  # the newer name in transformers, the older
 NO_TOKEN = -1  # where the logits hold NaN, for which searchsorted would draw the last token
 
 
@@ -29,7 +26,7 @@ def sample(
 
     Token t of row b is the first v with  p(0) + ... + p(v) > u_bt,  where u_bt is uniform. All u
     are drawn at the start, so a row's response does not depend on when other rows end. Rows that
-    have ended leave the batch and the cache.
+    have ended leave the batch.
 
     Args:
         policy: sampled in eval mode, without dropout.
@@ -59,21 +56,8 @@ def sample(
 
 
 def rows_at_once(policy: Policy, tokens: int) -> int:
-    """How many rows of so many tokens are sampled together: their keys and values take no more room
-    than the weights, which is what the gradient takes later."""
-    weights = sum(p.numel() * p.element_size() for p in policy.lm.parameters())
-    rows = max(weights, SMALL_CACHE) // (tokens * cache_bytes(policy))
-    return max(1, min(ROWS_AT_ONCE, rows))
-
-
-def cache_bytes(policy: Policy) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    config = policy.lm.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    _require_cache(policy, heads is not None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * kept_heads * width * policy.lm.dtype.itemsize)
+    """How many rows of so many tokens are sampled together."""
+    return min(ROWS_AT_ONCE, rows_that_fit(policy.lm, tokens))
 
 
 def _sample(
@@ -89,20 +73,21 @@ def _sample(
     ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
     responses: list[list[int]] = [[] for _ in prompt_ids]
     live = torch.arange(len(prompt_ids), device=device)  # rows that have not ended, (b,)
-    cached: dict[str, DynamicCache] = {}
+    cache = KeyValueCache(policy.lm)
     for t in range(uniforms.shape[1]):
         # With padding on the left the position of a token is the number of real ones before it.
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = policy.lm.base_model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            use_cache=True,
-            **cached,
-        )
-        cached = _cached(policy, output)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, L)
+        if policy.plain:  # the whole sequences again
+            hidden = policy.lm.base_model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state  # (b, L, H)
+        else:  # only what is new
+            hidden = cache.hidden_states(ids, attention_mask, positions)
         logits = lm_head_logits(
-            output.last_hidden_state[:, -1], temperature=temperature, **lm_head(policy.lm)
+            hidden[:, -1], temperature=temperature, **lm_head(policy.lm)
         )  # (b, V)
         tokens = _inverse_cdf(logits, uniforms[live, t])  # (b,)
         drawn = list(zip(live.tolist(), tokens.tolist(), strict=True))
@@ -118,36 +103,12 @@ def _sample(
         if len(going) == 0:
             break
         if len(going) < len(live):
-            for cache in cached.values():
-                cache.batch_select_indices(going)
-            live, tokens, attention_mask = live[going], tokens[going], attention_mask[going]
-        ids = tokens[:, None]  # (b, 1)
-        attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
+            cache.select(going)
+            live, tokens = live[going], tokens[going]
+            ids, attention_mask = ids[going], attention_mask[going]
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(tokens[:, None])], dim=1)
     return [torch.tensor(response) for response in responses]
-
-
-def _cached(policy: Policy, output: ModelOutput) -> dict[str, DynamicCache]:
-    """The keys and values so far, by the name under which the model hands them out and takes them.
-
-    Raises:
-        BadInput: if it keeps none, or keeps states of which single rows cannot be taken out.
-    """
-    cached = {name: output[name] for name in CACHE_NAMES & output.keys()}
-    _require_cache(policy, len(cached) == 1)
-    [cache] = cached.values()
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    _require_cache(
-        policy, type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
-    )
-    return cached
-
-
-def _require_cache(policy: Policy, there: bool) -> None:
-    require(
-        there,
-        f"{type(policy.lm).__name__} has no key-value cache to sample with; "
-        "use an attention model, such as a GPT-2, Llama or Qwen",
-    )
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -2,9 +2,12 @@
 
 import copy
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+
+from ..errors import require
 
 # Models whose rows may be packed: their attention takes any mask, and positions only from the ids.
 PACKABLE = ("gpt2", "llama", "qwen2", "qwen3")
@@ -41,6 +44,17 @@ def make_tied_gradient_sparse(model: PreTrainedModel) -> None:
         embedding.sparse = True
 
 
+def added_in_place(weight: Tensor) -> Tensor:
+    """The same weight. To be called before the trunk computes anything.
+
+    Autograd runs the latest operation first. This one, made before the embedding's, makes it add
+    the embedding's few rows to the projection's gradient in place, instead of copying that first.
+    Backward of 64 tokens takes 63 ms with it and 85 without, of 512 tokens 0.39 and 0.42 s (a tied
+    GPT-2 of 4 layers, width 256 and 50,257 words, on one CPU core).
+    """
+    return weight.expand_as(weight) if torch.is_grad_enabled() else weight
+
+
 def separate_trunk(model: PreTrainedModel) -> nn.Module:
     """A copy of the trunk whose embedding is tied to no projection, so its gradient is dense."""
     trunk = copy.deepcopy(model.base_model)
@@ -62,3 +76,15 @@ def can_pack(model: PreTrainedModel) -> bool:
         and rope.get("rope_type") not in ("dynamic", "longrope")
         and config._attn_implementation == "sdpa"  # which takes a mask of truth values
     )
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """From now on keep only the layers' inputs for backward, and compute the rest again."""
+    require(
+        model.supports_gradient_checkpointing,
+        f"{type(model).__name__} has no gradient checkpointing; go without",
+    )
+    # Renamed within version 5 of transformers; the older name goes in version 6.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})

@@ -34,13 +34,13 @@ class Layout(NamedTuple):
 
 
 def padded(batch: Sequences) -> Layout:
-    """Each row as it is. The one shift: response token t is predicted at sequence index P - 1 + t.
+    """Each row as it is.
 
     Right-padded, so the default positions 0, 1, 2, ... are the true ones.
     """
-    rows, t = batch.mask.nonzero(as_tuple=True)  # (N,) each
-    at = rows * batch.ids.shape[1] + batch.prompt_lengths[rows] - 1 + t
-    return Layout({"input_ids": batch.ids, "attention_mask": batch.attention_mask}, at)
+    rows, at = batch.predicting()  # (N,) each
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
+    return Layout(inputs, rows * batch.ids.shape[1] + at)
 
 
 def packed(batch: Sequences, *, width: int) -> Layout:

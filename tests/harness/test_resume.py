@@ -47,10 +47,10 @@ from rlhf_min.harness.run.checkpoint import (
 from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import read_record, reopen_run
 from rlhf_min.harness.run.identity import fingerprint, weight_digests
-from rlhf_min.harness.run.layout import clear
+from rlhf_min.harness.run.layout import clear, stage_modules
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.saved_models import unsound
-from rlhf_min.harness.run.saving import MEASURED, Saving
+from rlhf_min.harness.run.saving import Saving
 from rlhf_min.harness.run.signals import Stopped, catching_signals, to_resume
 from rlhf_min.policy import Policy
 from rlhf_min.ppo import PPOConfig
@@ -1177,16 +1177,16 @@ def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "best"),
+    ("stage", "name", "values", "best"),
     [
-        ("eval/loss", [3.0, 1.0, 2.0, 1.0, 0.5], [1, 2, 5]),
-        ("eval/loss", [3.0, 1.0, math.nan, math.inf, 2.0], [1, 2]),
-        ("eval/score", [1.0, 3.0, math.nan, 2.0, 4.0], [1, 2, 5]),
-        ("eval/k1", [3.0, 4.0, 2.0], [1, 3]),
+        ("sft", "eval/loss", [3.0, 1.0, 2.0, 1.0, 0.5], [1, 2, 5]),
+        ("dpo", "eval/loss", [3.0, 1.0, math.nan, math.inf, 2.0], [1, 2]),
+        ("ppo", "eval/score", [1.0, 3.0, math.nan, 2.0, 4.0], [1, 2, 5]),
+        ("ppo", "eval/k1", [3.0, 4.0, 2.0], [1, 3]),
     ],
 )
-def test_the_best_model_is_kept(name, values, best, tmp_path):
-    kept, shot = [], snapshot(step=0)
+def test_the_best_model_is_kept(stage, name, values, best, tmp_path):
+    kept, shot = [], replace(snapshot(step=0), stage=stage)
 
     def save(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1200,9 +1200,9 @@ def test_the_best_model_is_kept(name, values, best, tmp_path):
             yield {name: value}
 
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best=name))
-    log.follow("ppo", steps(), total=len(values), show=(), snapshot=shot)
-    assert kept == [(tmp_path / "best/ppo", step) for step in best]
-    told = json.loads((tmp_path / "best/ppo/best.json").read_text(encoding="utf-8"))
+    log.follow(stage, steps(), total=len(values), show=(), snapshot=shot)
+    assert kept == [(tmp_path / f"best/{stage}", step) for step in best]
+    told = json.loads((tmp_path / f"best/{stage}/best.json").read_text(encoding="utf-8"))
     assert told == {"metric": name, "step": best[-1], "value": values[best[-1] - 1]}
     assert not list(Path(tmp_path).glob("checkpoints/*"))
 
@@ -1246,7 +1246,7 @@ def test_what_was_best_before_a_resume_stays_the_best_of_its_metric(tmp_path):
 def test_what_may_be_the_best_is_what_the_stages_measure(algorithm, whole):
     rows = (whole[algorithm] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = {name for row in rows for name in json.loads(row) if name.startswith("eval/")}
-    assert measured == {f"eval/{name}" for name in MEASURED[algorithm]}
+    assert measured == {f"eval/{name}" for name in stage_modules()[algorithm].MEASURED}
 
 
 SUM = ["0.5*a.py:f", "b.py:g"]

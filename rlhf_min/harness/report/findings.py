@@ -239,7 +239,7 @@ def _reward_model(run: Run) -> Iterator[Finding]:
 def _ppo(run: Run) -> Iterator[Finding]:
     yield from (Finding("ppo", note) for note in run.noted("ppo", "reward_notes") or [])
     yield from _skipped(run, "ppo")
-    if too_far := run.too_far():
+    if too_far := run.too_far("ppo"):
         yield Finding(
             "ppo",
             "was ended by --max_kl",

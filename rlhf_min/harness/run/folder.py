@@ -20,12 +20,11 @@ from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.layout import (
     BEST,
     CHECKPOINTS,
-    CONFIGS,
     LAST_GOOD,
-    LEFT_OVER,
-    STAGES,
     clear,
     discard,
+    left_over,
+    stage_modules,
 )
 from rlhf_min.harness.run.signals import to_resume
 
@@ -135,14 +134,13 @@ def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = 
 
 def _stages(options: Any, configs: Sequence[Any]) -> set[str]:
     """The stages that a command trains."""
-    stages = {
-        stage for config in configs for stage in STAGES if CONFIGS[stage] == type(config).__name__
-    }
-    if stages & {"ppo", "dpo"} and options.model is None:
-        stages.add("sft")
-    if "ppo" in stages and options.reward_model is None and not getattr(options, "reward", ()):
-        stages.add("reward_model")
-    return stages
+    modules = [
+        module
+        for module in stage_modules().values()
+        if any(isinstance(config, module.CONFIG) for config in configs)
+    ]
+    before = [x.trained_before(options) for x in modules if hasattr(x, "trained_before")]
+    return {x.STAGE for x in modules}.union(*before)
 
 
 def seed_all(configs: Sequence[Any]) -> None:
@@ -199,7 +197,7 @@ def reopen_run(out: Path) -> Path:
         _lock(out)
         places = ("", f"{BEST}/", f"{LAST_GOOD}/", f"{CHECKPOINTS}/*/")
         for path in [path for place in places for path in out.glob(f"{place}.*")]:
-            left = LEFT_OVER.fullmatch(path.name) if path.is_dir() else None
+            left = left_over(path) if path.is_dir() else None
             if left is None:
                 continue
             if left[2] and not path.with_name(left[1]).exists():  # killed between two renames

@@ -1,46 +1,61 @@
 """What lies where in a run's folder, and which of it the run wrote: only that is ever removed."""
 
 import os
+import pkgutil
 import re
 import shutil
 import sys
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+
+from rlhf_min.harness import stages
 
 RUN, METRICS, RESULTS, NOTES = "run.json", "metrics.jsonl", "results.json", "notes.json"
 SAMPLES, TOKENS, REWARD_MODEL = "samples.jsonl", "tokens.jsonl", "reward_model.json"
-STAGES = ("sft", "reward_model", "ppo", "dpo")
 CHECKPOINTS, BEST, LAST_GOOD = "checkpoints", "best", "last_good"  # with a folder for each stage
-CONFIGS = {
-    "sft": "SFTConfig",
-    "reward_model": "RewardConfig",
-    "ppo": "PPOConfig",
-    "dpo": "DPOConfig",
-}
 
 OLD = "-old"  # what a folder is called while another takes its name
 STEP = r"step-\d{6,}"
-_STAGE = f"(?:{'|'.join(STAGES)})"
 # In the folder of a model or a checkpoint: weights, configs, tokenizers, and what a desktop adds.
 _INSIDE = (
     r"(?:[^/]+\.(?:json|safetensors|pt|model|jinja)|vocab\.txt|merges\.txt"
     r"|additional_chat_templates(?:/.*)?|\.DS_Store|Thumbs\.db|desktop\.ini)"
 )
-LEFT_OVER = re.compile(rf"\.({_STAGE}|{STEP})-\d+({OLD})?")  # of a process that was killed
 _HALF = rf"(?:-\d+(?:{OLD})?)?"
-_IN_A_RUN = re.compile(
-    "|".join(
-        (
-            r"\.?(?:run|results|reward_model|notes|findings|wandb)\.json",
-            r"\.?(?:frontier|overoptimization)\.json",
-            r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
-            r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
-            r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
-            r"tensorboard/.*tfevents.*|wandb/.*",
-            rf"(?:(?:{BEST}|{LAST_GOOD})/)?\.?{_STAGE}{_HALF}/{_INSIDE}",
-            rf"{CHECKPOINTS}/{_STAGE}/\.?{STEP}{_HALF}/{_INSIDE}",
-        )
-    )
+_IN_A_RUN = (
+    r"\.?(?:run|results|reward_model|notes|findings|wandb)\.json",
+    r"\.?(?:frontier|overoptimization)\.json",
+    r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
+    r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
+    r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
+    r"tensorboard/.*tfevents.*|wandb/.*",
+    rf"(?:(?:{BEST}|{LAST_GOOD})/)?\.?STAGE{_HALF}/{_INSIDE}",
+    rf"{CHECKPOINTS}/STAGE/\.?{STEP}{_HALF}/{_INSIDE}",
 )
+
+
+@cache
+def stage_modules() -> dict[str, ModuleType]:
+    """The files of `rlhf_min.harness.stages` that hold a stage, by the stage's name in a run.
+
+    They are found in their folder, so that another one is known everywhere when it is put there.
+    What such a file says of its stage is told in the folder's ``__init__``.
+    """
+    names = [module.name for module in pkgutil.iter_modules(stages.__path__)]
+    modules = [import_module(f"{stages.__name__}.{name}") for name in names]
+    return {module.STAGE: module for module in modules if hasattr(module, "STAGE")}
+
+
+def _with_stages(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern.replace("STAGE", f"(?:{'|'.join(stage_modules())})"))
+
+
+def left_over(folder: Path) -> re.Match[str] | None:
+    """Whether a process that was killed has left this: group 1 is what it should have become, and
+    group 2 is set where it is what another took the name of."""
+    return _with_stages(rf"\.(STAGE|{STEP})-\d+({OLD})?").fullmatch(folder.name)
 
 
 def theirs(folder: Path) -> list[Path]:
@@ -52,7 +67,7 @@ def foreign(checkpoints: Path) -> list[Path]:
     """What lies below ``checkpoints/`` and is no checkpoint, and no part of one."""
     found = []
     for stage in sorted(checkpoints.glob("*")):
-        if stage.name not in STAGES or not stage.is_dir():
+        if stage.name not in stage_modules() or not stage.is_dir():
             found.append(stage)
             continue
         for step in sorted(stage.iterdir()):
@@ -87,7 +102,8 @@ def clear(run: Path) -> list[Path]:
         What stays.
     """
     files = [path for path in run.rglob("*") if path.is_symlink() or not path.is_dir()]
-    own = [path for path in files if _IN_A_RUN.fullmatch(path.relative_to(run).as_posix())]
+    pattern = _with_stages("|".join(_IN_A_RUN))
+    own = [path for path in files if pattern.fullmatch(path.relative_to(run).as_posix())]
     for path in sorted(own, key=lambda path: path == run / RUN):
         path.unlink()
     folders = {parent for path in own for parent in path.parents if run in parent.parents}

@@ -22,10 +22,10 @@ from rlhf_min.harness.run.layout import (
     METRICS,
     NOTES,
     SAMPLES,
-    STAGES,
     TOKENS,
     foreign,
     remove,
+    stage_modules,
 )
 from rlhf_min.harness.run.saving import Saving, StageSaver, measures
 from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
@@ -276,7 +276,7 @@ class MetricsLog:
 
     def _require_nothing_later(self, stage: str) -> None:
         """A stage that goes on before its end would delete the checkpoints of those after it."""
-        others = sorted(set(STAGES) - {stage, *self._restored})
+        others = sorted(set(stage_modules()) - {stage, *self._restored})
         later = [x for x in others if checkpoints(self._checkpoints(x))]
         require(
             not later,
@@ -309,7 +309,7 @@ class MetricsLog:
         for name, file in self._growing():
             if file.exists():
                 os.truncate(file, self._sizes.get(name, 0))
-        for stage in set(STAGES) - self._restored:
+        for stage in set(stage_modules()) - self._restored:
             for later in checkpoints(self._checkpoints(stage)):
                 remove(later)
         for path in foreign(self.folder / CHECKPOINTS):

@@ -8,28 +8,27 @@ from typing import Any
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run.layout import (
-    CONFIGS,
     METRICS,
     NOTES,
     RESULTS,
     REWARD_MODEL,
     RUN,
     SAMPLES,
-    STAGES,
     TOKENS,
+    stage_modules,
 )
 
 Record = dict[str, Any]
 
-# What is missing where a file is, and the stages that write it (none: all of them).
-_HOLDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    RUN: ("configuration and versions", ()),
-    METRICS: ("curves and times", ()),
-    RESULTS: ("results table", ()),
-    SAMPLES: ("samples", ("ppo",)),
-    TOKENS: ("token view", ("ppo",)),
-    REWARD_MODEL: ("calibration and margins of the reward model", ("reward_model",)),
-    NOTES: ("model sizes and rows, and what was said of them", STAGES),
+# What is missing where a file is.
+_HOLDS = {
+    RUN: "configuration and versions",
+    METRICS: "curves and times",
+    RESULTS: "results table",
+    SAMPLES: "samples",
+    TOKENS: "token view",
+    REWARD_MODEL: "calibration and margins of the reward model",
+    NOTES: "model sizes and rows, and what was said of them",
 }
 
 
@@ -64,7 +63,8 @@ class Run:
 
     def config(self, stage: str) -> Record:
         """A stage's options; none if the run has not noted any."""
-        return self.record.get("config", {}).get(CONFIGS.get(stage), {})
+        module = stage_modules().get(stage)
+        return self.record.get("config", {}).get(module.CONFIG.__name__, {}) if module else {}
 
     def noted(self, stage: str, name: str) -> Any:
         """What the run noted of a stage under this name; None if it did not."""
@@ -80,15 +80,15 @@ class Run:
         """Of each stage that has not reached its end, how far it came."""
         told = []
         for stage in self.stages:
-            unit, total = ("step", "steps") if stage == "ppo" else ("epoch", "epochs")
-            wanted, (_, done) = self.config(stage).get(total), self.series(stage, unit)
-            if wanted and done and done[-1] < wanted and not (stage == "ppo" and self.too_far()):
+            unit = "step" if "steps" in self.config(stage) else "epoch"
+            wanted, (_, done) = self.config(stage).get(f"{unit}s"), self.series(stage, unit)
+            if wanted and done and done[-1] < wanted and not self.too_far(stage):
                 told.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
         return told
 
-    def too_far(self) -> tuple[int, float] | None:
-        """The step at which PPO was ended by its ``max_kl``, and the KL that it had there."""
-        limit, (steps, kl) = self.config("ppo").get("max_kl"), self.series("ppo", "k1")
+    def too_far(self, stage: str) -> tuple[int, float] | None:
+        """The step at which a stage was ended by its ``max_kl``, and the KL that it had there."""
+        limit, (steps, kl) = self.config(stage).get("max_kl"), self.series(stage, "k1")
         if not isinstance(limit, (int, float)) or not kl or kl[-1] <= limit:
             return None
         return steps[-1], kl[-1]
@@ -109,9 +109,10 @@ def read_run(folder: Path) -> Run:
     # A run that was continued may have repeated some steps: the last word counts.
     rows = list({(row["stage"], row["step"]): row for row in found[METRICS]}.values())
     tokens = list({(record["step"], record["row"]): record for record in found[TOKENS]}.values())
-    stages = {row["stage"] for row in rows}
-    for name, (holds, writers) in _HOLDS.items():
-        if not found[name] and (not writers or stages & set(writers)):
+    modules = [stage_modules()[x] for x in {row["stage"] for row in rows} & stage_modules().keys()]
+    of_stages = {name for module in modules for name in (NOTES, *module.WRITES)}
+    for name, holds in _HOLDS.items():
+        if not found[name] and name in {RUN, METRICS, RESULTS, *of_stages}:
             left_out.append(f"No {holds}: there is no {name}.")
     record, results, reward_model, notes = (
         next(iter(found[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL, NOTES)

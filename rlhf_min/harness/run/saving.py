@@ -12,25 +12,10 @@ from rlhf_min.errors import require
 from rlhf_min.harness.run import faults
 from rlhf_min.harness.run.checkpoint import Snapshot, Writer
 from rlhf_min.harness.run.files import NotWritten
-from rlhf_min.harness.run.layout import BEST, CHECKPOINTS
+from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, stage_modules
 
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
 BEST_FILE = "best.json"
-# What each stage measures on held-out rows; PPO also what its monitors are called.
-MEASURED = {
-    "sft": ("loss", "perplexity"),
-    "reward_model": ("loss", "accuracy", "ties", "margin"),
-    "ppo": ("score", "k1", "response_length", "distinct_2", "repeated_4"),
-    "dpo": (
-        *("loss", "accuracy", "margin", "chosen_rewards", "rejected_rewards"),
-        *("chosen_logprobs", "rejected_logprobs"),
-        *("chosen_logprobs_change", "rejected_logprobs_change"),
-    ),
-}
-LOWER_IS_BETTER = (
-    *("loss", "perplexity", "ties", "k1", "repeated_4"),
-    *("rejected_rewards", "rejected_logprobs", "rejected_logprobs_change"),
-)
 
 
 @dataclass(frozen=True)
@@ -137,7 +122,7 @@ class StageSaver:
         name = self._saving.keep_best
         if name is None or not math.isfinite(metrics.get(name, math.nan)):
             return
-        value = _sign(name) * metrics[name]
+        value = self._sign(name) * metrics[name]
         if self._best is None or value > self._best:
             faults.require_kept(self._snapshot, {})
             self._snapshot.save_model(self._best_folder)
@@ -153,16 +138,20 @@ class StageSaver:
             best = json.loads((self._best_folder / BEST_FILE).read_text(encoding="utf-8"))
             if best["metric"] != self._saving.keep_best or best["step"] > self.saved:
                 return None
-            return _sign(best["metric"]) * float(best["value"])
+            return self._sign(best["metric"]) * float(best["value"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
+    def _sign(self, name: str) -> int:
+        better = stage_modules()[self._snapshot.stage].MEASURED
+        return -1 if better.get(name.removeprefix("eval/")) == "lower" else 1
+
 
 def measures(stage: str, name: str) -> bool:
-    """Whether a stage would measure this; what no stage is known for may be a monitor of PPO."""
-    bare = name.removeprefix("eval/")
-    known = bare in {metric for metrics in MEASURED.values() for metric in metrics}
-    return bare in MEASURED.get(stage, ()) or (bool(name) and not known and stage == "ppo")
+    """Whether a stage would measure this; what no stage is known for may be one of its monitors."""
+    bare, modules = name.removeprefix("eval/"), stage_modules()
+    known = any(bare in module.MEASURED for module in modules.values())
+    return bare in modules[stage].MEASURED or (bool(name) and not known and modules[stage].MONITORS)
 
 
 def require_measured(name: str | None, stages: Iterable[str], monitors: Iterable[str]) -> None:
@@ -171,19 +160,14 @@ def require_measured(name: str | None, stages: Iterable[str], monitors: Iterable
     Args:
         name: what is given, if anything is.
         stages: that the command trains.
-        monitors: the rewards that PPO reports beside its own.
+        monitors: the rewards that are reported beside the one that is trained on.
     """
-    names = {
-        f"eval/{name}"
-        for stage in stages
-        for name in (*MEASURED[stage], *(monitors if stage == "ppo" else ()))
-    }
+    modules = [stage_modules()[stage] for stage in stages]
+    names = {f"eval/{name}" for module in modules for name in module.MEASURED}
+    if any(module.MONITORS for module in modules):
+        names |= {f"eval/{name}" for name in monitors}
     require(
         name is None or name in names,
         f"--keep_best {name} is measured by no stage of this run; give one of "
         f"{', '.join(sorted(names))}",
     )
-
-
-def _sign(name: str) -> int:
-    return -1 if name.removeprefix("eval/") in LOWER_IS_BETTER else 1

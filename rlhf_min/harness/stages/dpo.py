@@ -13,6 +13,7 @@ from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import require
 from rlhf_min.estimates import proportion_estimate
 from rlhf_min.harness import preflight
+from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
@@ -24,10 +25,30 @@ from rlhf_min.harness.stages.run_stage import copy_policy, named, note_start, te
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
+STAGE = "dpo"
+CONFIG = dpo.DPOConfig
+MEASURED = {
+    "loss": "lower",
+    "accuracy": "higher",
+    "margin": "higher",
+    "chosen_rewards": "higher",
+    "rejected_rewards": "lower",
+    "chosen_logprobs": "higher",
+    "rejected_logprobs": "lower",
+    "chosen_logprobs_change": "higher",
+    "rejected_logprobs_change": "lower",
+}
+MONITORS = False
+WRITES = ()
 # How far the first loss may differ from what it is known to be; it holds the log-probabilities of
 # whole responses.
 LOSS_TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 PAIR_TOKENS = 64  # of one side of a pair; of longer ones a single one is looked at
+
+
+def trained_before(options: RunOptions) -> list[str]:
+    """The policy, unless it is given."""
+    return ["sft"] if options.model is None else []
 
 
 def check(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State) -> None:
@@ -125,7 +146,7 @@ def run(
     state = dpo.new_state(policy, ref_policy, examples, config)
     total = dpo.total(state.cursor, config)
     snapshot = Snapshot(
-        "dpo",
+        STAGE,
         policy,
         state,
         partial(save_policy, policy),
@@ -135,21 +156,21 @@ def run(
         heldout=heldout,
         total=total,
     )
-    if log.preflight and not log.has_checkpoint("dpo"):
+    if log.preflight and not log.has_checkpoint(STAGE):
         check(policy, ref_policy, config, state)
     log.resume(snapshot)
     note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
-    log.follow("dpo", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
+    log.follow(STAGE, steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
     found = {}
     for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
         if pairs:
             shown = pairs[:HELDOUT_ROWS]
             with state.optimizer.autocast():
                 measured = dpo.evaluate(policy, ref_policy, shown, config)
-            faults.require_finite("dpo", measured)
+            faults.require_finite(STAGE, measured)
             right = round(measured["eval/accuracy"] * len(shown))
             found[name] = proportion_estimate(right, len(shown)).as_json()
-    save_policy(policy, log.folder / "dpo")
-    note(log.folder, "dpo", accuracy=found)
+    save_policy(policy, log.folder / STAGE)
+    note(log.folder, STAGE, accuracy=found)
     return policy

@@ -14,6 +14,7 @@ from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import require
 from rlhf_min.harness import preflight
+from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check, Row
 from rlhf_min.harness.report.tokens import token_records
@@ -36,9 +37,26 @@ from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
 from rlhf_min.sampling import rows_at_once, sample
 
+STAGE = "ppo"
+CONFIG = ppo.PPOConfig
+MEASURED = {
+    "score": "higher",
+    "k1": "lower",
+    "response_length": "higher",
+    "distinct_2": "higher",
+    "repeated_4": "lower",
+}
+MONITORS = True
+WRITES = (layout.SAMPLES, layout.TOKENS)
 EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
 SAMPLES = 8  # of these, written down as texts each time
 TOO_FAR = 3  # shown where the KL is too large
+
+
+def trained_before(options: RunOptions) -> list[str]:
+    """The policy and the reward model, unless they are given."""
+    given = options.reward_model is not None or bool(getattr(options, "reward", ()))
+    return ["sft"] * (options.model is None) + ["reward_model"] * (not given)
 
 
 def check(
@@ -221,13 +239,13 @@ def run(
     told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
-    if log.preflight and not log.has_checkpoint("ppo"):
+    if log.preflight and not log.has_checkpoint(STAGE):
         check(policy, ref_policy, reward_model, config, state)
     gold = inputs.monitors.get("gold_reward")
     looks = _Looks(policy, reward_function, eval_prompts, config, gold)
     before, responses = looks.look() if eval_prompts else (torch.empty(0), [])
     snapshot = Snapshot(
-        "ppo",
+        STAGE,
         policy,
         state,
         partial(save_policy, policy),
@@ -241,7 +259,7 @@ def run(
     log.resume(snapshot)
     note_start(log, snapshot, inputs, told, held_out=len(eval_prompts))
     if state.step == 0:
-        log.add_samples("ppo", 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
+        log.add_samples(STAGE, 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
     steps = ppo.train(
         policy,
         ref_policy,
@@ -253,11 +271,11 @@ def run(
     )
     steps = looks.write_down(steps, log, state)
     log.follow(
-        "ppo", steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
+        STAGE, steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
     )
-    save_policy(policy, log.folder / "ppo")
+    save_policy(policy, log.folder / STAGE)
     if eval_prompts:
-        note(log.folder, "ppo", change=change(before, looks.look()[0]))
+        note(log.folder, STAGE, change=change(before, looks.look()[0]))
     _tell_rest(state, config, log, reward_model, unused)
     return policy
 
@@ -306,7 +324,7 @@ def _tell_rest(
     if state.too_far and state.last is None and state.step < config.steps:
         print("PPO was ended by --max_kl before; another one does not take it up again")
     notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
-    note(log.folder, "ppo", reward_notes=[*unserved, *notes])
+    note(log.folder, STAGE, reward_notes=[*unserved, *notes])
     for scorer in models_in(reward_model):
         print(f"scored by the reward model; {summary(scorer.cuts)}")
 
@@ -349,9 +367,9 @@ class _Looks:
         a few responses of the rollout token by token (of the last rollout: all)."""
         for metrics in steps:
             if self.prompts and "eval/score" in metrics:
-                log.add_samples("ppo", state.step, self.samples(*self.look(SAMPLES)))
+                log.add_samples(STAGE, state.step, self.samples(*self.look(SAMPLES)))
             if far := too_far(state, self.config.max_kl):
-                log.add_samples("ppo", state.step, far[1])
+                log.add_samples(STAGE, state.step, far[1])
             over = state.step == self.config.steps or state.too_far
             if (
                 state.last is not None

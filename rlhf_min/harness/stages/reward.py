@@ -29,6 +29,11 @@ from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RewardFunction, call_reward
 
+STAGE = "reward_model"
+CONFIG = reward.RewardConfig
+MEASURED = {"loss": "lower", "accuracy": "higher", "ties": "lower", "margin": "higher"}
+MONITORS = False
+WRITES = (layout.REWARD_MODEL,)
 NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
 
 
@@ -178,7 +183,7 @@ def run(
     state = reward.new_state(reward_model, examples, config)
     total = reward.total(state.cursor, config)
     snapshot = Snapshot(
-        "reward_model",
+        STAGE,
         reward_model,
         state,
         partial(save_reward_model, reward_model),
@@ -188,17 +193,15 @@ def run(
         heldout=heldout,
         total=total,
     )
-    if log.preflight and not log.has_checkpoint("reward_model"):
+    if log.preflight and not log.has_checkpoint(STAGE):
         check(reward_model, config, state)
     log.resume(snapshot)
     note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS])
-    log.follow(
-        "reward_model", steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot
-    )
+    log.follow(STAGE, steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
     chosen, rejected = reward.pair_scores(reward_model, pairs)
-    faults.require_finite("reward_model", {"a held-out score": float((chosen + rejected).sum())})
+    faults.require_finite(STAGE, {"a held-out score": float((chosen + rejected).sum())})
     with Spared(log.folder / layout.REWARD_MODEL, "the page will lack calibration and margins"):
         results.write_json(log.folder / layout.REWARD_MODEL, results.pairs_json(chosen, rejected))
     scale = "scores as trained, not normalised"
@@ -209,11 +212,11 @@ def run(
     elif config.normalise:
         prompts = [pair["prompt"] for pair in inputs.pairs] * 2
         scale = _normalised(reward_model, prompts, responses, "training responses")
-    save_reward_model(reward_model, log.folder / "reward_model")
+    save_reward_model(reward_model, log.folder / STAGE)
     gold = inputs.monitors.get("gold_reward")
     estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
     found = {name: estimate.as_json() for name, estimate in estimates.items()}
-    note(log.folder, "reward_model", estimates=found, scale=scale)
+    note(log.folder, STAGE, estimates=found, scale=scale)
     return RewardReport(estimates, scale)
 
 

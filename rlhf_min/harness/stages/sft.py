@@ -16,6 +16,12 @@ from rlhf_min.harness.stages.run_stage import note_start, tell
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
+STAGE = "sft"
+CONFIG = sft.SFTConfig
+MEASURED = {"loss": "lower", "perplexity": "lower"}
+MONITORS = False
+WRITES = ()
+
 
 def check(policy: Policy, config: sft.SFTConfig, state: State) -> None:
     """Measure what SFT relies on; a state of `sft.new_state` is left as it is.
@@ -55,7 +61,7 @@ def run(
     state = sft.new_state(policy, examples, config)
     total = sft.total(state.cursor, config)
     snapshot = Snapshot(
-        "sft",
+        STAGE,
         policy,
         state,
         partial(save_policy, policy),
@@ -65,10 +71,10 @@ def run(
         heldout=heldout,
         total=total,
     )
-    if log.preflight and not log.has_checkpoint("sft"):
+    if log.preflight and not log.has_checkpoint(STAGE):
         check(policy, config, state)
     log.resume(snapshot)
     note_start(log, snapshot, inputs, told, held_out=len(heldout))
     steps = sft.train(policy, config, state, heldout=heldout)
-    log.follow("sft", steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
-    save_policy(policy, log.folder / "sft")
+    log.follow(STAGE, steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
+    save_policy(policy, log.folder / STAGE)
