@@ -23,9 +23,10 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.files import GB, free_memory
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.optim import Optimizer
-from rlhf_min.policy import CHUNK_TOKENS, Policy, evaluating
+from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.sampling import cache_bytes
+from rlhf_min.speed.cache import cache_bytes
+from rlhf_min.speed.forward import CHUNK_TOKENS
 
 # How far two computations of the same number may differ: a log-probability or a score.
 TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
@@ -277,9 +278,12 @@ def policy_memory(
     vocabulary = len(policy.lm.get_output_embeddings().weight)
     passes = {
         "activations": trunks * (fixed + tokens * per_token),
-        "logits": min(CHUNK_TOKENS, tokens) * vocabulary * LOGITS_COPIES * 4,
+        "logits": (tokens if policy.plain else min(CHUNK_TOKENS, tokens))
+        * vocabulary
+        * LOGITS_COPIES
+        * 4,
     }
-    cache = cached_tokens * cache_bytes(policy)
+    cache = cached_tokens * cache_bytes(policy.lm)
     yield from memory(policy, frozen, optimizer, passes, cache)
 
 

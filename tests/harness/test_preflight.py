@@ -41,7 +41,8 @@ from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
 from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.sampling import cache_bytes
+from rlhf_min.speed import forward
+from rlhf_min.speed.cache import cache_bytes
 from rlhf_min.speed.packing import padded
 
 ENDED_PAIRS = [x for x in PREFERENCES if x.rejected_ids[-1] == END]
@@ -260,7 +261,7 @@ def test_values_that_are_not_numbers():
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
 def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
-    def padded_positions(_policy, batch):
+    def padded_positions(_lm, batch):
         layout = padded(batch)
         padding = (1 - batch.attention_mask).sum(1, keepdim=True)
         positions = torch.arange(batch.ids.shape[1]) + padding
@@ -268,7 +269,7 @@ def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
         return layout
 
     stage = Stage(name)
-    monkeypatch.setattr(policy_file.Policy, "_layout", padded_positions)
+    monkeypatch.setattr(forward, "layout_of", padded_positions)
     assert "a row alone against it in a batch" in refused(stage)
 
 
@@ -516,7 +517,7 @@ def test_the_cache_has_the_size_of_a_real_one():
     policy = small_policy()
     cache = policy.lm(torch.tensor([[RED, BIG, TWO]]), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(policy) * 3 == held
+    assert cache_bytes(policy.lm) * 3 == held
 
 
 def test_each_device_has_its_own_line(monkeypatch):

@@ -144,7 +144,7 @@ def test_logprobs_and_entropy_are_those_of_the_model_itself(make, temperature):
     ids=["gpt2", "llama"],
 )
 def test_gradients_are_those_of_the_plain_computation(make, tolerance, chunk_tokens, monkeypatch):
-    monkeypatch.setattr("rlhf_min.policy.CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr("rlhf_min.speed.forward.CHUNK_TOKENS", chunk_tokens)
     model = policy(make(), critic="shared")
     parameters = list(model.parameters())
     found = model(BATCH, temperature=0.7)
@@ -901,7 +901,7 @@ def test_a_classifier_that_heeds_no_mask_is_refused():
 
 def test_the_pad_token_of_a_decoder_is_the_tokenizers(monkeypatch):
     # it reads the score at the last token that is no padding: with another pad token at the padding
-    monkeypatch.setattr(RewardModel, "_choose_padding_side", lambda _: None)
+    monkeypatch.setattr("rlhf_min.loading.checks.choose_padding_side", lambda *_: None)
     for pad in (5, None):
         given = gpt2_classifier()
         given.config.pad_token_id = pad

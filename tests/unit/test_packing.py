@@ -22,6 +22,7 @@ from transformers import (
 from rlhf_min.data import Sequences, collate
 from rlhf_min.policy import Policy
 from rlhf_min.speed.fast import can_pack
+from rlhf_min.speed.forward import layout_of
 from rlhf_min.speed.packing import first_fit, packed, padded
 
 SIZES = {"vocab_size": 10, "bos_token_id": 0, "eos_token_id": 0}
@@ -156,7 +157,7 @@ def test_packing_changes_no_value_and_no_gradient(config, width, monkeypatch):
     assert can_pack(policy.lm)
 
     def found(layout):
-        monkeypatch.setattr(Policy, "_layout", lambda _, b: layout(b))
+        monkeypatch.setattr("rlhf_min.speed.forward.layout_of", lambda _, b: layout(b))
         policy.zero_grad()
         output = policy(batch, temperature=0.7)
         (output.logprobs.square().sum() + output.values.square().sum()).backward()
@@ -190,7 +191,7 @@ def test_first_fit_fills_its_bins(sizes, width):
 def test_a_model_with_a_sliding_window_is_not_packed(config):
     policy = random_policy(config)
     assert not can_pack(policy.lm)
-    assert "position_ids" not in policy._layout(two_families()).inputs
+    assert "position_ids" not in layout_of(policy.lm, two_families()).inputs
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_model_whose_frequencies_follow_the_longest_row_is_not_packed(rope):
     config = LlamaConfig(**sizes, rope_parameters={"rope_theta": 10_000.0, **rope})
     policy = random_policy(config)
     assert not can_pack(policy.lm)
-    assert "position_ids" not in policy._layout(two_families()).inputs
+    assert "position_ids" not in layout_of(policy.lm, two_families()).inputs
 
 
 def test_a_model_whose_attention_takes_no_mask_of_truth_values_is_not_packed():
@@ -215,5 +216,5 @@ def test_a_model_whose_attention_takes_no_mask_of_truth_values_is_not_packed():
 
 def test_a_policy_packs_where_it_can():
     # 5 and 2 tokens: a third of the width, 4, is less than the longest row
-    layout = random_policy(CONFIGS["gpt2"])._layout(two_families())
+    layout = layout_of(random_policy(CONFIGS["gpt2"]).lm, two_families())
     assert layout.inputs["input_ids"].shape == (2, 5)

@@ -524,7 +524,7 @@ def test_a_pass_holds_the_logits_of_few_tokens(monkeypatch):
         return lm_head_logits(hidden, *args, **kwargs)
 
     monkeypatch.setattr("rlhf_min.logprobs.lm_head_logits", seen)
-    monkeypatch.setattr("rlhf_min.policy.CHUNK_TOKENS", 4)
+    monkeypatch.setattr("rlhf_min.speed.forward.CHUNK_TOKENS", 4)
     scored(policy(gpt2()), policy(gpt2(seed=9)))
     assert max(rows) == 4
     assert sum(rows) == 2 * sum(RESPONSE_LENGTHS)  # policy and reference

@@ -24,7 +24,8 @@ from rlhf_min import dpo, ppo, sft
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample, collate
 from rlhf_min.errors import BadInput
 from rlhf_min.evaluation import evaluate_policies
-from rlhf_min.policy import Policy, positions_of
+from rlhf_min.loading.checks import positions_of
+from rlhf_min.policy import Policy
 from rlhf_min.rollout import score_rollout
 from rlhf_min.sampling import sample
 

@@ -28,14 +28,13 @@ from transformers import (
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
 from rlhf_min.sampling import (
-    CACHE_NAMES,
     _inverse_cdf,
     below_one,
-    cache_bytes,
     rows_at_once,
     sample,
     widest_float,
 )
+from rlhf_min.speed.cache import CACHE_NAMES, cache_bytes
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
@@ -232,9 +231,9 @@ def test_the_cache_takes_no_more_room_than_the_weights(monkeypatch):
     row = 5 * 2 * config.n_layer * config.n_embd * dtype.itemsize  # of 5 tokens
     weights = sum(p.nbytes for p in model.lm.parameters())
     assert rows_at_once(model, 5) == 128
-    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 0)
+    monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 0)
     assert 1 < rows_at_once(model, 5) == weights // row < 128
-    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 2 * weights)
+    monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 2 * weights)
     assert rows_at_once(model, 5) == 2 * weights // row
     assert rows_at_once(model, 10**9) == 1
 
@@ -245,7 +244,7 @@ def test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them(make):
     with torch.no_grad():
         cache = lm(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
     kept = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    assert cache_bytes(policy(lm)) == kept / 3
+    assert cache_bytes(lm) == kept / 3
 
 
 def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
@@ -253,10 +252,12 @@ def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
     model.lm.transformer.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr("rlhf_min.sampling.SMALL_CACHE", 0)
+    monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 0)
     draw(model, PROMPTS * 6, tokens=7)
     weights = sum(p.nbytes for p in model.lm.parameters())
-    assert max(sizes) == weights // (14 * cache_bytes(model)) < 20  # the longest prompt has 7 too
+    assert (
+        max(sizes) == weights // (14 * cache_bytes(model.lm)) < 20
+    )  # the longest prompt has 7 too
 
 
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():
