@@ -148,7 +148,7 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
         What `look` saw, by the number of steps before it (PPO: rollouts).
     """
     inputs = load_world(options)
-    sft_options = replace(options, model=str(out / "sft"))
+    sft_options = replace(options, model=str(out / "sft"), threads=None)  # each job has one
     start = start_policy(sft_options, [], critic="none", seed=options.seed)
     reward_model = RewardModel.from_pretrained(out / "reward_model")
     reward_model.to(options.torch_device("reward_device"))

@@ -1,0 +1,113 @@
+"""Options of the command line, made from the fields of configs. What is wrong is said in one line.
+"""
+
+import argparse
+import atexit
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, NoReturn
+
+from rlhf_min.errors import BadInput
+
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose errors are one line and no usage of forty options.
+
+    Args:
+        description: what the command does; its line ends are kept.
+        instead: options that this command does not know, and what to give in their place.
+    """
+
+    def __init__(
+        self, description: str | None, *, instead: Mapping[str, str] = types.MappingProxyType({})
+    ) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.instead = instead
+        # argparse would take -1e-3, -inf and the weight in "-0.3*brevity" for options.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+
+    def add_fields(self, config_class: Any, without: Sequence[str] = ()) -> None:
+        """An option for each field of a config, written ``--a_b`` or ``--a-b``."""
+        self.usage = "%(prog)s [OPTIONS]"
+        hints = typing.get_type_hints(config_class)
+        for field in fields(config_class):
+            if field.name not in without and field.name not in self.instead:
+                self._add_field(field, hints[field.name])
+
+    def _add_field(self, field: "Field[Any]", hint: Any) -> None:
+        if isinstance(hint, types.UnionType):  # X | None
+            (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+        kind: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            kind = {"type": _truth, "nargs": "?", "const": True}
+        elif typing.get_origin(hint) is Literal:
+            kind = {"choices": typing.get_args(hint)}
+        elif typing.get_origin(hint) is list:
+            kind = {"type": typing.get_args(hint)[0], "nargs": "+"}
+        explained = {"default": argparse.SUPPRESS, "help": _help(field)}
+        self.add_argument(*_spellings(field.name), **kind, **explained)
+        if field.default is True:
+            explained["help"] = f"Turns --{field.name} off."
+            names = _spellings(f"no_{field.name}")
+            self.add_argument(*names, dest=field.name, action="store_false", **explained)
+
+    def given(self) -> dict[str, Any]:
+        """What stands on the command line.
+
+        Raises:
+            SystemExit: with code 2, for an unknown option or a value that cannot be read.
+        """
+        options, unknown = self.parse_known_args()
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            cure = self.instead.get(name.removeprefix("--").replace("-", "_"))
+            self.error(f"unknown option {unknown[0]}" + (f"; {cure}" if cure else ""))
+        return vars(options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with code 2."""
+        if message.endswith(("expected one argument", "expected at least one argument")):
+            message += "; a value that begins with - is written --option=-VALUE"
+        has_options = len(self._actions) > 1  # beside --help
+        fail(f"{message}; {'--help explains all options' if has_options else 'give none'}", 2)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in WORDS:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return WORDS[word.lower()]
+
+
+def _help(field: "Field[Any]") -> str:
+    """The description, the default if the description says none, and what papers use."""
+    told = str(field.metadata["help"])
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if "Default:" not in told and default is not None and default is not False and default != []:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        told += f" Default: {shown}."
+    if published := field.metadata.get("pretrained"):
+        value, source = published
+        told += f" Pretrained models: {value} ({source})."
+    return told.replace("%", "%%")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print an error on one line, and end."""
+    print(f"error: {BadInput(message)}", file=sys.stderr)
+    # With no room or no descriptor left, libraries fail once more while Python ends.
+    atexit.register(setattr, sys, "unraisablehook", lambda _: None)
+    sys.exit(code)
