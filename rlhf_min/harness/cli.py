@@ -20,7 +20,7 @@ from rlhf_min.config import option, require_not_negative, require_positive
 from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.report import finish
-from rlhf_min.harness.rows.formats import parse_columns
+from rlhf_min.harness.rows.columns import parse_columns
 from rlhf_min.harness.run import system_errors
 from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import continued, how_to_go_on, seed_all

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_min.encoding.conversation import PlacedRow
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.rows.columns import Stage, parse_columns
 from rlhf_min.harness.rows.files import plural, printable
-from rlhf_min.harness.rows.formats import Stage, parse_columns
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
 
 if TYPE_CHECKING:  # they import torch

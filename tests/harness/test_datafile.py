@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows import hub
-from rlhf_min.harness.rows.formats import Stage, parse_columns
+from rlhf_min.harness.rows.columns import Stage, parse_columns
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
 
 STAGES: tuple[Stage, ...] = get_args(Stage)

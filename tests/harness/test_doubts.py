@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhf_min.harness.rows.formats import Stage
+from rlhf_min.harness.rows.columns import Stage
 from rlhf_min.harness.rows.load import LoadedRows, load_rows
 
 WORDS = "river lamp bridge ticket garden window planet engine road tower".split()

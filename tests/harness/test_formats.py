@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rows.formats import Stage, find_columns
+from rlhf_min.harness.rows.columns import Stage, find_columns
 from rlhf_min.harness.rows.load import load_rows
 
 SPEAKERS = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}

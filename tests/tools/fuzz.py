@@ -43,7 +43,7 @@ from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rows.formats import Stage, parse_columns
+from rlhf_min.harness.rows.columns import Stage, parse_columns
 from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.harness.run import checkpoint
 from rlhf_min.harness.run.checkpoint import Snapshot

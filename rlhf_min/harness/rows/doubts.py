@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_min.harness.rows.files import Row, shown
-from rlhf_min.harness.rows.formats import is_written_messages, left_out_of_messages
+from rlhf_min.harness.rows.messages import is_written_messages, keys_left_out
 
 MOST = 0.9  # of the rows: what happens so often is no accident
 FEW = 8  # a shorter prompt is looked for at the beginning of a response only
@@ -225,7 +225,7 @@ def _messages(raw: Sequence[Row], used: Mapping[str, str]) -> Iterator[str]:
         count = sum(is_written_messages(row.get(column)) for row in raw)
         if count:
             yield f"  {name} is messages, read out of JSON text in {count} of {len(raw)} rows"
-        keys = sorted(set().union(*(left_out_of_messages(row.get(column)) for row in raw)))
+        keys = sorted(set().union(*(keys_left_out(row.get(column)) for row in raw)))
         if keys:
             told = "warning: " if "weight" in keys else "  "  # which may say: not to be learned
             yield f"{told}of the messages in {name} is not used: {', '.join(map(shown, keys))}"

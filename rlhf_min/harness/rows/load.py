@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_min.encoding.conversation import Place, PlacedRow
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.rows.columns import Stage, check_columns, find_columns
 from rlhf_min.harness.rows.doubts import doubts
 from rlhf_min.harness.rows.files import (
     SUFFIXES,
@@ -25,7 +26,8 @@ from rlhf_min.harness.rows.files import (
     read_file,
     shown,
 )
-from rlhf_min.harness.rows.formats import Stage, Unusable, check_columns, clean_row, find_columns
+from rlhf_min.harness.rows.formats import clean_row
+from rlhf_min.harness.rows.messages import Unusable
 
 if TYPE_CHECKING:  # they take a second, and a CSV or JSON file needs neither
     import datasets
