@@ -1,4 +1,4 @@
-"""Options of the command line, made from the fields of configs. What is wrong is said in one line."""
+"""Options of the command line, made from the fields of configs, and errors of one line."""
 
 import argparse
 import atexit

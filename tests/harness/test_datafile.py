@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rows import hub
 from rlhf_min.harness.rows.columns import Stage, parse_columns
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
+from rlhf_min.loading import sources
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PAIRS = [
@@ -1114,30 +1114,37 @@ def test_hub_configurations_are_named(monkeypatch, names, data, says):
     assert message.endswith(f", like a/b:{names[0]}")
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nowhere.invalid"])
-def test_a_hub_out_of_reach_is_asked_once(monkeypatch, endpoint):
-    places = (huggingface_hub.constants, datasets.config)
-    for place in places:
+@pytest.fixture
+def unasked(monkeypatch):
+    """As if the Hub had not been asked before."""
+    for place in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    sources._hub_answers.cache_clear()
+    yield monkeypatch
+    sources._hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nowhere.invalid"])
+def test_a_hub_out_of_reach_is_asked_once(unasked, endpoint):
+    unasked.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     started = time.perf_counter()
     assert f"the Hub ({endpoint}) cannot be asked: no answer" in refusal("no-one/nothing", "ppo")
     assert time.perf_counter() - started < 3
-    assert [place.HF_HUB_OFFLINE for place in places] == [False, False]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+def test_a_hub_that_never_answers_is_given_up(unasked):
     asked = []
 
-    def wait(*_: Any, **__: Any) -> None:
-        asked.append(1)
-        time.sleep(0.5)
-        raise OSError
+    class Hub:
+        def head(self, *_: Any, **__: Any) -> None:
+            asked.append(1)
+            time.sleep(0.5)
+            raise OSError
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "SECONDS", 0.05)
-    monkeypatch.setattr(hub.urllib.request, "urlopen", wait)
+    unasked.setattr(sources, "HUB_SECONDS", 0.05)
+    unasked.setattr(sources, "get_session", Hub)
     started = time.perf_counter()
     assert "no answer within 0.05 s" in refusal("no-one/nothing", "ppo")
     assert asked

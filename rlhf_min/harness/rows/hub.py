@@ -1,16 +1,13 @@
 """Rows that the `datasets` library finds: in a folder of files, or under a name on the Hub."""
 
 import os
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
+from huggingface_hub import constants
 
 from rlhf_min.encoding.conversation import Place
 from rlhf_min.errors import BadInput, require
@@ -23,8 +20,8 @@ from rlhf_min.harness.rows.files import (
     printable,
     read_file,
 )
+from rlhf_min.loading import sources
 
-SECONDS = 2.5  # to wait for the Hub's first word; the libraries would try again for half a minute
 LISTED = 40  # configurations that a message names
 
 _NOT_READ = (  # what the library raises
@@ -52,14 +49,13 @@ def load_hub(data: str, split: str) -> datasets.Dataset:
             require(
                 not unanswered,
                 f"{data}: no such file here, none of this name in the cache, and the Hub "
-                f"({huggingface_hub.constants.ENDPOINT}) cannot be asked: no answer within "
-                f"{SECONDS:g} s; look at the name, go online, or give a file",
+                f"({constants.ENDPOINT}) cannot be asked: no answer within "
+                f"{sources.HUB_SECONDS:g} s; look at the name, go online, or give a file",
             )
-            reason = " ".join(str(error).split())
             raise BadInput(
                 f"{data}: no such file here, and the Hub does not give the split {split!r} of such "
-                f"a dataset ({reason if len(reason) <= 160 else reason[:157] + '...'}); look at "
-                "the name and --split, go online, or give a file"
+                f"a dataset ({_short(error)}); look at the name and --split, go online, or give a "
+                "file"
             ) from error
 
 
@@ -107,9 +103,8 @@ def _saved(folder: str, source: str) -> datasets.Dataset | datasets.DatasetDict:
     try:
         return datasets.load_from_disk(folder)
     except (*_NOT_READ, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:100]
         raise BadInput(
-            f"{source}: this saved dataset cannot be read ({reason}); save it again"
+            f"{source}: this saved dataset cannot be read ({_short(error)}); save it again"
         ) from error
 
 
@@ -120,8 +115,8 @@ def _files(folder: str, config: str, source: str) -> dict[str, list[str]]:
         builder = datasets.load_dataset_builder(whole, name=config or None)
     except _NOT_READ as error:
         _check_config(whole, source, config, error)
-        reason = " ".join(str(error).split())[:160]
-        told = "" if isinstance(error, FileNotFoundError) else f" that cannot be read ({reason})"
+        none = isinstance(error, FileNotFoundError)
+        told = "" if none else f" that cannot be read ({_short(error)})"
         raise BadInput(f"{source}: this is a folder{told}; give a {FORMATS} file in it") from error
     found: Any = builder.config.data_files or {}
     return {str(split): [str(file) for file in files] for split, files in found.items()}
@@ -153,12 +148,17 @@ def _check_config(name: str, source: str, config: str, error: Exception) -> None
     raise BadInput(f"{source}: {told}; give one of {listed}, like {source}:{names[0]}") from error
 
 
+def _short(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return reason if len(reason) <= 160 else reason[:157] + "..."
+
+
 @contextmanager
 def _offline_without_the_hub() -> Iterator[bool]:
     """Inside, a Hub that does not answer is not asked again. Whether that is so."""
-    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    places: tuple[Any, ...] = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
-    unanswered = not any(before) and not _hub_answers()
+    unanswered = not any(before) and not sources.hub_answers()
     if unanswered:
         for place in places:
             place.HF_HUB_OFFLINE = True
@@ -167,24 +167,3 @@ def _offline_without_the_hub() -> Iterator[bool]:
     finally:
         for place, was in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = was
-
-
-def _hub_answers() -> bool:
-    """Whether anything answers within `SECONDS`, names looked up and proxies used."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=SECONDS).close()
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except (OSError, ValueError):
-            answers.append(False)
-        else:
-            answers.append(True)
-
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit
-    asking.start()
-    asking.join(SECONDS)
-    return answers == [True]
