@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             kind = {"choices": typing.get_args(hint)}
         elif typing.get_origin(hint) is list:
             kind = {"type": typing.get_args(hint)[0], "nargs": "+"}
-        explained = {"default": argparse.SUPPRESS, "help": _help(field)}
+        explained: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
         self.add_argument(*_spellings(field.name), **kind, **explained)
         if field.default is True:
             explained["help"] = f"Turns --{field.name} off."
