@@ -56,32 +56,30 @@ def doubts(
     ]
 
 
-def _texts(row: Row) -> Iterator[tuple[str, str]]:
-    """The column and the text of each response of the row."""
-    for name in ("response", "chosen", "rejected", "references"):
-        value = row.get(name)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                yield name, text
+def _said(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
+    """By column of responses: the prompt and the texts of each row that has some."""
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for row in rows:
+        for name in ("response", "chosen", "rejected", "references"):
+            value = row.get(name)
+            values = value if isinstance(value, list) else [value]
+            if texts := [text for text in values if isinstance(text, str)]:
+                found.setdefault(name, []).append((row["prompt"], texts))
+    return found
 
 
 def _repeated(rows: Sequence[Row]) -> Iterator[str]:
     """Responses that hold the prompt, and prompts that hold the response."""
-    begins: Counter[str] = Counter()
-    ends: Counter[str] = Counter()
-    for row in rows:
-        prompt, texts = row["prompt"], list(_texts(row))
-        for name in dict.fromkeys(name for name, _ in texts):
-            said = [text for of, text in texts if of == name]
-            begins[name] += any(begins_with(text, prompt) for text in said)
-            ends[name] += any(_ends_with(prompt, text) for text in said)
-    for name, count in begins.items():
+    said = _said(rows)
+    for name, found in said.items():
+        count = sum(any(begins_with(text, prompt) for text in texts) for prompt, texts in found)
         told = f"{name} begins with the prompt in {count} of {len(rows)} rows"
-        is_most = count >= MOST * len(rows)
-        cure = "it would be learned twice; take it out of that column"
-        if count:
-            yield f"warning: {told}; {cure}" if is_most else f"  {told}"
-    for name, count in ends.items():
+        if count >= MOST * len(rows):
+            yield f"warning: {told}; it would be learned twice; take it out of that column"
+        elif count:
+            yield f"  {told}"
+    for name, found in said.items():
+        count = sum(any(_ends_with(prompt, text) for text in texts) for prompt, texts in found)
         if count >= MOST * len(rows):
             yield (
                 f"warning: the prompt ends with {name} in {count} of {len(rows)} rows, so it says "
@@ -127,32 +125,27 @@ def _words(text: str) -> str:
 
 def _odd_texts(rows: Sequence[Row]) -> Iterator[str]:
     """Values that a program has written as text."""
-    written: Counter[str] = Counter()
-    missing: dict[tuple[str, str], int] = Counter()
-    ends: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for row in rows:
-        for name, text in [("prompt", row["prompt"]), *_texts(row)]:
-            sizes[name] += 1
-            written[name] += is_written_value(text)
-            missing[name, text] += text in _MISSING
-            ends[name] += "\\n" in text and "\n" not in text
-    for name, count in written.items():
-        if count >= MOST * sizes[name]:
+    texts = {"prompt": [row["prompt"] for row in rows]}
+    for name, found in _said(rows).items():
+        texts[name] = [text for _, of_row in found for text in of_row]
+    for name, said in texts.items():
+        count = sum(map(is_written_value, said))
+        if count >= MOST * len(said):
             yield (
                 f"warning: {name} is a list, an object or a text in quotes, as a program writes "
-                f"them, in {count} of {sizes[name]} texts; they are learned with all their marks"
+                f"them, in {count} of {len(said)} texts; they are learned with all their marks"
             )
-    for name, count in ends.items():
-        if count >= MOST * sizes[name]:
+    for name, said in texts.items():
+        count = sum("\\n" in text and "\n" not in text for text in said)
+        if count >= MOST * len(said):
             yield (
                 f"warning: {name} spells its line ends as \\n, backslash and letter, in {count} of "
-                f"{sizes[name]} texts; that is what is learned"
+                f"{len(said)} texts; that is what is learned"
             )
-    for (name, text), count in missing.items():
-        if count:
+    for name, said in texts.items():
+        for text, count in Counter(text for text in said if text in _MISSING).items():
             yield (
-                f"warning: {name} is the word {text} in {count} of {sizes[name]} texts; if that "
+                f"warning: {name} is the word {text} in {count} of {len(said)} texts; if that "
                 "means that there is none, leave these rows out"
             )
 

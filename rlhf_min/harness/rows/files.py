@@ -52,7 +52,17 @@ def read_file(path: str | Path, source: str) -> list[tuple[int, Row]]:
     Raises:
         BadInput: the file cannot be read as its format, or has no rows.
     """
-    rows = _read(path, source)
+    suffix = format_of(path)
+    data = _decompress(_bytes(path, suffix, source), source)
+    require(
+        bool(data.removeprefix(codecs.BOM_UTF8).strip()),
+        f"{source}: the file is empty; add at least one row",
+    )
+    if suffix == ".parquet":
+        rows = _read_parquet(data, source)
+    else:
+        readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
+        rows = readers[suffix](_decode(data, source), source)
     require(bool(rows), f"{source}: the file has no rows; add at least one")
     return rows
 
@@ -67,8 +77,7 @@ def format_of(path: str | Path) -> str:
     return next((suffix for suffix in reversed(endings) if suffix not in COMPRESSED), "")
 
 
-def _read(path: str | Path, source: str) -> list[tuple[int, Row]]:
-    suffix = format_of(path)
+def _bytes(path: str | Path, suffix: str, source: str) -> bytes:
     require(not os.path.isdir(path), f"{source}: this is a folder; give a {FORMATS} file in it")
     require(suffix in SUFFIXES, f"{source}: the format is unknown; give a {FORMATS} file")
     is_pipe = os.path.exists(path) and not os.path.isfile(path)  # reading could wait for ever
@@ -76,21 +85,10 @@ def _read(path: str | Path, source: str) -> list[tuple[int, Row]]:
     if os.path.isfile(path):
         check_room(os.path.getsize(path), source)
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = getattr(error, "strerror", None) or "not a possible path"
         raise BadInput(f"{source}: {reason}; give the path of a file that you can read") from error
-    data = _decompress(data, source)
-    require(
-        bool(data.removeprefix(codecs.BOM_UTF8).strip()),
-        f"{source}: the file is empty; add at least one row",
-    )
-    if suffix == ".parquet":
-        return _read_parquet(data, source)
-    text = _decode(data, source)
-    if suffix == ".csv":
-        return _read_csv(text, source)
-    return _read_json(text, source) if suffix == ".json" else _read_jsonl(text, source)
 
 
 def check_room(size: int, source: str) -> None:
