@@ -47,6 +47,7 @@ def small_policy(
     seed: int = 0,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    plain: bool = False,
 ) -> Policy:
     """A GPT-2 of one layer of width 16 whose value head, if any, is not zero."""
     config = GPT2Config(
@@ -65,7 +66,8 @@ def small_policy(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = Policy(GPT2LMHeadModel(config).to(dtype), word_tokenizer(), critic=critic)
+        lm = GPT2LMHeadModel(config).to(dtype)
+        policy = Policy(lm, word_tokenizer(), critic=critic, plain=plain)
         if policy.value_head is not None:
             nn.init.normal_(policy.value_head.weight, std=0.2)
     return policy
