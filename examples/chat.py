@@ -52,8 +52,8 @@ def main() -> None:
     reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
     reward_model = None
     if options.reward_model is not None or Path(reward_folder).is_dir():
-        device = options.torch_device("reward_device")
-        reward_model = RewardModel.from_pretrained(reward_folder).to(device)
+        reward_model = RewardModel.from_pretrained(reward_folder, plain=options.plain)
+        reward_model.to(options.torch_device("reward_device"))
     rng = torch.Generator().manual_seed(options.seed)
     if reward_model is None:
         print(f"no reward model in {options.run}, so no scores; --reward_model gives one")

@@ -60,9 +60,8 @@ def main() -> None:
         options.reward_model is not None or Path(reward_folder).is_dir(),
         f"no reward model in {options.run}; give --reward_model",
     )
-    reward_model = RewardModel.from_pretrained(reward_folder).to(
-        options.torch_device("reward_device")
-    )
+    reward_model = RewardModel.from_pretrained(reward_folder, plain=options.plain)
+    reward_model.to(options.torch_device("reward_device"))
     codecs = {name: make_codec(policy, options) for name, policy in policies.items()}
     for name, codec in codecs.items():
         require(

@@ -88,7 +88,7 @@ def load_given_reward(
     """What --reward_model or --reward names; None if neither was given."""
 
     def load_model(name: str) -> RewardModel:
-        return RewardModel.from_pretrained(name).to(device)
+        return RewardModel.from_pretrained(name, plain=options.plain).to(device)
 
     if options.reward:
         return load_reward(options.reward, load_model, timeout=options.reward_timeout)

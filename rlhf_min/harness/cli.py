@@ -98,6 +98,9 @@ class RunOptions:
     gradient_checkpointing: bool = option(
         False, "Compute the layers again in backward instead of keeping them: memory for time."
     )
+    plain: bool = option(
+        False, "Compute as a textbook does, slower: for reading along, and for breakpoints."
+    )
     skip_preflight: bool = option(False, "Start without measuring what a run relies on.")
     threads: int | None = option(None, "CPU threads of PyTorch. Default: PyTorch's own choice.")
     report_to: list[str] = field(

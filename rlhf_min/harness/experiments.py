@@ -150,7 +150,7 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
     inputs = load_world(options)
     sft_options = replace(options, model=str(out / "sft"), threads=None)  # each job has one
     start = start_policy(sft_options, [], critic="none", seed=options.seed)
-    reward_model = RewardModel.from_pretrained(out / "reward_model")
+    reward_model = RewardModel.from_pretrained(out / "reward_model", plain=options.plain)
     reward_model.to(options.torch_device("reward_device"))
     codec, ref_policy = make_codec(start, options), start.reference(reward_model.device)
     if isinstance(config, ppo.PPOConfig):

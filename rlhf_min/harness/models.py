@@ -45,9 +45,11 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
     if options.model is None:
         tokenizer = train_bpe(texts, VOCABULARY)
         lm = small_gpt2(tokenizer, positions=options.max_length, seed=seed)
-        policy = Policy(lm, tokenizer, critic=critic)
+        policy = Policy(lm, tokenizer, critic=critic, plain=options.plain)
     else:
-        policy = Policy.from_pretrained(options.model, critic=critic, new_head=True)
+        policy = Policy.from_pretrained(
+            options.model, critic=critic, new_head=True, plain=options.plain
+        )
         if policy.value_head is not None and not policy.value_head.weight.any():
             print(f"{options.model} has no value head; a new one starts at zero")
         require(
@@ -70,11 +72,14 @@ def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) 
         tokenizer = build_wordpiece(texts, VOCABULARY)
         # Its own tokens may be shorter than the policy's, so it gets more of them.
         positions = 2 * options.max_length
-        reward_model = RewardModel(small_bert(tokenizer, positions=positions, seed=seed), tokenizer)
+        model = small_bert(tokenizer, positions=positions, seed=seed)
+        reward_model = RewardModel(model, tokenizer, plain=options.plain)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            reward_model = RewardModel.from_pretrained(options.reward_model, new_head=True)
+            reward_model = RewardModel.from_pretrained(
+                options.reward_model, new_head=True, plain=options.plain
+            )
         if reward_model.new_weights:
             print(f"{options.reward_model} has no trained head; {reward_model.new_weights} are new")
     if options.gradient_checkpointing:

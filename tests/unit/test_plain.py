@@ -10,6 +10,7 @@ from small import (
     ids,
     largest_difference,
     small_policy,
+    small_reward_model,
 )
 from strategies import assert_close
 from tiny import bert, bert_words, cohere, gemma2, gpt2, gpt2_classifier, granite, llama, words
@@ -20,6 +21,10 @@ from transformers.activations import NewGELUActivation
 from rlhf_min import dpo, ppo
 from rlhf_min import policy as policy_file
 from rlhf_min.data import collate
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.models import start_policy, start_reward_model
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
+from rlhf_min.harness.stages.run_stage import copy_policy
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import sample
@@ -158,6 +163,19 @@ def test_scores_are_those_of_one_padded_batch(make, tokenizer):
     assert len(calls[1]) > 2
     for plain, fast in zip(*found, strict=True):
         assert_close(plain, fast, 10 * FP64)
+
+
+def test_the_command_line_asks_for_it(tmp_path):
+    save_policy(small_policy(dtype=torch.float32), tmp_path / "policy")
+    save_reward_model(small_reward_model(dtype=torch.float32), tmp_path / "reward_model")
+    named = {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "reward_model")}
+    for folders in ({}, named):
+        for plain in (True, False):
+            options = RunOptions(plain=plain, max_length=12, max_response_tokens=4, **folders)
+            policy = start_policy(options, ["red ball"], critic="none", seed=0)
+            reward_model = start_reward_model(options, ["red ball"], seed=0)
+            copied = copy_policy(policy, critic="shared")
+            assert {policy.plain, reward_model.plain, copied.plain} == {plain}
 
 
 def reward(_prompts, responses):
