@@ -85,18 +85,36 @@ def tags_of_tests() -> dict[str, set[str]]:
 
 # Places
 
+# What is asked for: the line that does it, and the line of the plain computation where that is
+# another one.
 PLACES = {
-    "is EOS put after a response of the data": (
-        "encoding/codec.py",
-        "Read([*ids, self.tokenizer.eos",
-    ),
+    "is EOS put after a response of the data": ("encoding/codec.py", "Read([*ids, self.tok"),
     "is the mask made, EOS included": ("data.py", "response_mask(response_lengths"),
-    "are logits and tokens shifted": ("speed/packing.py", "batch.prompt_lengths[rows] - 1 + t"),
-    "are rows packed, instead of padded": ("policy.py", "return packed(batch"),
+    "are logits and tokens shifted": (
+        *("speed/packing.py", "predicts = [start + P - 1"),
+        *("data.py", "self.prompt_lengths[rows] - 1 + t"),
+    ),
+    "are rows packed, instead of padded": (
+        *("speed/forward.py", "return packed(batch"),
+        *("policy.py", 'inputs = {"input_ids": batch.ids'),
+    ),
     "are logits divided by the temperature": ("logprobs.py", "else logits / temperature"),
+    "is a token's log-probability": (
+        *("logprobs.py", "logprobs = (logits.gather("),
+        *("logprobs.py", "return chosen - logits.logsumexp"),
+    ),
+    "is the entropy": (
+        *("logprobs.py", "entropy = log_total[:, 0] -"),
+        *("logprobs.py", "return logits.logsumexp(-1) - mean_logit"),
+    ),
     "is a value read": ("policy.py", "self.value_head(hidden)"),
     "is the reference frozen": ("policy.py", "reference.requires_grad_(False)"),
     "is dropout turned off": ("policy.py", "def disable_dropout("),
+    "is a token drawn": ("sampling.py", "tokens = _inverse_cdf("),
+    "are keys and values kept while sampling": (
+        *("sampling.py", "hidden = cache.hidden_states("),
+        *("sampling.py", "hidden = policy.lm.base_model("),
+    ),
     "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
     "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
     "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
@@ -109,23 +127,21 @@ PLACES = {
     "are advantages whitened, over the whole rollout": ("ppo.py", "advantages = masked_whiten("),
     "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
     "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
-    "is PPO's loss averaged, over the tokens of a minibatch": (
-        "ppo.py",
-        "share = int(policy_loss.count) / tokens",
-    ),
+    "is PPO's loss averaged, over the tokens of a minibatch": ("ppo.py", ".count) / tokens"),
     "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
     "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
-    "is DPO's loss averaged, over the pairs of a batch": ("dpo.py", "found.count / len(batch)"),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
+    "is DPO's loss averaged, over the pairs of a batch": ("dpo.py", "found.count / len(batch)"),
 }
 
 
 def places() -> str:
     """The one line that does what is asked for."""
-    return table(
-        ("where ...", "line", "code"),
-        [(f"{what}?", *place(*where)) for what, where in PLACES.items()],
-    )
+    rows = []
+    for what, (file, code, *plain) in PLACES.items():
+        line, shown = place(file, code)
+        rows.append((f"{what}?", line, shown, place(*plain)[0] if plain else ""))
+    return table(("where ...", "line", "code", "plain"), rows)
 
 
 def place(name: str, code: str) -> tuple[str, str]:
