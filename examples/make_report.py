@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
-from rlhf_min.harness.report import page, results
-from rlhf_min.harness.report.findings import FINDINGS, first_lines, write_findings
+from rlhf_min.harness.report import figures, page
+from rlhf_min.harness.report.findings import FINDINGS, summary, write_findings
 from rlhf_min.harness.report.finish import Spared
 from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.reading import read_run
@@ -35,16 +35,16 @@ def main() -> None:
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     if alone and runs[0].rows:
-        curves = out.with_name(results.CURVES)
+        curves = out.with_name(figures.CURVES)
         with Spared(curves, f"{out} has its own"):
-            results.write_curves(curves, runs[0])
+            figures.write_curves(curves, runs[0])
     if alone and options.out is None:
         with Spared(runs[0].folder / FINDINGS, f"{out} begins with them"):
             write_findings(runs[0])
     print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
     for run in runs:
-        told, found = first_lines(run)
-        for line in [*told, *map(str, found), *run.left_out]:
+        sentences, found = summary(run)
+        for line in [*sentences, *map(str, found), *run.left_out]:
             print(f"  {run.name}: {line}")
 
 

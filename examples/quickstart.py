@@ -89,7 +89,7 @@ def main() -> None:
     found = results.results_json(evaluations, reward_model=pairs, seed=options.seed)
     print(results.results_table(evaluations, baseline="sft"))
     results.write_json(out / "results.json", found)
-    shown = finish.show(out, log)
+    shown = finish.show(out)
     seconds = time.perf_counter() - started
     print(f"\n{seconds:.0f} s; {', '.join([*shown, 'models'])} are in {out}")
 

@@ -27,7 +27,7 @@ def main() -> None:
         sft.run(policy, codec, inputs, SFTConfig(seed=config.seed), log)
     dpo.run(policy, codec, inputs, config, log, ref_device=options.torch_device("reward_device"))
 
-    shown = finish.show(out, log)
+    shown = finish.show(out)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 

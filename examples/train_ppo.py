@@ -78,7 +78,7 @@ def main() -> None:
         print(reward.run(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
     ppo.run(policy, codec, given, inputs, config, log, ref_device=device)
 
-    shown = finish.show(out, log)
+    shown = finish.show(out)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 

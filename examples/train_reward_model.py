@@ -30,7 +30,7 @@ def main() -> None:
 
     estimates = {name: estimate.as_json() for name, estimate in found.estimates.items()}
     results.write_json(out / "results.json", {"seed": config.seed, "reward_model": estimates})
-    shown = finish.show(out, log)
+    shown = finish.show(out)
     print(f"{', '.join(['model', *shown])}, results.json and metrics.jsonl are in {out}")
 
 

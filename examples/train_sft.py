@@ -23,7 +23,7 @@ def main() -> None:
     log = start_log(out, options, config)
     sft.run(policy, codec, inputs, config, log)
 
-    shown = finish.show(out, log)
+    shown = finish.show(out)
     print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
 
 

@@ -14,12 +14,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rlhf_min.harness.report.health import CURVES, Range, excursion, judge
+from rlhf_min.harness.report.markup import tag
 from tolerances import FP64
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.report import figures
-from rlhf_min.harness.report.health import CURVES, Range, excursion, judge
-from rlhf_min.harness.report.markup import tag
 from rlhf_min.harness.report.page import STYLE, calibration, page, write_report
 from rlhf_min.harness.report.texts import changed
 from rlhf_min.harness.run.reading import read_run

@@ -68,43 +68,66 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def run_command(monkeypatch, algorithm, *arguments):
-    """Exit code of a command."""
-    monkeypatch.setattr(sys, "argv", [f"{algorithm}.py", *map(str, arguments)])
-    try:
-        MODULES[algorithm].main()
-    except SystemExit as error:
-        return error.code
+def run(command, *arguments, stop_at=None, stage=None, number=signal.SIGTERM, times=1):
+    """The exit code of a command that is called in this process.
+
+    A signal comes while its step `stop_at` is written, of this stage or of any.
+    """
+    write_row = MetricsLog._write
+
+    def write(self, name, step, metrics):
+        write_row(self, name, step, metrics)
+        for _ in range(times if step == stop_at and stage in (None, name) else 0):
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
+        patch.setattr(MetricsLog, "_write", write)
+        try:
+            (MODULES.get(command) or torture.load(command)).main()
+        except SystemExit as error:
+            return error.code
     return 0
+
+
+def start(algorithm, work, out, *options, **signals):
+    return run(algorithm, *command_line(algorithm, work), *options, "--out", out, **signals)
+
+
+def resume(command, out, *options, **signals):
+    return run(command, "--resume", out, *options, **signals)
 
 
 @pytest.fixture(scope="module")
 def whole(work):
     """The uninterrupted run of each algorithm."""
-    with pytest.MonkeyPatch.context() as patch:
-        for algorithm in ALGORITHMS:
-            out = work / f"whole-{algorithm}"
-            assert run_command(patch, algorithm, *command_line(algorithm, work), "--out", out) == 0
+    for algorithm in ALGORITHMS:
+        assert start(algorithm, work, work / f"whole-{algorithm}") == 0
     return {algorithm: work / f"whole-{algorithm}" for algorithm in ALGORITHMS}
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM, stage=None):
-    """The signal comes while this step of a stage, or of any, is written."""
-    write_row = MetricsLog._write
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A finished run of SFT."""
+    return shutil.copytree(whole["sft"], tmp_path / "run")
 
-    def patched(self, name, at, metrics):
-        write_row(self, name, at, metrics)
-        if at == step and stage in (None, name):
-            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(MetricsLog, "_write", patched)
+@pytest.fixture
+def stopped(work, tmp_path):
+    """A run of SFT that was stopped after its fifth step, with two checkpoints."""
+    assert start("sft", work, tmp_path / "run", "--keep_last", "2", stop_at=5) == 143
+    return tmp_path / "run"
+
+
+def rows_of(out):
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 # To the bit
@@ -113,18 +136,14 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM, stage=None):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path, capsys):
     out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
-        code = run_command(patch, algorithm, *command_line(algorithm, work), "--out", out)
-    assert code == 143
+    assert start(algorithm, work, out, stop_at=5) == 143
     assert f"stopped by a signal after step 5 of {10 if algorithm == 'ppo' else 14} of " in (
         told := capsys.readouterr().err
     )
     assert f"--resume {out}" in told
     assert not (out / algorithm).exists()
     assert "is unfinished" in (out / "report.html").read_text(encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_command(patch, algorithm, "--resume", out) == 0
+    assert resume(algorithm, out) == 0
     assert f"{algorithm}: continued after step 5" in capsys.readouterr().out
     assert result(out) == result(whole[algorithm])
 
@@ -134,55 +153,47 @@ def test_a_few_kills(capsys):
     assert "0 of " in capsys.readouterr().out
 
 
-def test_a_finished_run_resumed_does_nothing_new(whole, tmp_path):
-    shutil.copytree(whole["sft"], tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_command(patch, "sft", "--resume", tmp_path / "run") == 0
-    assert result(tmp_path / "run") == result(whole["sft"])
+def test_a_finished_run_resumed_does_nothing_new(finished, whole):
+    assert resume("sft", finished) == 0
+    assert result(finished) == result(whole["sft"])
 
 
-def test_more_steps_by_permission(whole, tmp_path, monkeypatch, capsys):
-    shutil.copytree(whole["ppo"], tmp_path / "run")
-    more = ["--resume", tmp_path / "run", "--steps", 12, "--seed", 0]
-    assert run_command(monkeypatch, "ppo", *more) == 2
+def test_more_steps_by_permission(whole, tmp_path, capsys):
+    out = shutil.copytree(whole["ppo"], tmp_path / "run")
+    more = ["--steps", 12, "--seed", 0]
+    assert resume("ppo", out, *more) == 2
     assert "PPOConfig.steps 10 -> 12; leave these out, or give --allow_config_change" in (
         capsys.readouterr().err
     )
-    assert run_command(monkeypatch, "ppo", *more, "--allow_config_change") == 0
-    rows = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, 13))
-    record = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    assert resume("ppo", out, *more, "--allow_config_change") == 0
+    assert [row["step"] for row in rows_of(out)] == list(range(1, 13))
+    record = read_record(out)
     assert record["config"]["PPOConfig"]["steps"] == 12
     assert record["changes"] == [{"PPOConfig.steps": [10, 12]}]
-    assert run_command(monkeypatch, "ppo", "--resume", tmp_path / "run") == 0
+    assert resume("ppo", out) == 0
+
+
+def quick(work, sft_epochs, *options):
+    """Options of a small quickstart."""
+    given = f"--sft_epochs {sft_epochs} --reward_epochs 1 --ppo_steps 4 --ppo_batch_size 8 "
+    given += "--dpo_epochs 1 --max_length 16 --max_response_tokens 6 --test_prompts 3 --threads 1 "
+    given += f"--skip_preflight --data {work}/rows.jsonl --model {work}/sft "
+    return [*given.split(), "--reward_model", work / "reward_model", *options]
 
 
 def test_a_quickstart_stopped_in_its_third_stage(work, tmp_path, capsys):
-    sizes = "--sft_epochs 1 --reward_epochs 1 --ppo_steps 4 --ppo_batch_size 8 --dpo_epochs 1"
-    options = f"{sizes} --max_length 16 --max_response_tokens 6 --test_prompts 3 --save_every 2"
-    options += f" --threads 1 --skip_preflight --data {work}/rows.jsonl --model {work}/sft"
-    options += f" --reward_model {work}/reward_model"
-    quickstart, one, other = torture.load("quickstart"), tmp_path / "one", tmp_path / "other"
-
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
-            quickstart.main()
-
-    run(*options.split(), "--out", one)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 3, stage="ppo")
-        with pytest.raises(SystemExit, match="143"):
-            run(*options.split(), "--out", other)
+    one, other = tmp_path / "one", tmp_path / "other"
+    options = quick(work, 1, "--save_every", 2)
+    assert run("quickstart", *options, "--out", one) == 0
+    assert run("quickstart", *options, "--out", other, stop_at=3, stage="ppo") == 143
     assert not (other / "ppo").exists()
     capsys.readouterr()
-    run("--resume", other)
+    assert resume("quickstart", other) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^sft: continued after step (\d+) of \1$", printed, flags=re.MULTILINE)
     assert "ppo: continued after step 3 of 4" in printed
-    run("--resume", other)  # and a finished one stays as it is
-    found, wanted = result(other), result(one)
-    assert found == wanted
+    assert resume("quickstart", other) == 0  # and a finished one stays as it is
+    assert result(other) == result(one)
     for name in ("results.json", "reward_model.json"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
 
@@ -199,12 +210,10 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(work, tmp_path, monkeypatch, capsys):
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(work, tmp_path, capsys):
     out = tmp_path / "a run"
-    stop_at(monkeypatch, 5, signal.SIGINT)
-    stop_at(monkeypatch, 5, signal.SIGINT)
-    options = [*command_line("sft", work), "--save_every", 2, "--out", out]
-    assert run_command(monkeypatch, "sft", *options) == 130
+    ctrl_c = {"stop_at": 5, "number": signal.SIGINT, "times": 2}
+    assert start("sft", work, out, "--save_every", 2, **ctrl_c) == 130
     told = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         "stopped at once; what was saved before is as it was; go on with: python "
@@ -275,11 +284,15 @@ def test_each_signal_is_noted_and_ignored_ones_stay_so(number, code):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
-    stop_at(monkeypatch, 2, signal.SIGINT)
+def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path):
+    def steps():
+        yield {"loss": 1.0}
+        os.kill(os.getpid(), signal.SIGINT)
+        yield {"loss": 2.0}
+
     log = MetricsLog(lambda: tmp_path)
     with pytest.raises(Stopped, match="after step 2 of 2 of sft; not saved") as raised:
-        log.follow("sft", [{"loss": 1.0}, {"loss": 2.0}], total=2, show=())
+        log.follow("sft", steps(), total=2, show=())
     assert raised.value.exit_code == 130
     assert len(log.rows) == 2
 
@@ -300,10 +313,6 @@ class State:
         self.step, self.extra = state["step"], state["extra"]
 
 
-class Example:
-    pass
-
-
 def snapshot(policy=None, *, step=4, examples=(), **models):
     policy = policy or small_policy(critic="shared", dtype=torch.float32)
     return Snapshot(
@@ -318,11 +327,16 @@ def snapshot(policy=None, *, step=4, examples=(), **models):
     )
 
 
-def saved(folder, step=4, **models):
-    path = folder / f"step-{step:06d}"
-    shot = snapshot(step=step, **models)
+def saved(folder, step=4, shot=None, **models):
+    path, shot = folder / f"step-{step:06d}", shot or snapshot(step=step, **models)
     begin(path, shot, finished=False, sizes={"metrics.jsonl": 7})()
     return path
+
+
+def write(writer, *steps):
+    for step in steps:
+        writer._snapshot.state.step = step
+        writer.write(finished=False, sizes={})
 
 
 def test_all_comes_back(tmp_path):
@@ -344,25 +358,38 @@ def test_all_comes_back(tmp_path):
     assert Checkpoint(path).sizes == {"metrics.jsonl": 7}
 
 
+def with_changed_bit(content, place, bit):
+    return content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+
+
+def with_changed_digit(content):
+    """A step that would be believed."""
+    place = content.index(b'"step": 6') + 8 if b'"step"' in content else len(content) - 1
+    return with_changed_bit(content, place, 1)
+
+
+def with_changed_letter(content):
+    place = content.index(b'"step"') if b'"step"' in content else len(content) // 2
+    return with_changed_bit(content, place + 1, 4)
+
+
+DAMAGES = {
+    "missing": lambda _: None,
+    "cut": lambda content: content[:-9],
+    "empty": lambda _: b"",
+    "a digit": with_changed_digit,
+    "a changed bit": with_changed_letter,
+}
+
+
 @pytest.mark.parametrize("name", [RECORD, WEIGHTS, *STATES])
-@pytest.mark.parametrize("damage", ["missing", "cut", "a changed bit", "a digit", "empty"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, capsys):
     older, newer = saved(tmp_path, 4), saved(tmp_path, 6)
     assert latest(tmp_path).folder == newer
-    content = bytearray((newer / name).read_bytes())
-    if damage == "missing":
-        (newer / name).unlink()
-    elif damage == "cut":
-        (newer / name).write_bytes(content[:-9])
-    elif damage == "empty":
-        (newer / name).write_bytes(b"")
-    elif damage == "a digit":  # a step that would be believed
-        place = content.index(b'"step": 6') + 8 if name == RECORD else len(content) - 1
-        content[place] ^= 1
-        (newer / name).write_bytes(content)
-    else:
-        place = content.index(b'"step"') if name == RECORD else len(content) // 2
-        content[place + 1] ^= 4
+    content = DAMAGES[damage]((newer / name).read_bytes())
+    (newer / name).unlink()
+    if content is not None:
         (newer / name).write_bytes(content)
     with pytest.raises(BadInput, match=str(newer)):
         Checkpoint(newer)
@@ -374,13 +401,6 @@ NEVER = [math.inf, "1e999", None, [[]], -1, 10**400]
 PLACES = ("step", "total", "sizes", "random", "files", "models")
 
 
-def _put(record, place, value):
-    if place in ("step", "total"):
-        record[place] = value
-    else:
-        record[place][next(iter(record[place]))] = value
-
-
 @pytest.mark.parametrize("value", NEVER, ids=lambda value: str(value)[:5])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_record_that_says_what_cannot_be_is_refused(place, value, tmp_path):
@@ -388,7 +408,8 @@ def test_a_record_that_says_what_cannot_be_is_refused(place, value, tmp_path):
         value = -value  # not impossible, but there is less on the disk
     path = saved(tmp_path)
     record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    _put(record, place, value)
+    holder = record if place in ("step", "total") else record[place]
+    holder[place if holder is record else next(iter(holder))] = value
     del record["crc32"]
     record["crc32"] = crc32_of(record)
     (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
@@ -416,17 +437,15 @@ def test_the_step_after_it_need_not_wait(tmp_path, monkeypatch):
 
 
 def test_the_one_before_stays_until_the_next_is_complete(tmp_path, monkeypatch):
-    shot, rename, seen = snapshot(step=2), os.rename, []
+    rename, seen = os.rename, []
 
     def watched(old, new):
         seen.append([path.name for path in checkpoints(tmp_path)])
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", watched)
-    with Writer(tmp_path, shot, keep_last=1) as writer:
-        for step in (2, 4, 6):
-            shot.state.step = step
-            writer.write(finished=False, sizes={})
+    with Writer(tmp_path, snapshot(), keep_last=1) as writer:
+        write(writer, 2, 4, 6)
     assert seen == [[], ["step-000002"], ["step-000004"]]
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
 
@@ -461,17 +480,15 @@ def test_without_a_further_thread_it_is_written_in_the_same_one(tmp_path, monkey
 def test_what_its_thread_cannot_write_is_told_and_the_one_before_stays(
     noticed, tmp_path, monkeypatch
 ):
-    shot = snapshot(step=2)
-    writer = Writer(tmp_path, shot, keep_last=1)
-    writer.write(finished=False, sizes={})
+    writer = Writer(tmp_path, snapshot(), keep_last=1)
+    write(writer, 2)
     writer.wait()
 
     def full(file):
         raise OSError(28, f"no room for {file.name}")
 
     monkeypatch.setattr(checkpoint, "_identity", full)
-    shot.state.step = 4
-    writer.write(finished=False, sizes={})
+    write(writer, 4)
     with pytest.raises(BadInput, match=f"{tmp_path}/step-000004: could not be saved: no room for"):
         NOTICED[noticed](writer)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
@@ -493,14 +510,14 @@ def test_what_its_thread_cannot_write_does_not_hide_what_ended_the_stage(
 ):
     monkeypatch.setattr(checkpoint, "_identity", lambda _: (tmp_path / "nowhere").stat())
     writer = Writer(tmp_path, snapshot(), keep_last=1)
-    writer.write(finished=False, sizes={})
+    write(writer, 4)
     writer.__exit__(NonFinite, NonFinite(4, "loss", [], None), None)  # does not raise another
     assert "warning: " in (told := capsys.readouterr().err)
     assert "step-000004: could not be saved: No such file" in told
 
 
 def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, capsys):
-    shot, rmtree = snapshot(step=2), shutil.rmtree
+    rmtree = shutil.rmtree
 
     def busy(path, **options):
         if path.name == "step-000002":
@@ -508,10 +525,8 @@ def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, c
         rmtree(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", busy)
-    with Writer(tmp_path, shot, keep_last=1) as writer:
-        for step in (2, 4):
-            shot.state.step = step
-            writer.write(finished=False, sizes={})
+    with Writer(tmp_path, snapshot(), keep_last=1) as writer:
+        write(writer, 2, 4)
     assert latest(tmp_path).step == 4
     assert "step-000002 could not be removed: Directory not empty" in capsys.readouterr().err
 
@@ -688,8 +703,7 @@ def test_another_tokenizer_of_the_trained_model_is_refused(tmp_path):
 def test_weights_of_nan_are_not_gone_on_with(tmp_path):
     shot = snapshot()
     torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
-    path = tmp_path / "step-000004"
-    begin(path, shot, finished=False, sizes={})()
+    path = saved(tmp_path, shot=shot)
     with pytest.raises(BadInput, match=r"step-000004: value_head.bias is not finite; start a new"):
         Checkpoint(path).restore(snapshot())
 
@@ -798,13 +812,11 @@ ONE_STEP["ppo"] = ["--steps", "1", "--epochs", "1", "--minibatch_size", "8"]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_model_that_the_last_step_breaks_is_not_published(
-    algorithm, work, tmp_path, monkeypatch, capsys
-):
-    options = [*command_line(algorithm, work), *ONE_STEP[algorithm], *HUGE]
+def test_a_model_that_the_last_step_breaks_is_not_published(algorithm, work, tmp_path, capsys):
+    options = [*ONE_STEP[algorithm], *HUGE]
     options += ["--keep_best", "eval/score" if algorithm == "ppo" else "eval/loss"]
     out = tmp_path / "run"
-    assert run_command(monkeypatch, algorithm, *options, "--out", out) == 1
+    assert start(algorithm, work, out, *options) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {algorithm}, step 1 of 1: " in told
     assert "weight is not finite after the update" in told
@@ -813,20 +825,17 @@ def test_a_model_that_the_last_step_breaks_is_not_published(
 
 
 @pytest.mark.parametrize("name", ["eval/accuracy", "eval/ties"])
-def test_an_accuracy_of_0_of_a_broken_model_is_not_the_best(
-    name, work, tmp_path, monkeypatch, capsys
-):
-    options = [*command_line("reward_model", work), *HUGE, "--eval_every", "1", "--keep_best", name]
+def test_an_accuracy_of_0_of_a_broken_model_is_not_the_best(name, work, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run_command(monkeypatch, "reward_model", *options, "--out", out) == 1
+    assert start("reward_model", work, out, *HUGE, "--eval_every", 1, "--keep_best", name) == 1
     assert "reward_model, step 1 of 14: " in capsys.readouterr().err
     assert not (out / "best").exists()
 
 
-def test_what_was_good_before_stays_and_is_named(stopped, monkeypatch, capsys):
+def test_what_was_good_before_stays_and_is_named(stopped, capsys):
     before = bytes_of(stopped)
     other = ["--allow_config_change", *HUGE, "--keep_best", "eval/loss"]
-    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 1
+    assert resume("sft", stopped, *other) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     place = stopped / "checkpoints/sft/step-000005"
     assert f"what was good before is in {place}; go on from there with a lower learning" in told
@@ -858,10 +867,9 @@ def test_final_metrics_are_finite(last, tmp_path):
 
 
 def test_a_fault_whose_cause_lies_in_the_step_before_names_the_weights(tmp_path):
-    shot = snapshot(step=3)
-    torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
     kept = []
-    object.__setattr__(shot, "save_model", kept.append)
+    shot = replace(snapshot(step=3), save_model=kept.append)
+    torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
     with (
         pytest.raises(Diverged, match=r"step 3 of 10: value_head.bias, and so loss of step 4"),
         faults.saved(tmp_path, [{"learning_rate": 2.0}], shot),
@@ -880,95 +888,118 @@ def bytes_of(run):
     return {path.relative_to(run): path.read_bytes() for path in files}
 
 
-@pytest.fixture
-def stopped(work, tmp_path):
-    """A run of SFT that was stopped after its fifth step, with two checkpoints."""
-    out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
-        options = [*command_line("sft", work), "--keep_last", "2", "--out", out]
-        assert run_command(patch, "sft", *options) == 143
-    return out
-
-
-def test_checkpoints_of_another_version_are_not_thrown_away(stopped, monkeypatch, capsys):
-    for file in stopped.glob("checkpoints/*/*/checkpoint.json"):
+def of_another_version(out, _tmp_path):
+    for file in out.glob("checkpoints/*/*/checkpoint.json"):
         file.write_text(file.read_text("utf-8").replace('"format": 4', '"format": 2'), "utf-8")
-    before = bytes_of(stopped)
-    assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
+
+
+def damaged_end_of_sft(out, _tmp_path):
+    file = checkpoints(out / "checkpoints/sft")[-1] / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damaged_metrics(out, _tmp_path):
+    file = out / "metrics.jsonl"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+
+def cut_metrics(out, _tmp_path):
+    file = out / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def link_out_of_it(out, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (out / "best").symlink_to(tmp_path / "elsewhere")
+
+
+REFUSED = {
+    "of another version": (
+        "stopped",
+        of_another_version,
+        "checkpoints/sft: none of its checkpoints can be used",
+    ),
+    "no checkpoint of its end": (
+        "stopped",
+        lambda out, _: (out / "checkpoints/sft").rename(out / "checkpoints/ppo"),
+        "sft has no checkpoint of its end, but there are some of ppo, which would be lost",
+    ),
+    "finished, without checkpoints": (
+        "finished",
+        lambda out, _: shutil.rmtree(out / "checkpoints"),
+        "sft was finished and has no checkpoint",
+    ),
+    "cut metrics": ("stopped", cut_metrics, "run/metrics.jsonl is shorter than when"),
+    "a link": ("finished", link_out_of_it, "run/best is a link, and no run writes any"),
+    "a damaged checkpoint of an earlier stage": (
+        "in_ppo",
+        damaged_end_of_sft,
+        "sft has no checkpoint of its end, but there are some of ppo, reward_model",
+    ),
+    "damaged metrics": ("in_ppo", damaged_metrics, "metrics.jsonl: damaged; put the file back"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_resume_changes_nothing(case, request, tmp_path, capsys):
+    fixture, damage, message = REFUSED[case]
+    out = request.getfixturevalue(fixture)
+    damage(out, tmp_path)
+    before = bytes_of(out)
+    assert resume("quickstart" if fixture == "in_ppo" else "sft", out, "--keep_last", 1) == 2
     found = capsys.readouterr()
-    assert "step-000005: written by another version" in found.out
-    assert "checkpoints/sft: none of its checkpoints can be used" in found.err
-    assert bytes_of(stopped) == before
+    assert message in found.err
+    assert bytes_of(out) == before
+    if case == "of another version":
+        assert "step-000005: written by another version" in found.out
+    if case == "a damaged checkpoint of an earlier stage":
+        for name in ("ppo", "reward_model"):  # as the message says
+            (out / "checkpoints" / name).rename(tmp_path / name)
+        assert resume("quickstart", out) == 0
 
 
-def test_a_finished_run_without_its_checkpoints_is_not_trained_again(
-    whole, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(whole["sft"], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints")
-    before = bytes_of(tmp_path / "run")
-    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 2
-    assert "sft was finished and has no checkpoint" in capsys.readouterr().err
-    assert bytes_of(tmp_path / "run") == before
-
-
-def test_a_stage_without_checkpoint_is_not_trained_again_where_later_ones_have_some(
-    stopped, monkeypatch, capsys
-):
-    (stopped / "checkpoints/sft").rename(stopped / "checkpoints/ppo")
-    before = bytes_of(stopped)
-    assert run_command(monkeypatch, "sft", "--resume", stopped) == 2
-    told = capsys.readouterr().err
-    assert "sft has no checkpoint of its end, but there are some of ppo, which would be lo" in told
-    assert bytes_of(stopped) == before
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(stopped, whole, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(stopped, whole):
     shutil.rmtree(stopped / "checkpoints")
-    assert run_command(monkeypatch, "sft", "--resume", stopped) == 0
-    wanted = {k: v for k, v in result(whole["sft"]).items() if "step-000012" not in k}
-    found = {k: v for k, v in result(stopped).items() if "step-000012" not in k}
+    assert resume("sft", stopped) == 0
+    found, wanted = (
+        {k: v for k, v in result(out).items() if "step-000012" not in k}
+        for out in (stopped, whole["sft"])
+    )
     assert found == wanted
 
 
-def test_lines_of_others_stay_and_lines_that_are_missing_are_missed(
-    work, whole, tmp_path, monkeypatch, capsys
-):
+def test_lines_of_others_stay_and_lines_that_are_missing_are_missed(work, whole, tmp_path, capsys):
     out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
-        assert run_command(patch, "ppo", *command_line("ppo", work), "--out", out) == 143
+    assert start("ppo", work, out, stop_at=5) == 143
     (out / "notes.jsonl").write_text("mine", encoding="utf-8")
     samples = (out / "samples.jsonl").read_bytes()
     (out / "samples.jsonl").unlink()
-    assert run_command(monkeypatch, "ppo", "--resume", out) == 2
+    assert resume("ppo", out) == 2
     assert f"{out}/samples.jsonl is shorter than when" in capsys.readouterr().err
     (out / "samples.jsonl").write_bytes(samples)
-    assert run_command(monkeypatch, "ppo", "--resume", out) == 0
+    assert resume("ppo", out) == 0
     assert (out / "notes.jsonl").read_text(encoding="utf-8") == "mine"
     (out / "notes.jsonl").unlink()
     assert result(out) == result(whole["ppo"])
 
 
-def test_a_refused_change_is_not_written_down(stopped, tmp_path, monkeypatch, capsys):
+def test_a_refused_change_is_not_written_down(stopped, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text(
         "".join(json.dumps({"prompt": f"red {i}", "chosen": "ball"}) + "\n" for i in range(28)),
         encoding="utf-8",
     )
     record = read_record(stopped)
     other = ["--data", tmp_path / "other.jsonl", "--allow_config_change"]
-    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 2
+    assert resume("sft", stopped, *other) == 2
     assert "had other data" in capsys.readouterr().err
     assert read_record(stopped) == record
-    assert run_command(monkeypatch, "sft", "--resume", stopped) == 0
+    assert resume("sft", stopped) == 0
 
 
-def test_other_rates_are_used_and_not_only_told(stopped, monkeypatch):
+def test_other_rates_are_used_and_not_only_told(stopped):
     other = ["--learning_rate", "1e-7", "--weight_decay", "0.25", "--allow_config_change"]
-    assert run_command(monkeypatch, "sft", "--resume", stopped, *other) == 0
-    rows = (stopped / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(row)["learning_rate"] for row in rows]
+    assert resume("sft", stopped, *other) == 0
+    rates = [row["learning_rate"] for row in rows_of(stopped)]
     assert max(rates[5:]) <= 1e-7 < min(rates[1:5])
     record = json.loads(next(stopped.glob("checkpoints/*/*14/checkpoint.json")).read_text("utf-8"))
     groups = record["state"]["optimizer"]["optimizer"]["param_groups"]
@@ -990,22 +1021,23 @@ def test_what_was_renamed_and_not_yet_replaced_is_put_back(successor, stopped, c
 
 
 def test_no_step_is_written_twice_where_max_kl_ends_the_run(work, tmp_path, monkeypatch):
-    written, start = [], checkpoint.begin
+    written, begin = [], checkpoint.begin
 
     def watched(folder, *args, **options):
         written.append((folder.name, options["finished"]))
-        return start(folder, *args, **options)
+        return begin(folder, *args, **options)
 
     monkeypatch.setattr(checkpoint, "begin", watched)
-    options = ["--max_kl", "1e-9", "--save_every", "1", "--out", tmp_path / "run"]
-    assert run_command(monkeypatch, "ppo", *command_line("ppo", work), *options) == 0
+    assert start("ppo", work, tmp_path / "run", "--max_kl", "1e-9", "--save_every", "1") == 0
     names = [name for name, _ in written]
     assert sorted(set(names)) == names
     assert [finished for _, finished in written] == [False] * (len(names) - 1) + [True]
     assert len(names) < 10
 
 
-def test_a_signal_while_the_last_checkpoint_is_completed_is_heard(work, tmp_path, capsys):
+def test_a_signal_while_the_last_checkpoint_is_completed_is_heard(
+    work, tmp_path, monkeypatch, capsys
+):
     identity = checkpoint._identity
 
     def signalled(file):
@@ -1013,10 +1045,8 @@ def test_a_signal_while_the_last_checkpoint_is_completed_is_heard(work, tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
         return identity(file)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_identity", signalled)
-        out = tmp_path / "run"
-        assert run_command(patch, "sft", *command_line("sft", work), "--out", out) == 143
+    monkeypatch.setattr(checkpoint, "_identity", signalled)
+    assert start("sft", work, tmp_path / "run") == 143
     assert "after step 14 of 14 of sft; saved; go on with" in capsys.readouterr().err
 
 
@@ -1052,26 +1082,6 @@ def test_samples_are_written_anew_behind_a_line_that_was_cut(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_metrics_that_were_cut_are_refused(work, tmp_path, capsys):
-    out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
-        assert run_command(patch, "sft", *command_line("sft", work), "--out", out) == 143
-    file = out / "metrics.jsonl"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_command(patch, "sft", "--resume", out) == 2
-    assert f"{file} is shorter than when" in capsys.readouterr().err
-
-
-def test_links_out_of_a_run_are_refused(whole, tmp_path, monkeypatch, capsys):
-    shutil.copytree(whole["sft"], tmp_path / "run")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "run/best").symlink_to(tmp_path / "elsewhere")
-    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 2
-    assert "run/best is a link, and no run writes any" in capsys.readouterr().err
-
-
 USERS = [
     *("checkpoints/good-model/model.pt", "checkpoints/ppo-good/step-000100/weights.safetensors"),
     *("checkpoints/notes.txt", "checkpoints/sft/step-000006-good/a", "checkpoints/sft/step-42/a"),
@@ -1086,15 +1096,15 @@ def with_files(run, names=USERS):
         (run / name).write_text("mine", encoding="utf-8")
 
 
-def test_what_the_user_has_put_into_a_run_stays_when_it_is_resumed(stopped, monkeypatch, capsys):
+def test_what_the_user_has_put_into_a_run_stays_when_it_is_resumed(stopped, capsys):
     with_files(stopped)
     (stopped / "checkpoints/ppo/step-000002").mkdir()  # of a later stage, half deleted
     noted = stopped / "checkpoints/sft/step-000004/notes.md"
     noted.write_text("mine", encoding="utf-8")
-    assert run_command(monkeypatch, "sft", "--resume", stopped, "--keep_last", "1") == 2
+    assert resume("sft", stopped, "--keep_last", "1") == 2
     assert "there are some of ppo, which would be lost" in capsys.readouterr().err
     shutil.rmtree(stopped / "checkpoints/ppo/step-000002")
-    assert run_command(monkeypatch, "sft", "--resume", stopped, "--keep_last", "1") == 0
+    assert resume("sft", stopped, "--keep_last", "1") == 0
     assert {(stopped / name).read_text(encoding="utf-8") for name in USERS} == {"mine"}
     assert noted.read_text(encoding="utf-8") == "mine"
     found = [path.name for path in checkpoints(stopped / "checkpoints/sft")]
@@ -1108,9 +1118,9 @@ def test_what_the_user_has_put_into_a_run_stays_when_it_is_resumed(stopped, monk
 
 @pytest.mark.parametrize("algorithm", ["sft", "ppo"])
 def test_overwriting_removes_what_the_run_wrote_and_leaves_what_the_user_did(
-    algorithm, work, whole, tmp_path, monkeypatch, capsys
+    algorithm, work, whole, tmp_path, capsys
 ):
-    shutil.copytree(whole[algorithm], out := tmp_path / "run")
+    out = shutil.copytree(whole[algorithm], tmp_path / "run")
     (out / "best/sft").mkdir(parents=True)
     shutil.copy(out / "run.json", out / "best/sft/config.json")
     (out / ".sft-77-old").mkdir()
@@ -1123,8 +1133,7 @@ def test_overwriting_removes_what_the_run_wrote_and_leaves_what_the_user_did(
     assert (out / "empty").is_dir()
     assert not any((out / name).exists() for name in ("best/sft", ".sft-77-old", "metrics.jsonl"))
     (out / "run.json").touch()
-    options = [*command_line(algorithm, work), *ONE_STEP[algorithm], "--out", out, "--overwrite"]
-    assert run_command(monkeypatch, algorithm, *options) == 0
+    assert start(algorithm, work, out, *ONE_STEP[algorithm], "--overwrite") == 0
     assert f"left in {out}, since no run wrote it: {out}/.cache-123/a, " in capsys.readouterr().out
     assert {(out / name).read_text(encoding="utf-8") for name in users} == {"mine"}
     assert (out / algorithm / "model.safetensors").exists()
@@ -1143,17 +1152,16 @@ def test_what_the_user_has_put_beside_a_model_survives_a_kill_while_it_is_replac
     ]
 
 
-def test_what_a_kill_left_is_removed(whole, tmp_path, monkeypatch, capsys):
-    shutil.copytree(whole["sft"], tmp_path / "run")
-    left = tmp_path / "run/checkpoints/sft/.step-000012-4711"
+def test_what_a_kill_left_is_removed(finished, capsys):
+    left = finished / "checkpoints/sft/.step-000012-4711"
     left.mkdir()
-    assert run_command(monkeypatch, "sft", "--resume", tmp_path / "run") == 0
+    assert resume("sft", finished) == 0
     assert not left.exists()
     assert f"removed, since it was only half written: {left}" in capsys.readouterr().out
 
 
-def test_of_another_command(whole, monkeypatch, capsys):
-    assert run_command(monkeypatch, "dpo", "--resume", whole["sft"]) == 2
+def test_of_another_command(whole, capsys):
+    assert resume("dpo", whole["sft"]) == 2
     assert "was started by another command: it has no DPOConfig but" in capsys.readouterr().err
 
 
@@ -1170,10 +1178,31 @@ def test_of_another_command(whole, monkeypatch, capsys):
         ('{"config": {"RunOptions": {}, "SFTConfig": {"epochs": -1}}}', "epochs is -1"),
     ],
 )
-def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, capsys):
+def test_a_record_that_no_run_wrote(content, message, tmp_path, capsys):
     (tmp_path / "run.json").write_text(content, encoding="utf-8")
-    assert run_command(monkeypatch, "sft", "--resume", tmp_path) == 2
+    assert resume("sft", tmp_path) == 2
     assert message in capsys.readouterr().err
+
+
+def follow_with(folder, name, values, *, done=0, stage="ppo"):
+    """Steps with these values of a metric; at which the best model was kept."""
+    kept = []
+
+    def save(best):
+        assert best == folder / "best" / stage
+        best.mkdir(parents=True, exist_ok=True)
+        kept.append(shot.state.step)
+
+    shot = replace(snapshot(step=done), stage=stage, save_model=save)
+
+    def steps():
+        for value in values:
+            shot.state.step += 1
+            yield {name: value}
+
+    log = MetricsLog(lambda: folder, saving=Saving(every=0, keep_best=name))
+    log.follow(stage, steps(), total=done + len(values), show=(), snapshot=shot)
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -1186,51 +1215,16 @@ def test_a_record_that_no_run_wrote(content, message, tmp_path, monkeypatch, cap
     ],
 )
 def test_the_best_model_is_kept(stage, name, values, best, tmp_path):
-    kept, shot = [], replace(snapshot(step=0), stage=stage)
-
-    def save(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.append((folder, shot.state.step))
-
-    object.__setattr__(shot, "save_model", save)
-
-    def steps():
-        for value in values:
-            shot.state.step += 1
-            yield {name: value}
-
-    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best=name))
-    log.follow(stage, steps(), total=len(values), show=(), snapshot=shot)
-    assert kept == [(tmp_path / f"best/{stage}", step) for step in best]
+    assert follow_with(tmp_path, name, values, stage=stage) == best
     told = json.loads((tmp_path / f"best/{stage}/best.json").read_text(encoding="utf-8"))
     assert told == {"metric": name, "step": best[-1], "value": values[best[-1] - 1]}
-    assert not list(Path(tmp_path).glob("checkpoints/*"))
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_metric_that_never_came_is_told(tmp_path, capsys):
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/scores"))
     log.follow("ppo", [{"eval/score": 1.0}], total=1, show=(), snapshot=snapshot(step=0))
     assert "--keep_best eval/scores: ppo never measured it" in capsys.readouterr().out
-
-
-def follow_with(folder, name, values, *, done=0):
-    """Steps with these values of a metric; at which the best model was kept."""
-    kept, shot = [], snapshot(step=done)
-
-    def save(best):
-        best.mkdir(parents=True, exist_ok=True)
-        kept.append(shot.state.step)
-
-    object.__setattr__(shot, "save_model", save)
-
-    def steps():
-        for value in values:
-            shot.state.step += 1
-            yield {name: value}
-
-    log = MetricsLog(lambda: folder, saving=Saving(every=0, keep_best=name))
-    log.follow("ppo", steps(), total=done + len(values), show=(), snapshot=shot)
-    return kept
 
 
 def test_what_was_best_before_a_resume_stays_the_best_of_its_metric(tmp_path):
@@ -1244,8 +1238,8 @@ def test_what_was_best_before_a_resume_stays_the_best_of_its_metric(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_may_be_the_best_is_what_the_stages_measure(algorithm, whole):
-    rows = (whole[algorithm] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    measured = {name for row in rows for name in json.loads(row) if name.startswith("eval/")}
+    names = {name for row in rows_of(whole[algorithm]) for name in row}
+    measured = {name for name in names if name.startswith("eval/")}
     assert measured == {f"eval/{name}" for name in stage_modules()[algorithm].MEASURED}
 
 
@@ -1304,9 +1298,8 @@ def test_nothing_can_be_the_best_without_held_out_rows(tmp_path, capsys):
 
 def test_other_held_out_rows_are_told(tmp_path, capsys):
     red, blue = (PromptExample(text, torch.tensor([2])) for text in ("red", "blue"))
-    path = tmp_path / "step-000004"
     shot = replace(snapshot(), heldout=[red])
-    begin(path, shot, finished=False, sizes={})()
+    path = saved(tmp_path, shot=shot)
     Checkpoint(path).restore(shot)
     assert capsys.readouterr().out == ""
     Checkpoint(path).restore(replace(shot, heldout=[red, blue]))
@@ -1318,123 +1311,67 @@ def test_other_held_out_rows_are_told(tmp_path, capsys):
 def test_another_file_of_a_reward_function_is_told(work, tmp_path, capsys):
     reward, out = tmp_path / "mine.py", tmp_path / "run"
     reward.write_text("def f(prompts, responses):\n    return [1.0] * len(prompts)\n", "utf-8")
-    options = [x for x in command_line("ppo", work) if x != "--reward_model"]
-    options.remove(str(work / "reward_model"))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
-        options += ["--reward", f"2*{reward}:f", "--skip_preflight", "--out", out]
-        assert run_command(patch, "ppo", *options) == 143
+    options = [x for x in command_line("ppo", work) if not x.endswith("reward_model")]
+    options += ["--reward", f"2*{reward}:f", "--skip_preflight", "--out", out]
+    assert run("ppo", *options, stop_at=5) == 143
     told = f"ppo: the file of {reward}:f was changed since step 5, so its rewards may be others"
     for change, lines in [("", 0), ("# another\n", 1)]:
-        shutil.copytree(out, again := tmp_path / f"again{lines}")
-        with reward.open("a", encoding="utf-8") as file:
-            file.write(change)
-        with pytest.MonkeyPatch.context() as patch:
-            assert run_command(patch, "ppo", "--resume", again) == 0
+        again = shutil.copytree(out, tmp_path / f"again{lines}")
+        reward.write_text(reward.read_text("utf-8") + change, "utf-8")
+        assert resume("ppo", again) == 0
         assert capsys.readouterr().out.count(told) == lines
 
 
 # Several stages
 
 
-QUICK = "--sft_epochs 4 --reward_epochs 1 --ppo_steps 4 --ppo_batch_size 8 --dpo_epochs 1 "
-QUICK += "--max_length 16 --max_response_tokens 6 --test_prompts 3 --threads 1 --skip_preflight"
-
-
 @pytest.fixture(scope="module")
-def in_ppo(work, tmp_path_factory):
-    """A quickstart that was stopped in the third step of its third stage."""
+def whole_in_ppo(work, tmp_path_factory):
     out = tmp_path_factory.mktemp("quick") / "run"
-    given = ["--data", work / "rows.jsonl", "--model", work / "sft", "--reward_model"]
-    options = [*QUICK.split(), *given, work / "reward_model", "--save_every", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        stop_at(patch, 3, stage="ppo")
-        assert run_quickstart(patch, *options, "--keep_last", "2", "--out", out) == 143
+    options = quick(work, 4, "--save_every", 1, "--keep_last", 2, "--out", out)
+    assert run("quickstart", *options, stop_at=3, stage="ppo") == 143
     return out
 
 
-def run_quickstart(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
-    try:
-        torture.load("quickstart").main()
-    except SystemExit as error:
-        return error.code
-    return 0
+@pytest.fixture
+def in_ppo(whole_in_ppo, tmp_path):
+    """A quickstart that was stopped in the third step of its third stage."""
+    return shutil.copytree(whole_in_ppo, tmp_path / "run")
 
 
 def stages_of(out):
     return sorted(path.name for path in out.glob("checkpoints/*") if checkpoints(path))
 
 
-def test_an_earlier_checkpoint_of_an_earlier_stage_does_not_cost_the_later_ones(
-    in_ppo, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(in_ppo, out := tmp_path / "run")
-    file = checkpoints(out / "checkpoints/sft")[-1] / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-1])
-    before = bytes_of(out)
-    assert run_quickstart(monkeypatch, "--resume", out) == 2
-    told = capsys.readouterr().err
-    assert "sft has no checkpoint of its end, but there are some of ppo, reward_model" in told
-    assert bytes_of(out) == before
-    for name in ("ppo", "reward_model"):  # as the message says
-        (out / "checkpoints" / name).rename(tmp_path / name)
-    assert run_quickstart(monkeypatch, "--resume", out) == 0
-
-
 @pytest.mark.usefixtures("interruptible")
-def test_fewer_steps_than_are_done_are_done(in_ppo, tmp_path, capsys):
-    shutil.copytree(in_ppo, out := tmp_path / "run")
-    fewer = ["--sft_epochs", "1", "--allow_config_change"]
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4, stage="ppo", number=signal.SIGINT)
-        assert run_quickstart(patch, "--resume", out, *fewer) == 130
-    assert stages_of(out) == ["ppo", "reward_model", "sft"]
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_quickstart(patch, "--resume", out) == 0
+def test_fewer_steps_than_are_done_are_done(in_ppo, capsys):
+    fewer, ctrl_c = ["--sft_epochs", "1", "--allow_config_change"], {"number": signal.SIGINT}
+    assert resume("quickstart", in_ppo, *fewer, stop_at=4, stage="ppo", **ctrl_c) == 130
+    assert stages_of(in_ppo) == ["ppo", "reward_model", "sft"]
+    assert resume("quickstart", in_ppo) == 0
     assert "ppo: continued after step 4 of 4" in capsys.readouterr().out
 
 
-def test_nothing_is_deleted_before_the_last_refusal(in_ppo, tmp_path, monkeypatch, capsys):
-    shutil.copytree(in_ppo, out := tmp_path / "run")
-    lines = (out / "metrics.jsonl").read_bytes()
-    (out / "metrics.jsonl").write_bytes(b"x" + lines[1:])
-    before = bytes_of(out)
-    assert run_quickstart(monkeypatch, "--resume", out, "--keep_last", "1") == 2
-    assert "metrics.jsonl: damaged; put the file back" in capsys.readouterr().err
-    assert bytes_of(out) == before
-
-
-def test_a_refused_change_in_a_later_stage_is_not_written_down(in_ppo, tmp_path, capsys):
-    shutil.copytree(in_ppo, out := tmp_path / "run")
-    record = read_record(out)
+def test_a_refused_change_in_a_later_stage_is_not_written_down(in_ppo):
+    record = read_record(in_ppo)
     shorter = ["--max_length", "15", "--max_response_tokens", "5", "--allow_config_change"]
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_quickstart(patch, "--resume", out, *shorter) == 2
-    assert read_record(out) == record
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        assert run_quickstart(patch, "--resume", out) == 0
+    assert resume("quickstart", in_ppo, *shorter) == 2
+    assert read_record(in_ppo) == record
+    assert resume("quickstart", in_ppo) == 0
 
 
 def test_without_checkpoints_a_stop_saves_nothing_that_is_no_use(work, tmp_path, capsys):
-    given = ["--data", work / "rows.jsonl", "--model", work / "sft", "--reward_model"]
-    options = [*QUICK.split(), *given, work / "reward_model", "--save_every", "0"]
-    out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 3, stage="ppo")
-        assert run_quickstart(patch, *options, "--out", out) == 143
+    options = quick(work, 4, "--save_every", 0, "--out", tmp_path)
+    assert run("quickstart", *options, stop_at=3, stage="ppo") == 143
     assert "after step 3 of 4 of ppo; not saved" in capsys.readouterr().err
-    assert stages_of(out) == []
+    assert stages_of(tmp_path) == []
 
 
-def test_a_run_that_has_begun_meanwhile_is_not_replaced(whole, tmp_path):
-    shutil.copytree(whole["sft"], out := tmp_path / "run")
-    before = bytes_of(out)
+def test_a_run_that_has_begun_meanwhile_is_not_replaced(finished):
+    before = bytes_of(finished)
     with pytest.raises(BadInput, match="another run has begun there; give another folder, or --ov"):
-        folder.open_run(out, RunOptions())
-    assert bytes_of(out) == before
+        folder.open_run(finished, RunOptions())
+    assert bytes_of(finished) == before
 
 
 def test_a_folder_that_cannot_be_flushed_need_not_be(tmp_path, monkeypatch):

@@ -1,41 +1,143 @@
-"""Figures as SVG that a page holds within itself, drawn in the page's own colours."""
+"""The figures of a run, drawn by matplotlib in one palette: ``curves.png``, SVG for the page."""
 
+import io
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from rlhf_min.estimates import Estimate
-from rlhf_min.harness.report.markup import Html, join, tag
+from rlhf_min.harness.report.curves import Curve, stage_modules, title
+from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.reading import Run
 
-WIDTH, HEIGHT = 492, 200
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES = "curves.png"
+# Each colour on light paper and on dark. The page has them as variables of these names.
+PALETTE = {
+    "paper": ("#fdfcf8", "#16181b"),
+    "text": ("#23262a", "#e6e3dc"),
+    "muted": ("#5d636b", "#a3a8ae"),
+    "rule": ("#ddd9cf", "#373b40"),
+    "alarm": ("#a8123c", "#ff92a8"),
+    "c0": ("#0b62a4", "#74b5f0"),
+    "c1": ("#b6520a", "#ed9e5d"),
+    "c2": ("#0a7558", "#54c49a"),
+    "c3": ("#6c2378", "#9583ed"),
+    "c4": ("#444500", "#f0e68c"),
+    "c5": ("#1f2b46", "#f7bcd6"),
+}
+INKS = 6  # of these colours, for lines
+INK = {name: light for name, (light, _) in PALETTE.items()}
+WIDTH, HEIGHT = 492, 200  # of a figure, in points, which are pixels on the page
 LEFT, RIGHT, TOP, BOTTOM = 48, 94, 18, 34  # margins; at the right stand the names of the lines
+HEADING = 26  # above each panel of the picture
+PANELS = 3  # in a row of it
 MOST_POINTS = 80  # of a line; a longer one becomes means with the band that they lie in
-INKS = 6  # colours that the page has for lines
+DOTTED = 12  # a line of so few points has a dot at each
 
-STYLE = """
-svg { display: block; max-width: 100%; height: auto; font: 12px var(--sans); }
-svg text { fill: var(--muted); }
-.axis { stroke: var(--rule); fill: none; }
-.c0 { --ink: var(--c0); } .c1 { --ink: var(--c1); } .c2 { --ink: var(--c2); }
-.c3 { --ink: var(--c3); } .c4 { --ink: var(--c4); } .c5 { --ink: var(--c5); }
-.line { stroke: var(--ink); fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.dashed { stroke-dasharray: 5 3; }
-.band, .bar { fill: var(--ink); } .band { opacity: .18; } .bar { opacity: .75; }
-.dot { fill: var(--ink); }
-svg text.name { fill: var(--ink); }
-.outside { fill: var(--alarm); opacity: .1; }
-.limit, .mark { stroke: var(--alarm); fill: none; }
-.limit { stroke-dasharray: 2 3; }
-.mark { stroke-width: 1.6; }
-svg text.marked { fill: var(--alarm); font-weight: 600; }
-"""
+
+# What is drawn
+
+
+def curve(drawn: Curve, runs: Sequence[Run], description: str) -> Markup:
+    """One curve of a run, or of several over each other."""
+    figure, axes = _figure()
+    _draw(axes, drawn, runs)
+    return _svg(figure, drawn.key, f"{title(drawn.stage)}: {drawn.name}", description)
+
+
+def write_curves(file: Path, run: Run) -> None:
+    """All curves of a run in one picture, and beside it the same as SVG."""
+    modules = stage_modules()
+    curves = [c for s in run.stages if s in modules for c in modules[s].CURVES if c.checked(run)[0]]
+    if not curves:
+        return
+    columns, height = min(PANELS, len(curves)), HEIGHT + HEADING
+    rows = -(-len(curves) // columns)
+    figure, _ = _figure(columns * WIDTH, rows * height, margins=None)
+    for i, curve in enumerate(curves):
+        left, bottom = i % columns * WIDTH, (rows - 1 - i // columns) * height
+        axes = _axes(figure, left + LEFT, bottom + BOTTOM, WIDTH - LEFT - RIGHT, _INNER)
+        _draw(axes, curve, [run])
+        top = 1 + (TOP + 4) / _INNER
+        heading = f"{title(curve.stage)}: {curve.name}"
+        axes.text(0, top, heading, transform=axes.transAxes, color=INK["text"], weight="bold")
+    write_file(file, _bytes(figure, "png"))
+    write_file(file.with_suffix(".svg"), _bytes(figure, "svg"))
+
+
+def histogram(key: str, title: str, description: str, values: Sequence[float]) -> Markup:
+    """How often values are how large, in equal bins, those below 0 in another colour."""
+    low, high = _room([*values, 0.0])
+    width = (high - low) / 24
+    counts: dict[int, int] = {}
+    for value in values:  # one edge is 0, so that no bin holds both signs
+        counts[math.floor(value / width)] = counts.get(math.floor(value / width), 0) + 1
+    figure, axes = _figure()
+    for place, count in sorted(counts.items()):
+        (bar,) = axes.bar(
+            (place + 0.05) * width, count, 0.9 * width, align="edge", alpha=0.75, zorder=2,
+            color=_ink(int(place < 0)),
+        )  # fmt: skip
+        bar.set_gid("bar")
+    ends = min(counts) * width, (max(counts) + 1) * width, 0, 1.05 * max(counts.values())
+    _scale(axes, ends, "margin", "pairs")
+    axes.axvline(0, **_LIMIT)
+    return _svg(figure, key, title, description)
+
+
+def calibration(
+    key: str, title: str, description: str, bins: Sequence[tuple[float, Estimate]]
+) -> Markup:
+    """Predicted shares against observed ones with their intervals, and the line where both agree.
+
+    Args:
+        bins: the mean prediction and the observed share of each.
+    """
+    figure, axes = _figure()
+    _scale(axes, (0.5, 1, min(0.5, *(share.lo for _, share in bins)), 1), "predicted", "observed")
+    _line(axes, [0.5, 1], [0.5, 1], ink=1, dashed=True)
+    for predicted, share in bins:
+        _line(axes, [predicted, predicted], [share.lo, share.hi], ink=0)
+        _line(axes, [predicted], [share.mean], ink=0, dot=7)
+    return _svg(figure, key, title, description)
+
+
+def intervals(
+    key: str, title: str, description: str, estimates: Sequence[tuple[int, float, float, float]]
+) -> Markup:
+    """A line for each estimate, its interval, with a dot at its mean.
+
+    Args:
+        estimates: (ink, mean, low, high) of each.
+    """
+    from matplotlib.lines import Line2D
+
+    figure, _ = _figure(150, 9 * len(estimates), margins=None)
+    low, high = _room([x for estimate in estimates for x in estimate[1:]])
+    for i, (ink, *estimate) in enumerate(estimates):
+        mean, left, right = (0.04 + 0.92 * (x - low) / (high - low) for x in estimate)
+        y = 1 - (i + 0.5) / len(estimates)
+        figure.add_artist(Line2D([left, right], [y, y], color=_ink(ink), gid="line", **_LINE))
+        figure.add_artist(Line2D([mean], [y], color=_ink(ink), gid="dot", **_DOT, markersize=6))
+    return _svg(figure, key, title, description)
+
+
+# A curve
 
 
 @dataclass(frozen=True)
-class Line:
-    """A curve: its name, its colour's number, and its points."""
-
+class _Line:
     name: str
     ink: int
     xs: Sequence[float]
@@ -43,215 +145,75 @@ class Line:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A place to look at, and what is written there."""
-
-    x: float
-    y: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where numbers lie in a figure, between the margins."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        """From the left, in pixels."""
-        share = (value - self.x_low) / (self.x_high - self.x_low)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        """From the top, in pixels."""
-        share = (value - self.y_low) / (self.y_high - self.y_low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def path(self, points: Sequence[tuple[float, float]]) -> str:
-        """Straight lines from point to point."""
-        return "M" + "L".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-
-    def axes(self, x_label: str, y_label: str = "", *, x_step: float = 0) -> Html:
-        """Both axes with their round numbers, on the lower one at least `x_step` apart."""
-        bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-        parts = [tag("path", d=f"M{LEFT},{bottom}H{right}", class_="axis")]
-        for value in ticks(self.y_low, self.y_high):
-            at = f"{self.y(value):.1f}"
-            parts.append(tag("path", d=f"M{LEFT},{at}H{right}", class_="axis"))
-            style = {"text_anchor": "end", "dominant_baseline": "middle"}
-            parts.append(tag("text", f"{value:g}", x=LEFT - 6, y=at, **style))
-        for value in ticks(self.x_low, self.x_high, x_step):
-            at = f"{self.x(value):.1f}"
-            parts.append(tag("text", f"{value:g}", x=at, y=bottom + 15, text_anchor="middle"))
-        style = {"text_anchor": "end"}
-        parts.append(tag("text", x_label, x=right, y=HEIGHT - 4, **style))
-        parts.append(tag("text", y_label, x=LEFT, y=11))
-        return join(*parts)
+def _lines(curve: Curve, runs: Sequence[Run]) -> Iterator[_Line]:
+    """All that was measured of a run; of several, one line each."""
+    if len(runs) > 1:
+        yield from (_Line(run.name, i, *curve.checked(run)) for i, run in enumerate(runs))
+        return
+    for i, (metric, label) in enumerate(curve.lines):
+        yield _Line(label, i % 2, *runs[0].series(curve.stage, metric), dashed=i > 1)
 
 
-def line_figure(
-    key: str,
-    title: str,
-    description: str,
-    lines: Sequence[Line],
-    *,
-    y_label: str = "",
-    limits: tuple[float, float] | None = None,
-    marks: Sequence[Mark] = (),
-) -> Html:
-    """Curves over the steps, with what lies outside the limits shaded, and marks.
-
-    Args:
-        key: a name for the figure that no other one of the page has.
-        title, description: for those who do not see it.
-        lines: at least one, each with at least one point.
-        y_label: what is measured.
-        limits: of the healthy range; shown where the curves come near them.
-        marks: places to point out.
-    """
-    thin = [_thinned(line) for line in lines]
-    x_low, x_high = _room([x for line in lines for x in line.xs], 0.0)
-    lows, highs = ([point[i] for points in thin for point in points] for i in (1, 3))
+def _draw(axes: "Axes", curve: Curve, runs: Sequence[Run]) -> None:
+    """Lines over the steps, with what lies outside the range shaded, and where it was left."""
+    lines = [line for line in _lines(curve, runs) if line.xs]
+    points = [_thinned(line) for line in lines]
+    x_low, x_high = _room([x for line in lines for x in line.xs])
+    lows, highs = ([point[i] for line in points for point in line] for i in (1, 3))
     y_low, y_high = _room([*lows, *highs], 0.06)
+    limits = curve.limits(runs[0]) if len(runs) == 1 else (-math.inf, math.inf)
     reach = (y_high - y_low) / 2  # a limit further off would only flatten the curves
-    near = [limit for limit in limits or () if y_low - reach < limit < y_high + reach]
-    frame = Frame(x_low, x_high, *_room([y_low, y_high, *near], 0.0))
+    near = [limit for limit in limits if y_low - reach < limit < y_high + reach]
+    y_low, y_high = min(y_low, *near, y_low), max(y_high, *near, y_high)
+    _scale(axes, (x_low, x_high, y_low, y_high), "step", curve.unit)
 
-    drawn = [_outside(frame, limits), frame.axes("step", y_label, x_step=1)]
-    for line, points in zip(lines, thin, strict=True):
-        drawn.append(_curve(frame, line, points))
-    drawn.append(_names(frame, lines, thin))
-    for mark in marks:
-        x, y = frame.x(mark.x), frame.y(mark.y)
-        at_end = x > LEFT + 0.6 * (WIDTH - LEFT - RIGHT)
-        drawn += [
-            tag("path", d=f"M{x:.1f},{TOP}V{HEIGHT - BOTTOM}", class_="limit"),
-            tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=5, class_="mark"),
-            tag(
-                "text",
-                mark.text,
-                x=f"{x + (-5 if at_end else 5):.1f}",
-                y=TOP + 8,
-                text_anchor="end" if at_end else "start",
-                class_="marked",
-            ),
-        ]
-    return _svg(key, title, description, drawn)
-
-
-def histogram(key: str, title: str, description: str, values: Sequence[float]) -> Html:
-    """How often values are how large, in equal bins, those below 0 in another colour."""
-    low, high = _room([*values, 0.0], 0.0)
-    # One edge is 0, so that no bin holds both signs.
-    width = (high - low) / 24
-    counts: dict[int, int] = {}
-    for value in values:
-        place = math.floor(value / width)
-        counts[place] = counts.get(place, 0) + 1
-    frame = Frame(min(counts) * width, (max(counts) + 1) * width, 0, 1.05 * max(counts.values()))
-    bars = [
-        tag(
-            "rect",
-            x=f"{frame.x(place * width) + 0.5:.1f}",
-            y=f"{frame.y(count):.1f}",
-            width=f"{frame.x(width) - frame.x(0) - 1:.1f}",
-            height=f"{frame.y(0) - frame.y(count):.1f}",
-            class_=f"bar c{int(place < 0)}",
-        )
-        for place, count in sorted(counts.items())
-    ]
-    zero = tag("path", d=f"M{frame.x(0):.1f},{TOP}V{HEIGHT - BOTTOM}", class_="limit")
-    return _svg(key, title, description, [frame.axes("margin", "pairs"), *bars, zero])
+    for limit, edge in zip(limits, (y_low, y_high), strict=True):
+        if limit in near:
+            box = axes.axhspan(limit, edge, color=INK["alarm"], alpha=0.1, linewidth=0)
+            box.set_gid("outside")
+            axes.axhline(limit, **_LIMIT)
+    for line, thin in zip(lines, points, strict=True):
+        xs, lowest, means, highest = zip(*thin, strict=True)
+        if len(line.xs) > MOST_POINTS:
+            around = [*xs, *reversed(xs)], [*highest, *reversed(lowest)]
+            (band,) = axes.fill(*around, color=_ink(line.ink), alpha=0.18, linewidth=0)
+            band.set_gid("band")
+        _line(axes, xs, means, ink=line.ink, dashed=line.dashed)
+        if len(xs) <= DOTTED:
+            _line(axes, xs, means, ink=line.ink, dot=5)
+    if len(lines) > 1:
+        _names(axes, [(line, thin[-1][2]) for line, thin in zip(lines, points, strict=True)])
+    for run in runs:
+        status = curve.status(run)
+        if status is not None and status.left is not None:
+            _mark(axes, *status.left)
 
 
-def calibration_figure(
-    key: str, title: str, description: str, bins: Sequence[tuple[float, Estimate]]
-) -> Html:
-    """Predicted shares against observed ones with their intervals, and the line where both agree.
-
-    Args:
-        bins: the mean prediction and the observed share of each.
-    """
-    frame = Frame(0.5, 1, min(0.5, *(share.lo for _, share in bins)), 1)
-    drawn = [
-        frame.axes("predicted", "observed"),
-        tag("path", d=frame.path([(0.5, 0.5), (1, 1)]), class_="line dashed c1"),
-    ]
-    for predicted, share in bins:
-        whisker = frame.path([(predicted, share.lo), (predicted, share.hi)])
-        drawn.append(tag("path", d=whisker, class_="line c0"))
-        x, y = frame.x(predicted), frame.y(share.mean)
-        drawn.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5, class_="dot c0"))
-    return _svg(key, title, description, drawn)
+def _names(axes: "Axes", ends: Sequence[tuple[_Line, float]]) -> None:
+    """The name of each line at its end, moved apart where they would cover each other."""
+    low, high = axes.get_ylim()
+    above = -13.0
+    for i, (line, end) in enumerate(sorted(ends, key=lambda x: x[1])):
+        room = _INNER - 13 * (len(ends) - 1 - i)
+        above = max(min((end - low) / (high - low) * _INNER, room), above + 13)
+        name = line.name if len(line.name) <= 13 else line.name[:12] + "…"
+        ink = _ink(line.ink)
+        _text(axes, 1 + 5 / (WIDTH - LEFT - RIGHT), above / _INNER, name, color=ink, va="center")
 
 
-def interval_figure(
-    key: str, title: str, description: str, estimates: Sequence[tuple[int, float, float, float]]
-) -> Html:
-    """A line for each estimate, its interval, with a dot at its mean.
-
-    Args:
-        estimates: (ink, mean, low, high) of each.
-    """
-    width, pitch = 150, 9
-    low, high = _room([x for estimate in estimates for x in estimate[1:]], 0.0)
-    drawn = []
-    for i, (ink, *estimate) in enumerate(estimates):
-        mean, left, right = (6 + (x - low) / (high - low) * (width - 12) for x in estimate)
-        y = (i + 0.5) * pitch
-        drawn.append(tag("path", d=f"M{left:.1f},{y}H{right:.1f}", class_=f"line c{ink % INKS}"))
-        drawn.append(tag("circle", cx=f"{mean:.1f}", cy=y, r=3, class_=f"dot c{ink % INKS}"))
-    return _svg(key, title, description, drawn, width=width, height=pitch * len(estimates))
+def _mark(axes: "Axes", step: float, value: float) -> None:
+    """A ring around a place, and its step."""
+    axes.axvline(step, **_LIMIT)
+    (ring,) = axes.plot([step], [value], "o", markersize=10, fillstyle="none", clip_on=False)
+    ring.set(gid="mark", color=INK["alarm"], markeredgewidth=1.6)
+    low, high = axes.get_xlim()
+    at_end = step > low + 0.6 * (high - low)
+    share = (step - low) / (high - low) + (-5 if at_end else 5) / (WIDTH - LEFT - RIGHT)
+    style = {"color": INK["alarm"], "ha": "right" if at_end else "left", "weight": "bold"}
+    _text(axes, share, 1, f"step {step}", va="top", **style)
 
 
-def ticks(low: float, high: float, least: float = 0) -> list[float]:
-    """At most six round numbers within a range, at least so far apart.
-
-    >>> ticks(0, 1.1)
-    [0.0, 0.5, 1.0]
-    """
-    raw = max((high - low) / 5, least)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def _svg(
-    key: str,
-    title: str,
-    description: str,
-    drawn: Sequence[Html],
-    *,
-    width: int = WIDTH,
-    height: int = HEIGHT,
-) -> Html:
-    return tag(
-        "svg",
-        tag("title", title, id=f"{key}-title"),
-        tag("desc", description, id=f"{key}-desc"),
-        *drawn,
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        aria_labelledby=f"{key}-title {key}-desc",
-    )
-
-
-def _room(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """The range of the values, never empty, with a share of it added at both ends."""
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
-    return low - margin * (high - low), high + margin * (high - low)
-
-
-def _thinned(line: Line) -> list[tuple[float, float, float, float]]:
+def _thinned(line: _Line) -> list[tuple[float, float, float, float]]:
     """At most `MOST_POINTS` points: place, and lowest, mean and highest value of those there."""
     n = len(line.xs)
     edges = [i * n // min(n, MOST_POINTS) for i in range(min(n, MOST_POINTS) + 1)]
@@ -262,57 +224,147 @@ def _thinned(line: Line) -> list[tuple[float, float, float, float]]:
     return points
 
 
-def _curve(frame: Frame, line: Line, points: Sequence[tuple[float, float, float, float]]) -> Html:
-    ink = f"c{line.ink % INKS}"
-    drawn = []
-    if len(line.xs) > MOST_POINTS:
-        around = [(x, high) for x, _, _, high in points]
-        around += [(x, low) for x, low, _, _ in reversed(points)]
-        drawn.append(tag("path", d=frame.path(around) + "Z", class_=f"band {ink}"))
-    means = [(x, mean) for x, _, mean, _ in points]
-    dashed = " dashed" if line.dashed else ""
-    drawn.append(tag("path", d=frame.path(means), class_=f"line {ink}{dashed}"))
-    if len(line.xs) <= 12:
-        for x, y in means:
-            at = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(y):.1f}"}
-            drawn.append(tag("circle", **at, r=2.6, class_=f"dot {ink}"))
-    return join(*drawn)
+# With matplotlib
+
+_INNER = HEIGHT - TOP - BOTTOM
+_LINE: dict[str, Any] = {"linewidth": 1.8}
+_DOT: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgewidth": 0}
+_LIMIT: dict[str, Any] = {
+    "color": INK["alarm"], "linewidth": 1, "linestyle": (0, (2, 3)), "clip_on": False
+}  # fmt: skip
 
 
-def _names(
-    frame: Frame, lines: Sequence[Line], thin: Sequence[list[tuple[float, float, float, float]]]
-) -> Html:
-    """The name of each line at its end, moved apart where they would cover each other."""
-    if len(lines) == 1:
-        return Html()
-    wanted = sorted((frame.y(points[-1][2]), i) for i, points in enumerate(thin))
-    drawn, lowest = [], -math.inf
-    spare = HEIGHT - BOTTOM - 13 * (len(wanted) - 1)
-    for place, (y, i) in enumerate(wanted):
-        y = max(min(y, spare + 13 * place), lowest + 13)
-        lowest = y
-        drawn.append(
-            tag(
-                "text",
-                lines[i].name if len(lines[i].name) <= 13 else lines[i].name[:12] + "…",
-                x=WIDTH - RIGHT + 5,
-                y=f"{y:.1f}",
-                dominant_baseline="middle",
-                class_=f"name c{lines[i].ink % INKS}",
-            )
-        )
-    return join(*drawn)
+def _figure(
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    margins: tuple[int, int, int, int] | None = (LEFT, RIGHT, TOP, BOTTOM),
+) -> tuple["Figure", Any]:
+    """A figure of this size in points, and its axes between the margins, if there are any."""
+    # Not before: a run that has no working matplotlib lacks its figures, and no more.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), facecolor=INK["paper"])
+    if margins is None:
+        return figure, None
+    left, right, top, bottom = margins
+    return figure, _axes(figure, left, bottom, width - left - right, height - top - bottom)
 
 
-def _outside(frame: Frame, limits: tuple[float, float] | None) -> Html:
-    """What lies outside the limits, as far as the figure shows it."""
-    low, high = limits or (-math.inf, math.inf)
-    drawn = []
-    for edge, limit in ((frame.y_low, low), (frame.y_high, high)):
-        if frame.y_low <= limit <= frame.y_high:
-            top, bottom = sorted((frame.y(edge), frame.y(limit)))
-            box = {"x": LEFT, "y": f"{top:.1f}", "width": WIDTH - LEFT - RIGHT}
-            drawn.append(tag("rect", **box, height=f"{bottom - top:.1f}", class_="outside"))
-            line = f"M{LEFT},{frame.y(limit):.1f}H{WIDTH - RIGHT}"
-            drawn.append(tag("path", d=line, class_="limit"))
-    return join(*drawn)
+def _axes(figure: "Figure", left: int, bottom: int, width: int, height: int) -> "Axes":
+    """Axes at a place in points."""
+    points = figure.get_size_inches() * 72
+    axes = figure.add_axes(
+        (left / points[0], bottom / points[1], width / points[0], height / points[1])
+    )
+    axes.patch.set_visible(False)
+    return axes
+
+
+def _scale(
+    axes: "Axes", ends: tuple[float, float, float, float], x_label: str, y_label: str
+) -> None:
+    """What the axes span, with a few round numbers, and what they measure."""
+    axes.set(xlim=ends[:2], ylim=ends[2:])
+    axes.grid(axis="y", color=INK["rule"], linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.axhline(ends[2], color=INK["rule"], linewidth=1)
+    axes.tick_params(left=False, bottom=False, labelcolor=INK["muted"], pad=6)
+    whole: dict[str, Any] = {"integer": True, "min_n_ticks": 1} if x_label == "step" else {}
+    axes.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10], **whole)
+    axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{round(value, 12) + 0:g}")
+    _text(axes, 1, -30 / _INNER, x_label, color=INK["muted"], ha="right")
+    _text(axes, 0, 1 + 7 / _INNER, y_label, color=INK["muted"])
+
+
+def _text(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
+    """A text at a share of the axes; a dollar sign in it is one."""
+    axes.text(x, y, text, transform=axes.transAxes, parse_math=False, **style)
+
+
+def _line(
+    axes: "Axes",
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    ink: int,
+    dashed: bool = False,
+    dot: float = 0,
+) -> None:
+    """A line through points, or a dot of this size at each."""
+    style = _LINE | ({"linestyle": (0, (3, 2))} if dashed else {})
+    if dot:
+        style = _DOT | {"markersize": dot}
+    (line,) = axes.plot(xs, ys, color=_ink(ink), clip_on=False, zorder=3, **style)
+    line.set_gid("dot" if dot else "line")
+
+
+def _ink(i: int) -> str:
+    return INK[f"c{i % INKS}"]
+
+
+def _room(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    """The range of the values, never empty, with a share of it added at both ends."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def _bytes(figure: "Figure", form: str, salt: str = "curves") -> bytes:
+    """The figure as a file: without the date and with texts as texts, so always the same."""
+    import matplotlib
+
+    file = io.BytesIO()
+    options: Mapping[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 96}
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 12}),
+    ):
+        warnings.simplefilter("ignore")  # letters that its own font lacks; the page's may have them
+        figure.savefig(file, format=form, **options)
+    return file.getvalue()
+
+
+# As part of a page
+
+_VARIABLES = {light: f"var(--{name})" for name, light in INK.items()}
+_CHANGES = (
+    (r'(?s)<defs>\s*<clipPath.*?</defs>| clip-path="[^"]*"| transform="rotate\(-0[^"]*"', ""),
+    (r' id="(line|band|dot|bar|mark|outside)"', r' class="\1"'),
+    (r' id="[\w.]+_\d+"', ""),  # each figure has a figure_1
+    ("xlink:href", "href"),
+    (r"font[^;\"]*;? ?", ""),  # the page has its own letters
+    (r"#[0-9a-f]{6}", lambda ink: _VARIABLES.get(ink[0], ink[0])),
+    (r"\s*\n\s*", ""),
+    (r"<g>(<(?:path|text)[^<]*(?:</text>)?)</g>", r"\1"),
+    (r"; stroke-linecap: square|stroke-dashoffset: 0; ", ""),
+)
+
+
+def _svg(figure: "Figure", key: str, title: str, description: str) -> Markup:
+    """A figure in the page's colours and letters, to a tenth of a pixel.
+
+    Args:
+        key: a name that no other figure of the page has.
+        title, description: for those who do not see it.
+    """
+    figure.patch.set_visible(False)
+    text = _bytes(figure, "svg", key).decode()
+    drawn = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
+    for pattern, new in _CHANGES:
+        drawn = re.sub(pattern, new, drawn)
+    drawn = re.sub(' (d|x|y)="[^"]*"', _rounded, drawn)
+    width, height = figure.get_size_inches() * 72
+    head = Markup(
+        '<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
+        'role="img" aria-labelledby="{key}-title {key}-desc">'
+        '<title id="{key}-title">{title}</title><desc id="{key}-desc">{description}</desc>'
+    ).format(width=width, height=height, key=key, title=title, description=description)
+    return head + Markup(drawn) + Markup("</svg>")
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    return re.sub(r"-?\d+\.\d+", lambda x: f"{round(float(x[0]), 1):g}", attribute[0])

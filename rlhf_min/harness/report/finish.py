@@ -5,9 +5,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
-from rlhf_min.harness.report import findings, page, results
-from rlhf_min.harness.report.results import Recorded
-
 
 class Spared(AbstractContextManager[None]):
     """Inside, a file to look at is written. What fails, be it the disk or a library, is a warning.
@@ -28,28 +25,27 @@ class Spared(AbstractContextManager[None]):
         spared = isinstance(error, (Exception, KeyboardInterrupt))
         if spared:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            told = ": ".join(filter(None, [type(error).__name__, reason]))
-            print(
-                f"warning: {self.file} was not written ({told}); {self.then}",
-                file=sys.stderr,
-            )
+            kind = ": ".join(filter(None, [type(error).__name__, reason]))
+            print(f"warning: {self.file} was not written ({kind}); {self.then}", file=sys.stderr)
         return spared
 
 
-def show(folder: Path, log: Recorded | None = None) -> list[str]:
-    """Print the verdict on a run; write it as ``findings.json``, and ``report.html`` that begins
-    with it, and from a log ``curves.png`` with its SVG.
+def show(folder: Path) -> list[str]:
+    """Print a run's summary, and write it with the report and the picture of its curves.
 
     Returns:
-        The names of the last two, if they are there.
+        The names of the report and the picture, if they are there.
     """
-    files = [folder / page.REPORT, folder / results.CURVES]
+    # Not before: they read the stages, and these need torch, which a refused command does without.
+    from rlhf_min.harness.report import figures, findings, page
+    from rlhf_min.harness.run.reading import read_run
+
+    files = [folder / page.REPORT, folder / figures.CURVES]
     again = f"examples/make_report.py {folder} makes it again"
     with Spared(folder / findings.FINDINGS, again):
-        findings.conclude(folder)
+        findings.print_summary(folder)
     with Spared(files[0], again):
         page.write_report(folder)
-    if log is not None:
-        with Spared(files[1], again):
-            results.write_curves(files[1], log)
+    with Spared(files[1], again):
+        figures.write_curves(files[1], read_run(folder))
     return [file.name for file in files if file.is_file()]

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,10 +16,13 @@ from rlhf_min.harness import preflight
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
 from rlhf_min.harness.preflight import Check
+from rlhf_min.harness.report.curves import Curve, Range
+from rlhf_min.harness.report.findings import Estimated, Finding, by_heart, interval
 from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
 from rlhf_min.harness.run import faults
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages.run_stage import copy_policy, named, note_start, tell
 from rlhf_min.optim import State
@@ -174,3 +177,70 @@ def run(
     save_policy(policy, log.folder / STAGE)
     note(log.folder, STAGE, accuracy=found)
     return policy
+
+
+# What a report shows
+
+TITLE, ROWS = "DPO", "pairs"
+CURVES = (
+    Curve(
+        STAGE,
+        "Pairs ranked right",
+        "share",
+        (("eval/accuracy", "held out"), ("accuracy", "training")),
+        "It climbs from a half and levels off below 1.",
+        Range(low=0.5),
+        "look whether chosen and rejected are the right way round, or lower --learning_rate",
+    ),
+    Curve(
+        STAGE,
+        "Implicit rewards",
+        "nats times beta",
+        (
+            ("chosen_rewards", "chosen"),
+            ("rejected_rewards", "rejected"),
+            ("eval/chosen_rewards", "held out"),
+            ("eval/rejected_rewards", "held out"),
+        ),
+        "The rejected one sinks and the chosen one stays near 0; where both sink far, probability "
+        "goes to responses that are in no pair.",
+        Range(low=-2),
+        "raise --beta or lower --learning_rate",
+    ),
+)
+
+
+def headline(run: Run) -> str | None:
+    """How many pairs it ranks right."""
+    pairs = run.noted(STAGE, "accuracy")
+    return pairs and f"{TITLE}: {accuracies_in_words(pairs)}."
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """Whether it knows more than its own pairs, and than a guess."""
+    pairs = run.noted(STAGE, "accuracy")
+    if not pairs or "held out" not in pairs:
+        return
+    trained, held_out = pairs["trained on"], pairs["held out"]
+    overlap = trained["ci95"][0] <= held_out["ci95"][1]
+    if not overlap and by_heart(trained["mean"], held_out):
+        yield Finding(
+            STAGE,
+            "learns its pairs by heart",
+            figure=accuracies_in_words(pairs),
+            to_do="take fewer --epochs, a lower --learning_rate, a larger --beta, or more pairs",
+        )
+    if held_out["ci95"][0] <= 0.5:
+        yield Finding(
+            STAGE,
+            "is not shown to know more than a guess",
+            f"on {held_out['n']} held-out pairs",
+            accuracies_in_words(pairs),
+            "take more pairs, and hold more of them out",
+        )
+
+
+def accuracies_in_words(pairs: Mapping[str, Estimated]) -> str:
+    """How often it prefers the chosen response, on both halves of the pairs."""
+    parts = [f"{interval(found)} of {found['n']} pairs {name}" for name, found in pairs.items()]
+    return f"prefers the chosen response in {' and '.join(parts)}"

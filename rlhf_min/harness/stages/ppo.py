@@ -1,7 +1,7 @@
 """PPO as the commands run it."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,12 +17,15 @@ from rlhf_min.harness import preflight
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check, Row
+from rlhf_min.harness.report.curves import Curve, Range
+from rlhf_min.harness.report.findings import Finding, last_fifth
 from rlhf_min.harness.report.tokens import token_records
 from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
 from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout, summary
 from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages.run_stage import (
     copy_policy,
@@ -404,3 +407,167 @@ def change(before: Tensor, after: Tensor) -> dict[str, float]:
         "mean": float(difference.mean()),
         "error": float(difference.std()) / n**0.5 if n > 1 else 0.0,
     }
+
+
+# What a report shows
+
+TITLE, ROWS = "PPO", "prompts"
+RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little from its samples
+SURE = 2.0  # standard errors
+FEW_ENDED = 0.9  # of the responses: what is cut was not meant to end there
+STEPS_NAMED = 5  # of those that something happened in
+CURVES = (
+    Curve(
+        STAGE,
+        "Score",
+        "",
+        (("score", "rollout"), ("eval/score", "eval")),
+        "It rises, fast at first, and then flattens; a fall after that is a run that came apart.",
+        Range(low=-3, of="steps"),
+        "lower --learning_rate or raise --kl_coef; --keep_best eval/score keeps the best model",
+    ),
+    Curve(
+        STAGE,
+        "Gold reward",
+        "",
+        (("gold_reward", "rollout"), ("eval/gold_reward", "eval")),
+        "It rises with the score; where it falls while the score goes on rising, the policy "
+        "exploits the reward model.",
+        Range(low=-3, of="steps"),
+        "raise --kl_coef, take fewer --steps, or train the reward model on more pairs",
+    ),
+    Curve(
+        STAGE,
+        "KL to the reference",
+        "nats per response",
+        (("k1", "k1"), ("k3", "k3")),
+        "It grows from 0 and levels off, with both estimates together; far above 0 the scores are "
+        "of texts that the reward model has never seen, below 0 sampling and scoring disagree.",
+        Range(-1, 15),
+        "raise --kl_coef or lower --learning_rate",
+    ),
+    Curve(
+        STAGE,
+        "Entropy",
+        "nats per token",
+        (("rollout_entropy", "rollout"),),
+        "It sinks slowly as the policy makes up its mind; near 0 all responses are the same, and "
+        "nothing more is explored.",
+        Range(0.1, 2, of="starts"),
+        "raise --kl_coef or take fewer --steps",
+    ),
+    Curve(
+        STAGE,
+        "Clipped tokens",
+        "share of the update",
+        (("clip_fraction", "policy"), ("value_clip_fraction", "value")),
+        "A few in a hundred tokens; many mean that an update goes far from the rollout it learns "
+        "from.",
+        Range(high=0.3),
+        "lower --learning_rate or take fewer --epochs",
+    ),
+    Curve(
+        STAGE,
+        "Value loss",
+        "",
+        (("value_loss", "value loss"),),
+        "It falls and stays low; rising, it says that the rewards move faster than the values "
+        "learn.",
+        Range(high=3, of="starts"),
+        "lower --learning_rate, or give --normalise_scores",
+    ),
+    Curve(
+        STAGE,
+        "Explained variance of the returns",
+        "",
+        (("explained_variance", "values"),),
+        "It climbs from 0 towards 1; clearly below 0 the values are worse than none.",
+        Range(low=-0.2),
+        "take more --steps or a larger --batch_size",
+    ),
+    Curve(
+        STAGE,
+        "Response length",
+        "tokens",
+        (("response_length", "rollout"), ("eval/response_length", "eval")),
+        "It moves only as far as the task asks; running off to the longest or the shortest "
+        "response is a cheap trick that the reward pays for.",
+        Range(0.5, 2, of="starts"),
+        "look at the samples, and let the reward not pay for length",
+    ),
+)
+
+
+def headline(run: Run) -> str | None:
+    """How the score on fixed prompts changed."""
+    change = run.noted(STAGE, "change")
+    return change and f"{TITLE}: score {change_in_words(change)}."
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """What went wrong in its steps, and whether the score rose."""
+    yield from (Finding(STAGE, note) for note in run.noted(STAGE, "reward_notes") or [])
+    if too_far := run.too_far(STAGE):
+        yield Finding(
+            STAGE,
+            "was ended by --max_kl",
+            f"after step {too_far[0]}",
+            f"the KL of {too_far[1]:.3g} nats per response exceeds {run.config('ppo')['max_kl']}",
+            "raise --kl_coef, lower --learning_rate, or allow more",
+        )
+    yield from improvement(run.noted(STAGE, "change"))
+    steps, ratios = run.series(STAGE, "ratio_max")
+    spikes = [step for step, ratio in zip(steps, ratios, strict=True) if ratio > RATIO_LIMIT]
+    if spikes:
+        named = ", ".join(map(str, spikes[:STEPS_NAMED])) + ", ..." * (len(spikes) > STEPS_NAMED)
+        yield Finding(
+            STAGE,
+            f"ratios above {RATIO_LIMIT:g}",
+            f"in {len(spikes)} of {len(steps)} steps ({named})",
+            f"up to {max(ratios):.3g} in step {steps[ratios.index(max(ratios))]}",
+            "a lower --learning_rate, fewer --epochs or --stop_kl keep them near 1",
+        )
+    spreads = run.series(STAGE, "score_std")[1]
+    if spreads and 2 * sum(spread == 0 for spread in spreads) >= len(spreads):
+        yield Finding(
+            STAGE,
+            "all responses of a rollout had the same score",
+            f"in {sum(spread == 0 for spread in spreads)} of {len(spreads)} steps",
+            to_do="give a reward that tells them apart, or a larger --batch_size",
+        )
+    ended = last_fifth(run.series(STAGE, "eos_rate")[1])
+    if ended is not None and ended < FEW_ENDED:
+        yield Finding(
+            STAGE,
+            "responses were cut",
+            "in the last fifth of its steps",
+            f"{1 - ended:.0%} of them did not end by themselves",
+            "raise --max_new_tokens, or charge it with --eos_penalty",
+        )
+
+
+def improvement(change: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """A score on fixed prompts that did not rise by two standard errors."""
+    if change is None or change["n"] < 2 or change["mean"] > SURE * change["error"]:
+        return
+    fell = change["mean"] < -SURE * change["error"]
+    yield Finding(
+        STAGE,
+        "the score fell" if fell else "the score is not shown to have risen",
+        figure=change_in_words(change),
+        to_do="lower --learning_rate or raise --kl_coef, and look at the samples"
+        if fell
+        else "take more --steps, a higher --learning_rate or a lower --kl_coef",
+    )
+
+
+def change_in_words(change: Mapping[str, Any]) -> str:
+    """The score before and after."""
+    errors = ""
+    if change["error"] > 0:
+        times = change["mean"] / change["error"]
+        errors = f", {times:.1f} standard errors of {change['error']:.3f}"
+    return (
+        f"{change['before']:.3f} before, {change['after']:.3f} after, on {change['n']} fixed "
+        f"prompts ({change['mean']:+.3f}{errors})"
+    )

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +17,20 @@ from rlhf_min.harness import preflight
 from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report import results
+from rlhf_min.harness.report.curves import Curve, Range
+from rlhf_min.harness.report.findings import (
+    Estimated,
+    Finding,
+    by_heart,
+    interval,
+    last_fifth,
+)
 from rlhf_min.harness.report.finish import Spared
 from rlhf_min.harness.rows.encoding_report import encoded_pairs
 from rlhf_min.harness.run import faults, layout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_reward_model
 from rlhf_min.harness.stages.run_stage import note_start, sample_texts, tell
 from rlhf_min.optim import Optimizer, State
@@ -288,3 +297,79 @@ def measure_reward(
         right = int((gold_chosen > gold_rejected).sum())
         estimates["gold_accuracy"] = proportion_estimate(right, len(pairs))
     return estimates
+
+
+# What a report shows
+
+TITLE, ROWS = "Reward model", "pairs"
+CURVES = (
+    Curve(
+        STAGE,
+        "Pairs ranked right",
+        "share",
+        (("eval/accuracy", "held out"), ("accuracy", "training")),
+        "It climbs from a half and levels off below 1, since people disagree too; training far "
+        "above held-out pairs is learning by heart.",
+        Range(low=0.5),
+        "look whether chosen and rejected are the right way round, or lower --learning_rate",
+    ),
+)
+
+
+def headline(run: Run) -> str | None:
+    """How many pairs it ranks right."""
+    if not (found := heldout_estimates(run)):
+        return None
+    accuracy = found["accuracy"]
+    return (
+        f"{TITLE}: ranks {interval(accuracy)} of {accuracy['n']} held-out pairs right, the better "
+        f"length rule {length_rule(found):.3f}."
+    )
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """Whether it knows more than a guess, than the lengths, and than its own pairs."""
+    if (scale := run.noted(STAGE, "scale")) and "not normalised: " in scale:
+        yield Finding(STAGE, scale, to_do="its scores mean what they happen to mean")
+    found = heldout_estimates(run)
+    if not found:
+        return
+    accuracy, of_pairs = found["accuracy"], f"on {found['accuracy']['n']} held-out pairs"
+    rule = length_rule(found)
+    if accuracy["ci95"][0] <= 0.5:
+        yield Finding(
+            STAGE,
+            "is not shown to know more than a guess",
+            of_pairs,
+            f"{interval(accuracy)} ranked right",
+            "take more pairs or more --epochs, and look at the labels",
+        )
+    elif accuracy["ci95"][0] <= rule:
+        yield Finding(
+            STAGE,
+            "is not shown to know more than the lengths",
+            of_pairs,
+            f"{interval(accuracy)} ranked right, the better length rule {rule:.3f}",
+            "take pairs of similar length, or more of them",
+        )
+    trained = last_fifth(run.series(STAGE, "accuracy")[1])
+    if trained is not None and trained > accuracy["ci95"][1] and by_heart(trained, accuracy):
+        yield Finding(
+            STAGE,
+            "learns its pairs by heart",
+            "in the last fifth of its steps",
+            f"{trained:.3f} of the pairs it is trained on ranked right, {interval(accuracy)} of "
+            "those held out",
+            "take fewer --epochs, a lower --learning_rate, or more pairs",
+        )
+
+
+def heldout_estimates(run: Run) -> Mapping[str, Estimated]:
+    """What was measured on held-out pairs; nothing if it was not trained."""
+    found = run.noted(STAGE, "estimates") or run.results.get(STAGE) or {}
+    return found if {"accuracy", "longer_wins", "shorter_wins"} <= set(found) else {}
+
+
+def length_rule(found: Mapping[str, Estimated]) -> float:
+    """How many pairs the better one of two rules ranks right: longer wins, or shorter wins."""
+    return float(max(found["longer_wins"]["mean"], found["shorter_wins"]["mean"]))

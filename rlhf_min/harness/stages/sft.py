@@ -8,9 +8,12 @@ from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness import preflight
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check
+from rlhf_min.harness.report.curves import Curve, Range, number
+from rlhf_min.harness.report.findings import Finding
 from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog
+from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages.run_stage import note_start, tell
 from rlhf_min.optim import State
@@ -78,3 +81,60 @@ def run(
     steps = sft.train(policy, config, state, heldout=heldout)
     log.follow(STAGE, steps, total=total, show=("loss", "eval/perplexity"), snapshot=snapshot)
     save_policy(policy, log.folder / STAGE)
+
+
+# What a report shows
+
+TITLE, ROWS = "SFT", "demonstrations"
+TURNED_UP = "the held-out loss turned up"
+RISE = 1.05  # times its lowest value: a held-out loss that says that examples are learned
+CURVES = (
+    Curve(
+        STAGE,
+        "Loss",
+        "nats per token",
+        (("eval/loss", "held out"), ("loss", "training")),
+        "Both fall together; where the held-out loss turns up, the model learns its examples by "
+        "heart.",
+        Range(high=1.05, of="starts"),
+        "take fewer --epochs or a lower --learning_rate",
+        instead=TURNED_UP,
+    ),
+)
+
+
+def headline(run: Run) -> str | None:
+    """Where the held-out loss began and ended."""
+    steps, losses = run.series(STAGE, "eval/loss")
+    if not steps:
+        return None
+    places = list(dict.fromkeys([(steps[0], losses[0]), (steps[-1], losses[-1])]))
+    course = ", ".join(f"{number(loss)} at step {step}" for step, loss in places)
+    return f"{TITLE}: held-out loss {course}, in nats per token."
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """Whether the held-out loss fell, and stayed low."""
+    steps, losses = run.series(STAGE, "eval/loss")
+    if len(steps) < 2:
+        return
+    lowest = min(losses)
+    best = steps[losses.index(lowest)]
+    if losses[-1] > RISE * lowest:
+        yield Finding(
+            STAGE,
+            TURNED_UP,
+            f"after step {best}",
+            f"{number(lowest)} there, {number(losses[-1])} at step {steps[-1]}: examples are "
+            "learned by heart",
+            "take fewer --epochs or a lower --learning_rate; --keep_best eval/loss keeps the best "
+            "model",
+        )
+    elif losses[-1] >= losses[0]:
+        yield Finding(
+            STAGE,
+            "the held-out loss did not fall",
+            f"from step {steps[0]} to step {steps[-1]}",
+            f"{number(losses[0])} to {number(losses[-1])}",
+            "take more --epochs or another --learning_rate",
+        )
