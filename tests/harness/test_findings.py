@@ -7,17 +7,15 @@ from html import unescape
 import pytest
 from small import small_policy
 from test_cli import example, pairs, write_rows
-from test_html import paragraphs, ppo_row, with_estimates, write_run
+from test_html import NO_MORE, paragraphs, ppo_row, with_estimates, write_run
 
 from rlhf_min.harness.report import finish
-from rlhf_min.harness.report.findings import findings, first_lines
+from rlhf_min.harness.report.findings import findings, summary
 from rlhf_min.harness.report.page import page
 from rlhf_min.harness.run.layout import NOTES
 from rlhf_min.harness.run.log import note, read_notes
 from rlhf_min.harness.run.reading import read_run
 from rlhf_min.harness.run.saved_models import save_policy
-
-NO_MORE = dict.fromkeys(("results", "samples", "tokens", "reward_model"))
 
 
 def found(tmp_path, **files):
@@ -41,7 +39,7 @@ HEALTHY = [ppo_row(step) for step in range(1, 41)]
 
 
 def test_a_healthy_run_has_none(tmp_path):
-    told, nothing = first_lines(read_run(write_run(tmp_path / "run", run=None)))
+    told, nothing = summary(read_run(write_run(tmp_path / "run", run=None)))
     assert nothing == []
     assert told[-1] == "Nothing stands out: all 12 curves stayed in their range."
 
@@ -78,7 +76,7 @@ def test_a_score_that_did_not_rise(tmp_path, mean, error, told):
     assert told is None or lines[0].startswith(f"PPO: {told}")
     run = read_run(tmp_path / "run")
     errors = f", {mean / error:.1f} standard errors of 0.200" if error else ""
-    assert first_lines(run)[0][0] == (
+    assert summary(run)[0][0] == (
         f"PPO: score 1.000 before, {1 + mean:.3f} after, on 9 fixed prompts ({mean:+.3f}{errors})."
     )
 
@@ -90,8 +88,8 @@ def test_what_goes_wrong_in_ppo(tmp_path):
     ]
     lines = found(tmp_path, metrics=rows, notes={"ppo": {"reward_notes": ["reward f: odd"]}})
     assert [line.partition(";")[0] for line in lines] == [
-        "PPO: reward f: odd",
         "PPO: 2 updates were skipped from step 39 on: numbers were not finite",
+        "PPO: reward f: odd",
         "PPO: all responses of a rollout had the same score in 40 of 40 steps",
         "PPO: responses were cut in the last fifth of its steps: 50% of them did not end by "
         "themselves",
@@ -213,12 +211,12 @@ def test_a_model_below_its_baseline_and_a_reward_model_that_is_exploited(tmp_pat
     assert len(lines) == 2
     exploited, below = lines
     assert exploited.startswith(
-        "Test: PPO's score rose, the gold reward is not shown to have risen on the test prompts: "
-        "gold reward 3.050 [2.950, 3.150], SFT's 3.000 [2.900, 3.100]; the reward model may be"
+        "Test: ppo's score rose, the gold reward is not shown to have risen on the test prompts: "
+        "gold reward 3.050 [2.950, 3.150], sft's 3.000 [2.900, 3.100]; the reward model may be"
     )
     assert below.startswith(
-        "Test: DPO is below SFT by the score on the test prompts: score -1.000 [-1.100, -0.900], "
-        "SFT's 0.000 [-0.100, 0.100]; look at the samples"
+        "Test: dpo is below sft by the score on the test prompts: score -1.000 [-1.100, -0.900], "
+        "sft's 0.000 [-0.100, 0.100]; look at the samples"
     )
 
 
@@ -231,8 +229,8 @@ def test_a_model_that_is_not_shown_to_differ(tmp_path):
     lines = found(tmp_path, metrics=HEALTHY, results=results)
     assert len(lines) == 1
     assert lines[0].startswith(
-        "Test: PPO is not shown to differ from SFT on the test prompts: score 0.100 [0.000, 0.200],"
-        " SFT's 0.000 [-0.100, 0.100]; gold reward 3.050 [2.950, 3.150], SFT's 3.000 ["
+        "Test: ppo is not shown to differ from sft on the test prompts: score 0.100 [0.000, 0.200],"
+        " sft's 0.000 [-0.100, 0.100]; gold reward 3.050 [2.950, 3.150], sft's 3.000 ["
     )
 
 
@@ -256,7 +254,7 @@ def test_page_and_terminal_say_the_same(tmp_path, monkeypatch, capsys):
     save_policy(small_policy(), tmp_path / "sft")
     example("train_dpo").main()
     printed = capsys.readouterr().out.splitlines()
-    told, found = first_lines(read_run(tmp_path / "run"))
+    told, found = summary(read_run(tmp_path / "run"))
     assert len(found) >= 1
     end = [*told, *(f"  - {finding}" for finding in found)]
     assert printed[-1 - len(end) : -1] == end
@@ -282,11 +280,11 @@ def test_words_are_explained_where_they_are_used(tmp_path):
 
 
 def test_a_verdict_that_cannot_be_written_is_printed_all_the_same(tmp_path, capsys):
-    folder = write_run(tmp_path / "run")
+    folder = write_run(tmp_path / "run", metrics=[ppo_row(1), ppo_row(40)])
     (folder / "findings.json").mkdir()
-    assert finish.show(folder) == ["report.html"]
+    assert finish.show(folder) == ["report.html", "curves.png"]
     printed, warned = capsys.readouterr()
-    assert printed.splitlines()[1:] == first_lines(read_run(folder))[0]
+    assert printed.splitlines()[1:] == summary(read_run(folder))[0]
     assert warned.startswith(f"warning: {folder / 'findings.json'} was not written (")
 
 

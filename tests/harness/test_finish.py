@@ -6,20 +6,9 @@ import pytest
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import command
-from rlhf_min.harness.report import finish, page, results
+from rlhf_min.harness.report import figures, finish, page
 from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.signals import Stopped
-
-
-class Log:
-    """Of one step."""
-
-    def __init__(self):
-        self.rows = [{"stage": "sft", "step": 1, "loss": 2.0}]
-
-    def series(self, stage, name):
-        rows = [row for row in self.rows if row["stage"] == stage and name in row]
-        return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 @pytest.fixture
@@ -27,6 +16,8 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}", encoding="utf-8")
+    row = '{"stage": "sft", "step": 1, "loss": 2.0}\n'
+    (folder / "metrics.jsonl").write_text(row, encoding="utf-8")
     return folder
 
 
@@ -38,11 +29,11 @@ def raising(error):
 
 
 def test_a_run_is_shown(run, capsys):
-    assert finish.show(run, Log()) == ["report.html", "curves.png"]
     assert finish.show(run) == ["report.html", "curves.png"]
     assert capsys.readouterr().err == ""
     assert {p.name for p in run.iterdir()} == {
-        *("run.json", "findings.json", "report.html", "curves.png", "curves.svg")
+        *("run.json", "metrics.jsonl", "findings.json", "report.html"),
+        *("curves.png", "curves.svg"),
     }
 
 
@@ -60,8 +51,8 @@ def test_a_run_is_shown(run, capsys):
 )
 def test_a_picture_or_a_page_that_fails_is_one_warning(run, monkeypatch, capsys, error, told):
     monkeypatch.setattr(page, "write_report", raising(error))
-    monkeypatch.setattr(results, "write_curves", raising(error))
-    assert finish.show(run, Log()) == []
+    monkeypatch.setattr(figures, "write_curves", raising(error))
+    assert finish.show(run) == []
     again = f"examples/make_report.py {run} makes it again"
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {run}/{name} was not written ({told}); {again}"
@@ -78,7 +69,7 @@ def test_who_ends_the_process_is_not_held_up(run, monkeypatch):
 def test_a_folder_in_the_place_of_the_page_stays(run, capsys):
     (run / "report.html").mkdir()
     (run / "report.html" / "mine").touch()
-    assert finish.show(run, Log()) == ["curves.png"]
+    assert finish.show(run) == ["curves.png"]
     assert "report.html was not written (IsADirectoryError: Is a directory)" in (
         capsys.readouterr().err
     )
@@ -87,8 +78,11 @@ def test_a_folder_in_the_place_of_the_page_stays(run, capsys):
 
 def test_without_a_library_for_pictures_there_is_a_page(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert finish.show(run, Log()) == ["report.html"]
+    assert finish.show(run) == ["report.html"]
     assert "curves.png was not written (ModuleNotFoundError" in capsys.readouterr().err
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "<p>No figure: " in text
+    assert "2.000 at step 1." in text
 
 
 def test_a_file_that_the_disk_refuses_is_as_it_was(run, monkeypatch):
@@ -97,7 +91,7 @@ def test_a_file_that_the_disk_refuses_is_as_it_was(run, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_file(run / "a", b"after")
     assert (run / "a").read_bytes() == rb"before \udcff"
-    assert {p.name for p in run.iterdir()} == {"run.json", "a"}
+    assert {p.name for p in run.iterdir()} == {"run.json", "metrics.jsonl", "a"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EFBIG, "File too large")])

@@ -11,24 +11,28 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from html import unescape
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
-from rlhf_min.harness.report.health import CURVES, Range, excursion, judge
-from rlhf_min.harness.report.markup import tag
 from tolerances import FP64
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.report import figures
-from rlhf_min.harness.report.page import STYLE, calibration, page, write_report
+from rlhf_min.harness.report.curves import Range, excursion
+from rlhf_min.harness.report.figures import printable
+from rlhf_min.harness.report.page import calibration, page, write_report
 from rlhf_min.harness.report.texts import changed
+from rlhf_min.harness.run.layout import stage_modules
 from rlhf_min.harness.run.reading import read_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples/results/quickstart-seed-0.json"
 VOID = {"meta", "br"}
+NO_MORE = dict.fromkeys(("results", "samples", "tokens", "reward_model"))
 SCRIPT = "<script>alert('x')</script>&amp;"
-ESCAPED = "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;amp;"
+CURVES = [curve for module in stage_modules().values() for curve in module.CURVES]
+ESCAPED = "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;amp;"
 
 
 # A run's folder as the commands write it
@@ -116,9 +120,22 @@ def write_run(folder, **files):
     return folder
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_run(tmp_path / "quickstart")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    """The page of one run."""
+    return page([read_run(folder)])
+
+
+@pytest.fixture(scope="module")
+def pages(folder, text):
+    """That page, and the one of two runs over each other."""
+    shutil.copytree(folder, folder.parent / "second")
+    return [text, page([read_run(folder), read_run(folder.parent / "second")])]
 
 
 class Parsed(HTMLParser):
@@ -152,6 +169,17 @@ def svgs(text):
     return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
 
 
+def paths(svg, name):
+    """The coordinates of each shape of a kind: x, y, x, y, ..."""
+    found = svg.iterfind(f".//g[@class='{name}']/path")
+    return [[float(x) for x in re.findall(r"-?[\d.]+", path.get("d"))] for path in found]
+
+
+def words(svg):
+    """Each text of a figure, and where it stands."""
+    return {t.text: (float(t.get("x")), float(t.get("y"))) for t in svg.iter("text")}
+
+
 def paragraphs(text, start):
     found = re.findall(r"<p(?: [^>]*)?>.*?</p>", text, re.DOTALL)
     plain = [unescape(re.sub("<.*?>", "", paragraph)) for paragraph in found]
@@ -161,15 +189,8 @@ def paragraphs(text, start):
 # The page as a file
 
 
-def both_reports(folder):
-    """The page of one run, and that of two over each other."""
-    shutil.copytree(folder, folder.parent / "second")
-    runs = [read_run(folder), read_run(folder.parent / "second")]
-    return [page(runs[:1]), page(runs)]
-
-
-def test_tags_are_balanced_and_names_are_used_once(folder):
-    for text in both_reports(folder):
+def test_tags_are_balanced_and_names_are_used_once(pages):
+    for text in pages:
         parsed = Parsed(text)
         assert parsed.wrong == []
         assert text.startswith("<!doctype html>\n<html")
@@ -179,17 +200,18 @@ def test_tags_are_balanced_and_names_are_used_once(folder):
             assert set(attributes.get("aria-labelledby", "").split()) <= set(ids)
 
 
-def test_nothing_is_loaded_and_nothing_runs(folder):
-    for text in both_reports(folder):
+def test_nothing_is_loaded_and_nothing_runs(pages):
+    for text in pages:
         assert not re.search(r"https?:|url\(|@import|@font-face", text)
         for name, attributes in Parsed(text).tags:
             assert name not in ("script", "link", "img", "iframe", "object", "embed", "base")
-            assert not {"src", "href", "srcset", "xlink:href"} & set(attributes)
+            assert not {"src", "srcset", "xlink:href"} & set(attributes)
+            assert attributes.get("href", "#").startswith("#")  # a dot, of the same figure
             assert not [key for key in attributes if key.startswith("on")]
 
 
-def test_every_figure_is_xml_with_a_size_a_title_and_something_in_it(folder):
-    for text in both_reports(folder):
+def test_every_figure_is_xml_with_a_size_a_title_and_something_in_it(pages):
+    for text in pages:
         found = svgs(text)
         assert len(found) == text.count("<svg") > 12
         for svg in found:
@@ -199,24 +221,48 @@ def test_every_figure_is_xml_with_a_size_a_title_and_something_in_it(folder):
             title, description = svg.find("title"), svg.find("desc")
             assert title.text
             assert re.search(r"\d", description.text)  # the number is said too
-            shapes = [e for e in svg.iter() if e.tag in ("path", "circle", "rect")]
+            shapes = [e for e in svg.iter() if e.tag in ("path", "use")]
             assert shapes
             for shape in shapes:
                 for value in shape.attrib.values():
                     assert not re.search("nan|inf", value)
 
 
-def test_curves_lie_between_the_margins_and_use_the_room(folder):
+def test_curves_lie_between_the_margins_and_use_the_room(text):
     left, right = figures.LEFT, figures.WIDTH - figures.RIGHT
     top, bottom = figures.TOP, figures.HEIGHT - figures.BOTTOM
-    for svg in svgs(page([read_run(folder)])):
-        curves = [p.get("d") for p in svg.iter("path") if p.get("class").startswith("line ")]
-        if float(svg.get("width")) != figures.WIDTH or "step" not in "".join(svg.itertext()):
-            continue  # an interval of the table, or no curve over steps
-        numbers = [float(x) for d in curves for x in re.findall(r"-?\d+\.\d", d)]
+    curves = [svg for svg in svgs(text) if "step" in words(svg)]
+    assert len(curves) == len(CURVES)
+    for svg in curves:
+        numbers = [number for path in paths(svg, "line") for number in path]
         assert min(numbers[::2]) == pytest.approx(left, abs=0.1)
         assert max(numbers[::2]) == pytest.approx(right, abs=0.1)
         assert top <= min(numbers[1::2]) <= max(numbers[1::2]) <= bottom
+
+
+def test_every_colour_of_a_figure_is_one_that_both_themes_have(text):
+    for svg in svgs(text):
+        styles = " ".join(e.get("style", "") for e in svg.iter())
+        found = set(re.findall(r"var\(--(\w+)\)", styles))
+        assert "#" not in styles
+        assert set() < found <= set(figures.PALETTE)
+    for theme in (0, 1):
+        for name, colours in figures.PALETTE.items():
+            assert f"--{name}: {colours[theme]};" in text.split("@media")[theme]
+
+
+def test_the_page_is_the_same_each_time_and_not_too_large(folder, text):
+    assert page([read_run(folder)]) == text
+    assert max(map(len, re.findall(r"<svg.*?</svg>", text, re.DOTALL))) < 8000
+    assert len(text) < 100_000
+
+
+def test_the_templates_are_part_of_the_package():
+    lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+    assert '"rlhf_min.harness.report" = ["templates/*"]' in lines
+    templates = resources.files("rlhf_min.harness.report") / "templates"
+    names = {file.name for file in templates.iterdir()}
+    assert names == {"page.html", "parts.html", "style.css"}
 
 
 # Text of others
@@ -225,6 +271,7 @@ def test_curves_lie_between_the_margins_and_use_the_room(folder):
 def test_text_from_data_and_models_is_escaped_everywhere(tmp_path):
     folder = write_run(
         tmp_path / "a<b>",
+        metrics=None,
         samples=[
             sample(0, SCRIPT, prompt=SCRIPT),
             sample(40, f"{SCRIPT} {SCRIPT}", prompt=SCRIPT),
@@ -246,23 +293,28 @@ def test_text_from_data_and_models_is_escaped_everywhere(tmp_path):
     assert SCRIPT in all_text(parsed)
 
 
-def test_a_text_cannot_leave_its_attribute():
-    parsed = Parsed(tag("i", title=f'">{SCRIPT}', class_="a&amp;"))
-    assert parsed.tags == [("i", {"title": f'">{SCRIPT}', "class": "a&amp;"})]
+def test_the_name_of_a_run_is_a_text_in_figures_too(tmp_path):
+    names = ['"><i>$x$', "\x07\udcff.5"]
+    rows = [{"stage": "sft", "step": step, "loss": 2 / step} for step in (1, 2)]
+    runs = [read_run(write_run(tmp_path / name, metrics=rows, **NO_MORE)) for name in names]
+    text = page(runs)
+    assert Parsed(text).wrong == []
+    assert "<i>" not in text
+    (svg,) = svgs(text)
+    assert {'"><i>$x$', "\\x07\\udcff.5"} <= set(words(svg))
 
 
 # What it says
 
 
-def test_the_table_has_the_numbers_of_results_json(folder):
+def test_the_table_has_the_numbers_of_results_json(text):
     results = json.loads(RESULTS.read_text("utf-8"))
-    text = page([read_run(folder)])
     table = text[text.index("<h2>Results") :]
     rows = {}
     for line in re.findall("<tr>.*?</tr>", table[: table.index("</table>")], re.DOTALL):
         name, *cells = re.findall("<t[hd].*?</t[hd]>", line, re.DOTALL)
         rows[re.sub("<.*?>", "", name)] = [re.sub("<.*?>", "", cell) for cell in cells]
-    assert rows.pop("")[:3] == ["SFT", "PPO", "DPO"]
+    assert rows.pop("")[:3] == ["sft", "ppo", "dpo"]
     names = {
         "score": "score", "gold reward": "gold_reward", "correct": "correct", "polite": "polite",
         "brief": "brief", "win rate by score": "win_rate", "win rate by gold": "gold_win_rate",
@@ -299,7 +351,7 @@ def test_the_first_sentences_say_what_matters(tmp_path):
     first = text[: text.index("<h2>Results")]
     ppo, _, sft, reward_model, verdict = paragraphs(first, "")[:5]
     assert ppo == (
-        "PPO: score 1.159, above SFT's 0.025; gold reward 4.625, above SFT's 2.876; 2.615 nats "
+        "ppo: score 1.159, above sft's 0.025; gold reward 4.625, above sft's 2.876; 2.615 nats "
         "from the reference."
     )
     assert sft == "SFT: held-out loss 0.125 at step 20, 0.062 at step 40, in nats per token."
@@ -314,22 +366,22 @@ def test_why_a_measure_is_missing_stands_below_the_table(tmp_path):
     for model in ("sft", "ppo"):
         del results[model]["bleu"]
         results[model]["notes"] = {"bleu": f"BLEU needs 4 words {SCRIPT}"}
-    text = page([read_run(write_run(tmp_path / "r", results=results))])
-    assert f"SFT, PPO: BLEU needs 4 words {ESCAPED}" in text
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, results=results))])
+    assert f"sft, ppo: BLEU needs 4 words {ESCAPED}" in text
 
 
 def test_intervals_that_overlap_are_called_so(tmp_path):
     results = with_estimates(
         sft={"score": (0.025, 0.08)}, ppo={"score": (0.1, 0.1)}, dpo={"score": (-1.0, 0.2)}
     )
-    text = page([read_run(write_run(tmp_path / "r", results=results))])
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, results=results))])
     told, other, *_ = paragraphs(text[: text.index("<h2>Results")], "")
-    assert "score -1.000, below SFT's 0.025" in other
-    assert "score 0.100, against SFT's 0.025 with overlapping intervals" in told
+    assert "score -1.000, below sft's 0.025" in other
+    assert "score 0.100, against sft's 0.025 with overlapping intervals" in told
 
 
-def test_gold_is_named_only_where_it_was_measured(tmp_path, folder):
-    assert "gold" in page([read_run(folder)]).lower()
+def test_gold_is_named_only_where_it_was_measured(tmp_path, text):
+    assert "gold" in text.lower()
     own = json.loads(RESULTS.read_text("utf-8"))
     for name in ("sft", "ppo", "dpo", "reward_model"):
         own[name] = {k: v for k, v in own[name].items() if "gold" not in k}
@@ -354,27 +406,26 @@ def test_a_curve_that_leaves_its_range_is_marked_there(tmp_path):
     assert told.endswith("range at step 25 with 20.000 and was back at step 35. Range: -1 to 15.")
     assert "1 thing to look at; 1 of 8 curves left their range." in paragraphs(text, "1 thing")
     assert "PPO: the curve of KL to the reference left its range from step 25 to step 35" in text
-    marked = [svg for svg in svgs(text) if svg.find("circle[@class='mark']") is not None]
+    marked = [svg for svg in svgs(text) if svg.find(".//g[@class='mark']") is not None]
     assert [svg.find("title").text for svg in marked] == ["PPO: KL to the reference"]
     (svg,) = marked
-    assert "step 25" in [label.text for label in svg.iter("text")]
-    # The ring lies where the axis has 25: between the places of the ticks 20 and 30.
-    places = {
-        t.text: float(t.get("x")) for t in svg.iter("text") if t.get("text-anchor") == "middle"
-    }
-    (ring,) = svg.iter("circle")
-    assert float(ring.get("cx")) == pytest.approx((places["20"] + places["30"]) / 2, abs=0.1)
-    # Above 15, which lies between the ticks 10 and 20, and below -1, it is shaded.
-    heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.get("text-anchor") == "end"}
-    below, above = svg.findall("rect[@class='outside']")
-    edge = float(above.get("y")) + float(above.get("height"))
-    assert edge == pytest.approx((heights["10"] + heights["20"]) / 2, abs=0.1)
-    assert heights["0"] < float(below.get("y")) < heights["0"] + 10
+    texts = list(svg.iter("text"))
+    xs = {t.text: float(t.get("x")) for t in texts if "middle" in t.get("style")}
+    ys = {t.text: float(t.get("y")) for t in texts if "end" in t.get("style")}
+    assert "step 25" in words(svg)
+    # The ring lies where the axis has 25: a quarter of the way from 20 to 40.
+    (ring,) = svg.iterfind(".//g[@class='mark']//use")
+    assert float(ring.get("x")) == pytest.approx(0.75 * xs["20"] + 0.25 * xs["40"], abs=0.1)
+    # Above 15, which lies between the ticks 10 and 20, and below -1, it is shaded. The texts of
+    # the ticks stand a little below their lines.
+    below, above = paths(svg, "outside")
+    offset = (ys["10"] + ys["20"]) / 2 - max(above[1::2])
+    assert 2 < offset < 6
+    assert ys["0"] - offset < min(below[1::2]) < ys["0"] - offset + 10
 
 
-def test_a_healthy_curve_has_no_mark(folder):
-    text = page([read_run(folder)])
-    assert not any(svg.find("circle[@class='mark']") is not None for svg in svgs(text))
+def test_a_healthy_curve_has_no_mark(text):
+    assert not any(svg.find(".//g[@class='mark']") is not None for svg in svgs(text))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +459,7 @@ def verdict(tmp_path, title, **series):
     ]
     run = read_run(write_run(tmp_path / "r", metrics=rows))
     (curve,) = [c for c in CURVES if c.stage == "ppo" and c.title == title]
-    return judge(curve, run)
+    return curve.status(run)
 
 
 @pytest.mark.parametrize(
@@ -433,8 +484,8 @@ def test_every_curve_of_ppo_can_be_healthy_and_ill(tmp_path, title, metric, heal
     step, value = found.left
     assert value == ill[step - 1]
     assert 1 < step < 40
-    assert f"at step {step}" in found.finding
-    assert found.finding.endswith(" and did not come back.")
+    assert f"at step {step}" in found.sentence
+    assert found.sentence.endswith(" and did not come back.")
 
 
 def test_an_adaptive_kl_may_go_to_twice_its_target(tmp_path):
@@ -443,11 +494,10 @@ def test_an_adaptive_kl_may_go_to_twice_its_target(tmp_path):
     for control, left in (("fixed", True), ("adaptive", False)):
         config = {"config": {"PPOConfig": {"kl_control": control, "kl_target": 9.0}}}
         run = read_run(write_run(tmp_path / control, metrics=rows, run=config))
-        assert (judge(curve, run).left is not None) == left
+        assert (curve.status(run).left is not None) == left
 
 
-def test_every_curve_says_what_is_healthy_in_one_sentence(folder):
-    text = page([read_run(folder)])
+def test_every_curve_says_what_is_healthy_in_one_sentence(text):
     assert len({curve.key for curve in CURVES}) == len(CURVES)
     for curve in CURVES:
         assert curve.healthy.endswith(".")
@@ -459,24 +509,23 @@ def test_every_curve_says_what_is_healthy_in_one_sentence(folder):
 
 
 def test_changed_words():
-    gone, new = changed("It is 5 . Bye", "It is 6 now. Bye")
-    assert gone == "It is <del>5 .</del> Bye"
-    assert new == "It is <ins>6 now.</ins> Bye"
-    assert changed("Yes", "Yes sir") == ("Yes", "Yes <ins>sir</ins>")
-    assert changed("same words", "same words") == ("same words", "same words")
-    assert changed("", "new") == ("", "<ins>new</ins>")
-    assert changed("<b>", "") == ("<del>&lt;b&gt;</del>", "")
+    old, new = changed("It is 5 . Bye", "It is 6 now. Bye")
+    assert old == [("", "It is"), ("", " "), ("del", "5 ."), ("", " Bye")]
+    assert new == [("", "It is"), ("", " "), ("ins", "6 now."), ("", " Bye")]
+    assert changed("Yes", "Yes sir") == ([("", "Yes")], [("", "Yes"), ("", " "), ("ins", "sir")])
+    assert changed("same words", "same words") == ([("", "same words")], [("", "same words")])
+    assert changed("", "new") == ([], [("ins", "new")])
+    assert changed("<b>", "") == ([("del", "<b>")], [])
 
 
-def test_samples_stand_side_by_side_with_both_rewards(folder):
-    text = page([read_run(folder)])
+def test_samples_stand_side_by_side_with_both_rewards(text):
     part = text[text.index("Samples of PPO") : text.index("Token by token")]
     assert "before: score +0.50, gold 3.00" in part
     assert "step 40: score +0.50, gold 3.00" in part
     assert "It is <del>8 I think.</del>" in part
     assert "It is <ins>7.</ins>" in part
     part = text[text.index("Samples of the test") : text.index("Samples of PPO")]
-    for model in ("SFT", "PPO", "DPO"):
+    for model in ("sft", "ppo", "dpo"):
         assert f"{model}: score +0.50, gold 3.00" in part
     assert "<ins>dpo</ins> says 7." in part
     assert "<del>" not in part
@@ -484,7 +533,7 @@ def test_samples_stand_side_by_side_with_both_rewards(folder):
 
 def test_many_prompts_are_folded_away(tmp_path):
     many = [sample(0, "yes", prompt=f"question {i}") for i in range(11)]
-    text = page([read_run(write_run(tmp_path / "r", samples=many))])
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, samples=many))])
     before, _, after = text.partition("<summary>3 more</summary>")
     assert before.count('<div class="prompt">question') == 8
     assert after.count('<div class="prompt">question') == 3
@@ -496,7 +545,7 @@ def test_responses_that_ended_the_run_stand_apart(tmp_path):
         sample(30, "after it", prompt="a"),
         sample(33, "far away", prompt="b", kl=41.5),
     ]
-    text = page([read_run(write_run(tmp_path / "r", samples=rows))])
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, samples=rows))])
     part, _, far = text[text.index("Samples of PPO") :].partition("Furthest from the reference")
     assert "step 30: score +0.50, gold 3.00" in part
     assert "far away" not in part
@@ -513,8 +562,7 @@ def test_calibration_by_hand():
     assert found[0][0] == pytest.approx((0.5 + 1 / (1 + math.exp(-0.01))) / 2, abs=FP64)
 
 
-def test_the_reward_model_is_told_beside_the_length_rules(folder):
-    text = page([read_run(folder)])
+def test_the_reward_model_is_told_beside_the_length_rules(text):
     results = json.loads(RESULTS.read_text("utf-8"))["reward_model"]
     (told,) = paragraphs(text, "It ranks")
     for name in ("accuracy", "longer_wins", "shorter_wins"):
@@ -526,15 +574,15 @@ def test_the_reward_model_is_told_beside_the_length_rules(folder):
 def test_the_histogram_has_every_pair_once():
     values = [-2.0, -0.1, 0.0, 0.1, 0.1, 5.0]
     svg = ElementTree.fromstring(figures.histogram("m", "Margins", "6 pairs", values))
-    bars = list(svg.iter("rect"))
-    unit = min(float(bar.get("height")) for bar in bars)
-    assert sum(round(float(bar.get("height")) / unit) for bar in bars) == len(values)
-    wrong = [bar for bar in bars if bar.get("class") == "bar c1"]
-    assert sum(round(float(bar.get("height")) / unit) for bar in wrong) == 2
+    heights = [max(bar[1::2]) - min(bar[1::2]) for bar in paths(svg, "bar")]
+    unit = min(heights)
+    assert sum(round(height / unit) for height in heights) == len(values)
+    bars = svg.findall(".//g[@class='bar']/path")
+    wrong = ["--c1" in bar.get("style") for bar in bars]
+    assert sum(round(h / unit) for h, w in zip(heights, wrong, strict=True) if w) == 2
 
 
-def test_tokens_are_rows_with_readable_numbers(folder):
-    text = page([read_run(folder)])
+def test_tokens_are_rows_with_readable_numbers(text):
     part = text[text.index("Token by token") :]
     line = next(m for m in re.findall("<tr>.*?</tr>", part) if ">yes<" in m)
     cells = re.findall("<td.*?>(.*?)</td>", line)
@@ -549,13 +597,13 @@ def test_tokens_are_rows_with_readable_numbers(folder):
 
 def test_a_page_has_room_for_a_few_steps_and_responses(tmp_path):
     many = [token_record(row, step, rows=9) for step in range(10, 130, 10) for row in range(9)]
-    text = page([read_run(write_run(tmp_path / "many", tokens=many))])
+    text = page([read_run(write_run(tmp_path / "many", metrics=None, tokens=many))])
     # 12 steps: the places 0, 2.75, 5.5, 8.25 and 11 are the nearest whole ones
     assert re.findall(r"<summary>(Step \d+)", text) == ["Step 90", "Step 70", "Step 40", "Step 10"]
     assert "<h3>Step 120</h3>" in text
     assert text.count("its 2 tokens") == 5 * 4
     long = [token_record(row, tokens=[token("a")] * 250) for row in range(4)]
-    text = page([read_run(write_run(tmp_path / "long", tokens=long))])
+    text = page([read_run(write_run(tmp_path / "long", metrics=None, tokens=long))])
     assert text.count("its 250 tokens") == 2  # a third one would be 750
 
 
@@ -563,7 +611,7 @@ def test_one_advantage_is_computed_before_the_readers_eyes(tmp_path):
     first = token("a", reward=-0.1, value=0.3, **{"return": 0.3 + (-0.1 + 0.5 - 0.3) + 0.95 * 0.4})
     last = token("b", reward=0.9, value=0.5, **{"return": 0.9})
     record = token_record(0, rows=1, tokens=[first, last])
-    text = page([read_run(write_run(tmp_path / "r", tokens=[record]))])
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, tokens=[record]))])
     assert len(paragraphs(text, "By hand, token 1 of the first response, with gamma 1 and")) == 1
     delta, advantage, total, _ = re.findall("<li><code>(.*?)</code>", text)
     assert delta.endswith("-0.1000 + 1 * 0.5000 - 0.3000 = 0.1000")
@@ -571,8 +619,7 @@ def test_one_advantage_is_computed_before_the_readers_eyes(tmp_path):
     assert total == "return = A + value = 0.7800; the table has 0.7800"
 
 
-def test_the_metrics_of_the_last_step_are_computed_again_from_its_tokens(folder):
-    text = page([read_run(folder)])
+def test_the_metrics_of_the_last_step_are_computed_again_from_its_tokens(text):
     part = text[text.index("from tokens.jsonl") :]
     rows = re.findall('<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', part)
     found = {name: (float(ours), float(theirs)) for name, ours, theirs in rows[:6]}
@@ -586,8 +633,7 @@ def test_the_metrics_of_the_last_step_are_computed_again_from_its_tokens(folder)
     }
 
 
-def test_time_and_configuration(folder):
-    text = page([read_run(folder)])
+def test_time_and_configuration(text):
     assert re.search(r'scope="row">ppo</th><td>40</td><td>70.0</td>', text)  # 40 of 1.75 s
     assert "sample 10.0, score 20.0, update 40.0" in text
     assert '<th scope="row">kl_control</th><td>fixed</td>' in text
@@ -636,7 +682,7 @@ def test_a_run_that_max_kl_ended_is_not_called_unfinished(limit, tmp_path):
 
 
 def test_what_html_does_not_allow_is_shown_as_an_escape():
-    shown = str(tag("p", "a\x00b\x1b[2J\tc\n\x85\ufffe", title="\x07"))
+    shown = printable('<p title="\x07">a\x00b\x1b[2J\tc\n\x85\ufffe</p>')
     assert shown == '<p title="\\x07">a\\x00b\\x1b[2J\tc\n\\x85\\ufffe</p>'
 
 
@@ -646,8 +692,7 @@ def test_what_is_learned_by_heart_is_told(tmp_path):
         | ({"eval/loss": 1 + step / 10} if step % 2 == 0 else {})
         for step in range(1, 13)
     ]
-    names = ("results", "samples", "tokens", "reward_model")
-    text = page([read_run(write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names)))])
+    text = page([read_run(write_run(tmp_path / "one", metrics=rows, **NO_MORE))])
     assert paragraphs(text, "1 thing to look at; 1 of 1 curves left")
     assert "SFT: the held-out loss turned up after step 2" in text
     assert "Held out: From 1.200 at step 2 to 2.200 at step 12." in text
@@ -655,8 +700,7 @@ def test_what_is_learned_by_heart_is_told(tmp_path):
 
 def test_one_curve_is_one(tmp_path):
     rows = [{"stage": "sft", "step": step, "loss": 2 / step} for step in range(1, 9)]
-    names = ("results", "samples", "tokens", "reward_model")
-    folder = write_run(tmp_path / "one", metrics=rows, **dict.fromkeys(names))
+    folder = write_run(tmp_path / "one", metrics=rows, **NO_MORE)
     said = ["Nothing stands out: the one curve stayed in its range."]
     assert paragraphs(page([read_run(folder)]), "Nothing") == said
 
@@ -674,7 +718,7 @@ def test_a_single_step_has_a_curve(tmp_path):
     text = page([read_run(write_run(tmp_path / "one", metrics=[ppo_row(1)], tokens=None))])
     assert Parsed(text).wrong == []
     (score,) = [svg for svg in svgs(text) if svg.find("title").text == "PPO: score"]
-    assert len(list(score.iter("circle"))) == 1
+    assert len(list(score.iter("use"))) == 1
 
 
 def test_numbers_that_were_not_finite_are_left_out(tmp_path):
@@ -699,16 +743,13 @@ def test_a_step_that_was_written_twice_counts_once(tmp_path):
     assert "old words" not in text
 
 
-def test_a_long_curve_is_thinned_without_losing_its_peaks():
-    line = figures.Line("a", 0, range(1000), [float(i == 500) for i in range(1000)])
-    svg = ElementTree.fromstring(figures.line_figure("k", "t", "d", [line]))
-    (band,) = [p for p in svg.iter("path") if p.get("class") == "band c0"]
-    (curve,) = [p for p in svg.iter("path") if p.get("class") == "line c0"]
-    assert curve.get("d").count(",") == figures.MOST_POINTS
-    heights = [float(y) for y in re.findall(r",(\d+\.\d)", band.get("d"))]
-    assert heights.count(min(heights)) == 1
-    means = [float(y) for y in re.findall(r",(\d+\.\d)", curve.get("d"))]
-    assert min(means) > min(heights) + 50  # a mean of thirteen values, one of them 1
+def test_a_long_curve_is_thinned_without_losing_its_peaks(tmp_path):
+    rows = [{"stage": "sft", "step": step, "loss": float(step == 500)} for step in range(1000)]
+    (svg,) = svgs(page([read_run(write_run(tmp_path / "r", metrics=rows, **NO_MORE))]))
+    ((band,), (curve,)) = (paths(svg, name) for name in ("band", "line"))
+    assert len(curve) == 2 * figures.MOST_POINTS
+    assert band[1::2].count(min(band[1::2])) == 1
+    assert min(curve[1::2]) > min(band[1::2]) + 50  # a mean of thirteen values, one of them 1
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
@@ -741,24 +782,23 @@ def test_make_report_lays_runs_over_each_other(tmp_path, make_report):
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert Parsed(text).wrong == []
     (kl,) = [svg for svg in svgs(text) if svg.find("title").text == "PPO: KL to the reference"]
-    assert [p.get("class") for p in kl.iter("path") if "line" in p.get("class")] == [
-        "line c0",
-        "line c1",
-    ]
-    assert {"first", "second"} <= {label.text for label in kl.iter("text")}
+    lines = kl.findall(".//g[@class='line']/path")
+    assert ["var(--c0)" in line.get("style") for line in lines] == [True, False]
+    assert ["var(--c1)" in line.get("style") for line in lines] == [False, True]
+    assert {"first", "second"} <= set(words(kl))
     assert paragraphs(text, "first: ")[0].endswith(": all 12 curves stayed in their range.")
     left = " 1 thing to look at; 1 of 8 curves left their range."
     assert paragraphs(text, "second: ")[0].endswith(left)
     assert "PPO: the curve of KL to the reference left its range from step 1 to the end" in text
     for i, name in enumerate(("first", "second")):  # a run has one colour, here and there
-        assert f'<th scope="col" class="named c{i}">{name}: PPO</th>' in text
-        assert f'<b class="named c{i}">{name}: </b>' in text
+        assert f'<th scope="col" class="c{i}">{name}: ppo</th>' in text
+        assert f'<b class="c{i}">{name}: </b>' in text
     assert '<th scope="row">PPOConfig.seed</th><td>3</td><td>4</td>' in text
     assert "PPOConfig.steps" not in text  # equal in both
 
 
 def test_make_report_of_one_run_writes_into_its_folder(tmp_path, make_report):
-    folder = write_run(tmp_path / "run", tokens=None)
+    folder = write_run(tmp_path / "run", metrics=[ppo_row(1), ppo_row(40)], tokens=None)
     code, printed, _ = make_report(folder)
     assert code == 0
     assert "run: No token view: there is no tokens.jsonl." in printed
@@ -792,11 +832,10 @@ def test_make_report_refuses_in_one_line(tmp_path, monkeypatch, make_report, out
 
 
 def colours(theme):
-    """The variables of a theme: the dark one is the second block of the style."""
-    block = STYLE.split(":root {")[1 + (theme == "dark")].split("}")[0]
+    """The palette of a theme, as shares of red, green and blue."""
     return {
-        name: tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
-        for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{6});", block)
+        name: tuple(int(pair[theme == "dark"][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        for name, pair in figures.PALETTE.items()
     }
 
 

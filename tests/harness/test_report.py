@@ -1,6 +1,5 @@
 import json
 import math
-import struct
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -9,16 +8,17 @@ from matplotlib.image import imread
 
 from rlhf_min.estimates import Estimate
 from rlhf_min.evaluation import Evaluation
+from rlhf_min.harness.report.figures import write_curves
 from rlhf_min.harness.report.results import (
     pairs_json,
     results_json,
     results_table,
     sample_rows,
-    write_curves,
     write_json,
     write_samples,
 )
 from rlhf_min.harness.run.log import MetricsLog
+from rlhf_min.harness.run.reading import read_run
 
 MEASURED = (
     "score gold_reward correct polite brief gold_win_rate kl bleu rougeL response_length".split()
@@ -110,7 +110,7 @@ def test_what_was_not_measured_is_empty_and_has_its_line():
     assert results["sft"]["notes"] == {"bleu": "BLEU needs 4 words"}
     assert results["ppo"]["notes"] == {"bleu": "BLEU needs 4 words", "rouge2": "ROUGE-2 needs 2"}
     table = results_table(evaluations, baseline="sft")
-    assert table.splitlines()[-2:] == ["SFT, PPO: BLEU needs 4 words", "PPO: ROUGE-2 needs 2"]
+    assert table.splitlines()[-2:] == ["sft, ppo: BLEU needs 4 words", "ppo: ROUGE-2 needs 2"]
     assert "BLEU  " not in table
     del evaluations["sft"].notes["bleu"]
     evaluations["sft"].estimates["bleu"] = Estimate(1.0, 0.5, 1.5, 2)
@@ -131,7 +131,7 @@ def rows_of(table):
 
 def test_results_table_by_hand():
     rows = rows_of(results_table({"sft": evaluation(10), "ppo": evaluation(30)}, baseline="sft"))
-    assert rows[""] == ["SFT", "PPO"]
+    assert rows[""] == ["sft", "ppo"]
     assert rows["score"] == ["10.000 [9.750, 10.500]", "30.000 [29.750, 30.500]"]
     assert rows["win rate by gold"] == ["19.000 [18.750, 19.500]", "39.000 [38.750, 39.500]"]
     # BLEU and the length, of which nobody wants three decimals
@@ -152,8 +152,17 @@ def test_results_table_names_all_and_tells_how_it_was_measured():
         *("ties by score", "ties by gold", "distinct-1", "distinct-2", "repeated 4-grams"),
     ]
     assert lines[20].startswith("2 test prompts")
-    assert "wins are over SFT" in lines[20]
+    assert "wins are over sft" in lines[20]
     assert lines[21:] == ["BLEU|tok:13a", "ROUGE|F1"]
+
+
+def test_a_model_that_is_named_by_its_folder_keeps_its_name_and_its_column():
+    name = "/tmp/runs/Sft-with-a-long-name"
+    table = results_table({name: evaluation(10), "ppo": evaluation(30)}, baseline=name)
+    head, score, *_ = table.splitlines()
+    assert head.split() == [name, "ppo"]
+    assert score[: len(head)].endswith("30.000 [29.750, 30.500]")
+    assert f"wins are over {name}," in table
 
 
 def test_results_table_leaves_a_cell_empty_where_one_model_was_not_measured():
@@ -187,7 +196,7 @@ def test_samples_are_one_row_each(tmp_path):
     lines = file.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# Sample responses"
     head, rule, *rows = lines[4:]
-    assert cells_of(head) == ["prompt", "SFT", "PPO"]
+    assert cells_of(head) == ["prompt", "sft", "ppo"]
     assert rule == "|---|---|---|"
     assert [cells_of(row) for row in rows] == [
         ["1 | 2<br>or | 3?", "a|b (+1.50)", " (+1.50)"],
@@ -285,72 +294,63 @@ STAGES = {
     "sft": {"loss": lambda i: 2 / (i + 1)},
     "reward_model": {"accuracy": lambda i: 1 - 1 / (i + 2)},
     "ppo": dict.fromkeys(
-        "score gold_reward k1 k3 entropy explained_variance clip_fraction value_clip_fraction "
-        "response_length".split(),
+        "score gold_reward k1 k3 rollout_entropy explained_variance clip_fraction "
+        "value_clip_fraction response_length".split(),
         lambda i: i**0.5,
     ),
     "dpo": {"accuracy": lambda _: 0.5, "chosen_rewards": lambda i: i, "eval/accuracy": lambda _: 1},
 }
 
 
-# Nine panels, three in a row: one of SFT, one of the reward model, five of PPO, two of DPO.
+def written_curves(folder, **stages):
+    """Of a run of so many steps with these metrics: the pixels of the PNG, the words of the SVG."""
+    log = MetricsLog(lambda: folder)
+    for stage, (steps, metrics) in stages.items():
+        follow(log, stage, steps, **metrics)
+    write_curves(folder / "curves.png", read_run(folder))
+    tree = ElementTree.parse(folder / "curves.svg")
+    words = [text.text for text in tree.iter("{http://www.w3.org/2000/svg}text")]
+    return imread(folder / "curves.png")[..., :3], words
+
+
+# Eleven panels, at most three in a row: one of SFT, one of the reward model, seven of PPO, two of
+# DPO.
 @pytest.mark.parametrize(
-    ("stages", "rows"),
+    ("stages", "columns", "rows"),
     [
-        (["sft"], 1),
-        (["sft", "dpo"], 1),
-        (["ppo"], 2),
-        (["reward_model", "ppo"], 2),
-        (["sft", "reward_model", "ppo", "dpo"], 3),
+        (["sft"], 1, 1),
+        (["sft", "dpo"], 3, 1),
+        (["ppo"], 3, 3),
+        (["sft", "reward_model", "ppo", "dpo"], 3, 4),
     ],
 )
-def test_curves_show_the_stages_that_ran(tmp_path, stages, rows):
-    log = MetricsLog(lambda: tmp_path)
-    for stage in stages:
-        follow(log, stage, 70, **STAGES[stage])
-    file = tmp_path / "curves.png"
-    write_curves(file, log)
-    data = file.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", data[16:24])
-    assert width == 1430  # 13 inches of 110 dots
-    assert height == 352 * rows
+def test_curves_show_the_stages_that_ran(tmp_path, stages, columns, rows):
+    picture, _ = written_curves(tmp_path, **{stage: (70, STAGES[stage]) for stage in stages})
+    height, width = 301, 656  # 226 and 492 points at 96 dots to the inch
+    assert picture.shape[:2] == (pytest.approx(height * rows, abs=rows), width * columns)
     # Something is drawn in the first panel of the first row, and in each row.
-    picture = imread(file)[..., :3]
     for i in range(rows):
-        assert (picture[i * 352 : (i + 1) * 352, :400] < 0.9).any(axis=-1).mean() > 0.005
+        panel = picture[i * height : (i + 1) * height, :width]
+        assert (panel < 0.7).any(axis=-1).mean() > 0.005
 
 
 def test_curves_of_a_single_step(tmp_path):
-    log = MetricsLog(lambda: tmp_path)
-    follow(log, "sft", 1, **STAGES["sft"])
-    write_curves(tmp_path / "curves.png", log)
-    assert imread(tmp_path / "curves.png").shape[:2] == (352, 1430)
-
-
-def words_in(file):
-    return [text.text for text in ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+    picture, words = written_curves(tmp_path, sft=(1, STAGES["sft"]))
+    assert picture.shape[1] == 656
+    assert "SFT: loss" in words
 
 
 def test_curves_are_an_svg_too_with_its_words_as_words(tmp_path):
-    log = MetricsLog(lambda: tmp_path)
-    follow(log, "sft", 70, **STAGES["sft"])
-    write_curves(tmp_path / "curves.png", log)
+    _, words = written_curves(tmp_path, sft=(70, STAGES["sft"]))
+    assert {"SFT: loss", "nats per token", "step"} <= set(words)
     svg = (tmp_path / "curves.svg").read_bytes()
-    assert "SFT: loss, nats per token" in words_in(tmp_path / "curves.svg")
-    write_curves(tmp_path / "curves.png", log)
+    write_curves(tmp_path / "curves.png", read_run(tmp_path))
     assert (tmp_path / "curves.svg").read_bytes() == svg  # no date, no chance
 
 
 @pytest.mark.parametrize("gold", [True, False])
 def test_a_panel_names_gold_only_where_it_was_measured(tmp_path, gold):
-    log = MetricsLog(lambda: tmp_path)
-    metrics = dict(STAGES["ppo"])
-    if not gold:
-        del metrics["gold_reward"]
-    follow(log, "ppo", 3, **metrics)
-    write_curves(tmp_path / "curves.png", log)
-    words = words_in(tmp_path / "curves.svg")
-    assert ("PPO: score and gold reward" if gold else "PPO: score") in words
+    metrics = {name: f for name, f in STAGES["ppo"].items() if gold or "gold" not in name}
+    _, words = written_curves(tmp_path, ppo=(3, metrics))
+    assert {"PPO: score", "PPO: entropy", "PPO: explained variance of the returns"} <= set(words)
     assert any("gold" in word for word in words) == gold
-    assert "PPO: entropy per token, explained variance" in words

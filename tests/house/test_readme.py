@@ -199,7 +199,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_the_table_is_what_the_quickstart_wrote():
     results = json.loads((ROOT / "examples/results/quickstart-seed-0.json").read_text("utf-8"))
-    (table,) = [text for text in blocks("") if "SFT" in text and "ROUGE-L" in text]
+    (table,) = [text for text in blocks("") if "sft" in text and "ROUGE-L" in text]
     names = {
         "score": "score",
         "gold reward": "gold_reward",

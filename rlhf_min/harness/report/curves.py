@@ -5,36 +5,18 @@ rules of thumb, wide enough for small models on the embedded world and for pretr
 text. Leaving one is a reason to look, not yet a proof that something is wrong.
 """
 
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from itertools import groupby, pairwise
 from math import inf
-from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import Literal
 
+from rlhf_min.harness.run.layout import stage_modules
 from rlhf_min.harness.run.reading import Run
 
 IN_A_ROW = 3  # steps outside before a curve has left its range, unless the run ends there
-
-
-@cache
-def stage_modules() -> dict[str, ModuleType]:
-    """The modules of ``rlhf_min/harness/stages`` that have curves, by the name of their stage.
-
-    They are found in their folder, so that a new one is shown without a change here. Beside
-    ``CURVES`` each has its ``STAGE``, as the run's files name it, a ``TITLE`` for headings, and, if
-    there is more to say, ``ROWS``, what its rows are, ``headline(run)``, a sentence on what it
-    reached, and ``findings(run)``.
-    """
-    folder = Path(__file__).parents[1] / "stages"
-    names = [module.name for module in pkgutil.iter_modules([str(folder)])]
-    modules = [import_module(f"rlhf_min.harness.stages.{name}") for name in names]
-    return {module.STAGE: module for module in modules if hasattr(module, "CURVES")}
 
 
 def modules_of(run: Run) -> list[ModuleType]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from rlhf_min.estimates import Estimate
-from rlhf_min.harness.report.curves import Curve, stage_modules, title
+from rlhf_min.harness.report.curves import Curve, modules_of, title
 from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.reading import Run
 
@@ -45,6 +45,18 @@ PANELS = 3  # in a row of it
 MOST_POINTS = 80  # of a line; a longer one becomes means with the band that they lie in
 DOTTED = 12  # a line of so few points has a dot at each
 
+# A model may draw any byte, and a folder may have any name.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    r"""Text in which what neither HTML nor SVG allows is shown as an escape.
+
+    >>> printable("1 < 2\0")
+    '1 < 2\\x00'
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 # What is drawn
 
@@ -58,8 +70,7 @@ def curve(drawn: Curve, runs: Sequence[Run], description: str) -> Markup:
 
 def write_curves(file: Path, run: Run) -> None:
     """All curves of a run in one picture, and beside it the same as SVG."""
-    modules = stage_modules()
-    curves = [c for s in run.stages if s in modules for c in modules[s].CURVES if c.checked(run)[0]]
+    curves = [c for module in modules_of(run) for c in module.CURVES if c.checked(run)[0]]
     if not curves:
         return
     columns, height = min(PANELS, len(curves)), HEIGHT + HEADING
@@ -281,7 +292,7 @@ def _scale(
 
 def _text(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
     """A text at a share of the axes; a dollar sign in it is one."""
-    axes.text(x, y, text, transform=axes.transAxes, parse_math=False, **style)
+    axes.text(x, y, printable(text), transform=axes.transAxes, parse_math=False, **style)
 
 
 def _line(

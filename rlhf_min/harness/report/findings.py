@@ -128,7 +128,7 @@ def findings(run: Run) -> list[Finding]:
 def curve_statuses(run: Run) -> list[tuple[Curve, Status]]:
     """Each curve that was measured, with whether it stayed in its range."""
     curves = [curve for module in modules_of(run) for curve in module.CURVES]
-    return [(curve, status) for curve in curves if (status := curve.status(run))]
+    return [(curve, status) for curve in curves if (status := curve.status(run)) is not None]
 
 
 # Of every run

@@ -44,8 +44,6 @@ MEANINGS = (
         "by one.",
     ),
 )
-# A model may draw any byte; these HTML does not allow.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 def write_report(folder: Path) -> Path:
@@ -83,7 +81,7 @@ def page(runs: Sequence[Run]) -> str:
         "configuration": _configuration(runs),
         "left_out": left_out,
     }
-    return printable(_environment().get_template("page.html").render(sections))
+    return figures.printable(_environment().get_template("page.html").render(sections))
 
 
 @cache
@@ -98,15 +96,6 @@ def _environment() -> Environment:
     )
     environment.filters["unbroken"] = unbroken
     return environment
-
-
-def printable(html: str) -> str:
-    r"""The page, with what HTML does not allow shown as an escape.
-
-    >>> printable("1 < 2\0")
-    '1 < 2\\x00'
-    """
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], html)
 
 
 def unbroken(text: str) -> Markup:

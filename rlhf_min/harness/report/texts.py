@@ -86,8 +86,8 @@ def _rewards(row: Record) -> str:
 def changed(before: str, after: str) -> tuple[Pieces, Pieces]:
     """Both texts in pieces: ``del`` what only the first one has, ``ins`` what only the second one.
 
-    >>> changed("It is 5.", "It is 6, sir.")
-    ([('', 'It is '), ('del', '5.')], [('', 'It is '), ('ins', '6, sir.')])
+    >>> changed("5.", "6, sir.")
+    ([('del', '5.')], [('ins', '6, sir.')])
     """
     old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, after))
     old_pieces, new_pieces = Pieces(), Pieces()
