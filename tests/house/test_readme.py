@@ -12,7 +12,7 @@ from pathlib import Path
 import check_quickstart
 import pytest
 import torch
-from test_house import EXAMPLES, SOURCES, definitions
+from test_house import EXAMPLES, SOURCES, definitions, imports, module_name, tree
 from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness import experiments
@@ -111,6 +111,18 @@ def test_the_table_of_a_folder_names_what_lies_in_it(folder, head):
     if folder != "tests":
         names |= {path.name for path in found if path.suffix == ".py"}
     assert sorted(first_cells(folder, head)) == sorted(names)
+
+
+def test_each_room_of_the_harness_imports_what_stands_above_it():
+    rooms = [
+        name.strip("/").removesuffix(".py") for name in first_cells("rlhf_min/harness", "room")
+    ]
+    for path in (ROOT / "rlhf_min/harness").rglob("*.py"):
+        here = module_name(path).split(".")[1:2]
+        for _, is_ours, name in imports(path, tree(path)):
+            # Of the folder of stages `run/` only looks which files there are.
+            if is_ours and here and name.startswith("harness.") and name != "harness.stages":
+                assert rooms.index(name.split(".")[1]) <= rooms.index(here[0]), (path.name, name)
 
 
 # Commands
