@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_min.config import option, require_positive, require_seed
+from rlhf_min.config import MAX_SEED, option
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
@@ -32,13 +32,8 @@ class ChatOptions(RunOptions):
 
     run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
     models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
-    temperature: float = option(1.0, "Lower is safer, higher is bolder.")
-    seed: int = option(0, "Of the samples; each prompt goes on from where the last one ended.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "temperature")
-        require_seed(self, "seed")
+    temperature: float = option(1.0, "Lower is safer, higher is bolder.", above=0)
+    seed: int = option(0, "Of all samples of this conversation.", at_least=0, at_most=MAX_SEED)
 
 
 @command

@@ -8,7 +8,7 @@ first of --models is the baseline of the win rates and the reference of the KL. 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf_min.config import option, require_positive, require_seed
+from rlhf_min.config import MAX_SEED, option
 from rlhf_min.errors import require
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
@@ -28,13 +28,13 @@ class EvaluateOptions(RunOptions):
 
     run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
     models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
-    test_prompts: int = option(1000, "Test prompts, at most.")
-    seed: int | None = option(None, "Of the world, samples and bootstrap. Default: the run's.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "test_prompts")
-        require_seed(self, "seed")
+    test_prompts: int = option(1000, "Test prompts, at most.", above=0)
+    seed: int | None = option(
+        None,
+        "Of the world, samples and bootstrap. Default: the run's.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
 
 
 @command

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlhf_min.config import option, require_share
-from rlhf_min.errors import require
+from rlhf_min.config import option
 from rlhf_min.harness import experiments
 from rlhf_min.harness.cli import command, parse
 from rlhf_min.harness.experiments import Point
@@ -29,19 +28,18 @@ TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats
 class OveroptimizationOptions(experiments.ExperimentOptions):
     """Options of the experiment."""
 
-    pairs: int | None = option(300, "Preference pairs that the reward model learns from.")
-    label_noise: float = option(0.0, "Share of their labels that is turned round.")
+    pairs: int | None = option(300, "Preference pairs that the reward model learns from.", above=0)
+    label_noise: float = option(
+        0.0, "Share of their labels that is turned round.", at_least=0, at_most=1
+    )
     kl_coefs: list[float] = field(
         default_factory=lambda: [0.0, 0.1], metadata={"help": "Of PPO, a curve for each."}
     )
     learning_rate: float = option(1e-4, "PPO's; low, to see what happens on the way.")
-    looks: int = option(12, "How often each run is measured, the last time at its end.")
-    samples: int = option(64, "Responses to each prompt, for the best of up to half as many.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_share(self, "label_noise")
-        require(self.samples >= 2, f"samples is {self.samples}; it must be at least 2")
+    looks: int = option(12, "How often each run is measured, the last time at its end.", above=0)
+    samples: int = option(
+        64, "Responses to each prompt, for the best of up to half as many.", at_least=2
+    )
 
 
 @command

@@ -6,7 +6,7 @@ Without options it runs on the embedded question-answer world, offline, in a few
 import time
 from dataclasses import dataclass
 
-from rlhf_min.config import option, require_positive, require_seed
+from rlhf_min.config import MAX_SEED, option
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs
@@ -25,19 +25,22 @@ MINIBATCH = PPOConfig.minibatch_size
 class QuickstartOptions(RunOptions):
     """Options of the quickstart; the commands for single stages have all others."""
 
-    seed: int = option(0, "Of the world, the models, the data's order and all sampling.")
-    sft_epochs: int | None = option(None, "Passes of SFT. Default: SFTConfig's.")
-    reward_epochs: int | None = option(None, "Passes of the reward model. Default: RewardConfig's.")
-    ppo_steps: int | None = option(None, "Rollouts of PPO. Default: PPOConfig's.")
-    ppo_batch_size: int | None = option(None, "Prompts in one rollout. Default: PPOConfig's.")
-    dpo_epochs: int | None = option(None, "Passes of DPO. Default: DPOConfig's.")
-    test_prompts: int = option(600, "Test prompts that the models are compared on.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "sft_epochs", "reward_epochs", "ppo_steps", "dpo_epochs")
-        require_positive(self, "test_prompts", "ppo_batch_size")
-        require_seed(self, "seed")
+    seed: int = option(
+        0,
+        "Of the world, the models, the data's order and all sampling.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    sft_epochs: int | None = option(None, "Passes of SFT. Default: SFTConfig's.", above=0)
+    reward_epochs: int | None = option(
+        None, "Passes of the reward model. Default: RewardConfig's.", above=0
+    )
+    ppo_steps: int | None = option(None, "Rollouts of PPO. Default: PPOConfig's.", above=0)
+    ppo_batch_size: int | None = option(
+        None, "Prompts in one rollout. Default: PPOConfig's.", above=0
+    )
+    dpo_epochs: int | None = option(None, "Passes of DPO. Default: DPOConfig's.", above=0)
+    test_prompts: int = option(600, "Test prompts that the models are compared on.", above=0)
 
 
 @command

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf_min.config import option, require_not_negative
+from rlhf_min.config import option
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs
@@ -37,12 +37,13 @@ class PPOOptions(RunOptions):
         metadata={"help": "[WEIGHT*]module:function, file.py:function or model; several add up."},
     )
     reward_timeout: float = option(
-        SECONDS, "Seconds that a function in --reward may take for one batch; 0: no limit."
+        SECONDS,
+        "Seconds that a function in --reward may take for one batch; 0: no limit.",
+        at_least=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative(self, "reward_timeout")
         require(
             not (self.reward and self.reward_model),
             "give --reward_model or --reward, not both; --reward takes reward models too",

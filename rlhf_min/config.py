@@ -1,51 +1,247 @@
-"""How a config declares and checks its options. Each algorithm's config stands in its own file."""
+"""The options of each algorithm: default, bounds, one description, and what papers use.
 
-import dataclasses
+The defaults suit the small models of the embedded world. What is published for pretrained models
+stands beside them; the commands take it when they start from such a model.
+"""
+
 import math
+import operator
 import typing
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from .errors import BadInput
+from .errors import require
 
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "linear", "cosine"]
+RolloutKL = Literal["k1", "abs", "k2", "k3", "full"]
 
-def option(default: Any, help: str) -> Any:
-    """A config field with its one description, which the command line's ``--help`` shows too."""
-    return dataclasses.field(default=default, metadata={"help": help})
+MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
+MAX_SEED = 2**31  # the largest that every generator accepts
 
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raise `BadInput` unless each of these fields is above 0 and finite; None passes."""
-    _require_range(config, names, "above 0 and finite", lambda x: 0 < x < math.inf)
-
-
-def require_not_negative(config: Any, *names: str) -> None:
-    """Raise `BadInput` unless each of these fields is at least 0 and finite; None passes."""
-    _require_range(config, names, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-
-
-def require_share(config: Any, *names: str) -> None:
-    """Raise `BadInput` unless each of these fields lies in [0, 1]; None passes."""
-    _require_range(config, names, "between 0 and 1", lambda x: 0 <= x <= 1)
+BOUNDS = {
+    "above": operator.gt,
+    "at_least": operator.ge,
+    "below": operator.lt,
+    "at_most": operator.le,
+}
 
 
-def require_choices(config: Any) -> None:
-    """Raise `BadInput` unless each field of a `Literal` type holds one of its choices."""
-    for name, kind in typing.get_type_hints(type(config)).items():
-        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        if choices and getattr(config, name) not in choices:
-            raise BadInput(
-                f"{type(config).__name__}: {name} is {getattr(config, name)!r}; it must be one of "
-                + ", ".join(map(str, choices))
-            )
+def option(
+    default: Any, help: str, *, pretrained: tuple[Any, str] | None = None, **bounds: float
+) -> Any:
+    """A field of a config.
+
+    Args:
+        default: for the small models of the embedded world.
+        help: its one description, which ``--help`` shows too.
+        pretrained: the published value for pretrained models, and who published it.
+        bounds: one or two of `BOUNDS`. With one alone the value must be finite too. None as a
+            value is always allowed.
+    """
+    metadata = {"help": help, "pretrained": pretrained, "bounds": bounds}
+    return field(default=default, metadata=metadata)
 
 
-def require_seed(config: Any, *names: str) -> None:
-    """Raise `BadInput` unless each of these fields is a seed that every generator accepts."""
-    _require_range(config, names, "between 0 and 2**31", lambda x: 0 <= x <= 2**31)
+def check_options(config: Any) -> None:
+    """Raise `BadInput` unless each field is within its bounds and one of its choices.
+
+    >>> check_options(PPOConfig(clip=0))
+    Traceback (most recent call last):
+    rlhf_min.errors.BadInput: PPOConfig: clip is 0; it must be above 0 and finite
+    """
+    kinds = typing.get_type_hints(type(config))
+    for f in fields(config):
+        value, bounds = getattr(config, f.name), f.metadata.get("bounds")
+        where = f"{type(config).__name__}: {f.name} is"
+        if bounds and value is not None:
+            within = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
+            words = [
+                f"{name.replace('_', ' ')} {bound}"
+                for name, bound in bounds.items()
+                if bound != math.inf
+            ]
+            if len(bounds) == 1:
+                within &= math.isfinite(value)
+                words.append("finite")
+            require(within, f"{where} {value}; it must be {' and '.join(words)}")
+        if typing.get_origin(kinds[f.name]) is Literal:
+            choices = typing.get_args(kinds[f.name])
+            one_of = ", ".join(map(str, choices))
+            require(value in choices, f"{where} {value!r}; it must be one of {one_of}")
 
 
-def _require_range(config: Any, names: tuple[str, ...], range_text: str, within: Any) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not within(value):
-            raise BadInput(f"{type(config).__name__}: {name} is {value}; it must be {range_text}")
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What all algorithms share: AdamW, its schedule, memory, precision and seed."""
+
+    learning_rate: float = option(1e-4, "AdamW's rate after warm-up.", above=0)
+    schedule: Schedule = option("linear", "How the rate falls after warm-up.")
+    warmup_share: float = option(
+        0.1, "Share of the steps in which the rate rises from 0.", at_least=0, at_most=1
+    )
+    weight_decay: float = option(0.0, "AdamW's decay of matrices.", at_least=0)
+    max_grad_norm: float | None = option(
+        1.0, "Gradients longer than this are scaled down to it.", above=0
+    )
+    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.", above=0)
+    precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
+    seed: int = option(0, "Order of the data, and of all sampling.", at_least=0, at_most=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Options of supervised fine-tuning."""
+
+    epochs: int = option(3, "Passes over the demonstrations.", above=0)
+    batch_size: int = option(32, "Demonstrations for each optimizer step.", above=0)
+    learning_rate: float = option(
+        1.5e-3,
+        "AdamW's rate after warm-up.",
+        above=0,
+        pretrained=(2e-5, "Alpaca, Taori et al. 2023"),
+    )
+    schedule: Schedule = option("cosine", "How the rate falls after warm-up.")
+    warmup_share: float = option(
+        0.1,
+        "Share of the steps in which the rate rises from 0.",
+        at_least=0,
+        at_most=1,
+        pretrained=(0.03, "Alpaca"),
+    )
+    weight_decay: float = option(
+        0.01, "AdamW's decay of matrices.", at_least=0, pretrained=(0.0, "Alpaca")
+    )
+    eval_every: int = option(100, "Steps between evaluations on held-out demonstrations.", above=0)
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainingConfig):
+    """Options of reward training."""
+
+    epochs: int = option(
+        4, "Passes over the preference pairs.", above=0, pretrained=(3, "BERT, Devlin et al. 2019")
+    )
+    batch_size: int = option(32, "Pairs for each optimizer step.", above=0)
+    learning_rate: float = option(
+        7e-4, "AdamW's rate after warm-up.", above=0, pretrained=(2e-5, "BERT")
+    )
+    weight_decay: float = option(0.01, "AdamW's decay of matrices.", at_least=0)
+    center_coef: float = option(
+        0.01, "Pulls the scores, of which only differences count, to 0.", at_least=0
+    )
+    normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
+    eval_every: int = option(200, "Steps between evaluations on held-out pairs.", above=0)
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainingConfig):
+    """Options of DPO."""
+
+    epochs: int = option(1, "Passes over the preference pairs.", above=0)
+    batch_size: int = option(64, "Pairs for each optimizer step.", above=0)
+    learning_rate: float = option(
+        1e-4,
+        "AdamW's rate after warm-up.",
+        above=0,
+        pretrained=(1e-6, "Rafailov et al. 2023"),
+    )
+    beta: float = option(
+        0.3,
+        "DPO's temperature; larger keeps the policy nearer the reference.",
+        above=0,
+        pretrained=(0.1, "Rafailov et al. 2023"),
+    )
+    label_smoothing: float = option(0.0, "Assumed share of flipped labels.", at_least=0, below=0.5)
+    cache_reference: bool = option(True, "Score the reference once, before training.")
+    eval_every: int = option(25, "Steps between evaluations on held-out pairs.", above=0)
+
+
+@dataclass(frozen=True)
+class PPOConfig(TrainingConfig):
+    """Options of PPO.
+
+    A rollout batch of `batch_size` responses is learned from `epochs` times in minibatches of
+    `minibatch_size`; each minibatch is one optimizer step.
+    """
+
+    steps: int = option(60, "Rollouts, each followed by its update.", above=0)
+    batch_size: int = option(
+        128, "Prompts in one rollout.", at_least=2, at_most=MAX_BATCH_SIZE
+    )  # whitening needs two
+    minibatch_size: int = option(32, "Responses for each optimizer step.", above=0)
+    epochs: int = option(
+        2, "Passes over one rollout.", above=0, pretrained=(4, "Ziegler et al. 2019")
+    )
+    critic: Literal["shared", "separate"] = option("shared", "Whose trunk the values are read off.")
+    max_new_tokens: int = option(48, "Longest response; a longer one is cut.", above=0)
+    temperature: float = option(
+        1.0, "Divides the logits, in sampling and in scoring alike.", above=0
+    )
+    learning_rate: float = option(
+        3e-4,
+        "AdamW's rate after warm-up.",
+        above=0,
+        pretrained=(1.41e-5, "trl 0.11's GPT-2 runs"),
+    )
+    warmup_share: float = option(
+        0.05, "Share of the steps in which the rate rises from 0.", at_least=0, at_most=1
+    )
+    adam_eps: float = option(1e-5, "AdamW's epsilon; a larger one calms the first steps.", above=0)
+    gamma: float = option(1.0, "Discount for each token.", at_least=0, at_most=1)
+    lam: float = option(
+        0.95, "GAE's lambda: 0 trusts the values, 1 the rewards.", at_least=0, at_most=1
+    )
+    clip: float = option(0.2, "The ratio is clipped to between 1 - clip and 1 + clip.", above=0)
+    value_clip: float = option(
+        0.2,
+        "A value is clipped to within this of the old one; inf: not at all.",
+        above=0,
+        at_most=math.inf,
+    )
+    value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.", at_least=0)
+    kl: RolloutKL = option(
+        "k1", "Estimate of the KL in the rewards; only k1 has the objective's gradient."
+    )
+    kl_coef: float = option(0.05, "Weight of the KL in the rewards, in score per nat.", at_least=0)
+    kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
+    kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.", above=0)
+    kl_horizon: float = option(
+        10_000, "Adaptive: responses in which kl_coef may change by a fifth.", above=0
+    )
+    whiten_advantages: bool = option(True, "Advantages to mean 0, variance 1 over the rollout.")
+    whiten_rewards: bool = option(False, "Rewards to variance 1 over the rollout, mean kept.")
+    normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
+    score_clip: float | None = option(
+        None, "Scores beyond this, either way, are cut to it.", above=0
+    )
+    eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.", at_least=0)
+    stop_kl: float | None = option(
+        None,
+        "KL(rollout policy || new policy) by k1, per token, that ends an update.",
+        above=0,
+    )
+    max_kl: float | None = option(
+        None, "KL(policy || reference) by k1, per response, that ends the run.", above=0
+    )
+    eval_every: int = option(10, "Rollouts between evaluations on the fixed prompts.", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.minibatch_size <= self.batch_size,
+            f"PPOConfig: minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}",
+        )
+        require(
+            self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
+            f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
+            f"{self.batch_size}, or the coefficient could turn negative",
+        )
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps in one epoch over a rollout; the last may be smaller."""
+        return -(-self.batch_size // self.minibatch_size)

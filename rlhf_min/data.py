@@ -189,6 +189,11 @@ class Cursor(Generic[Example]):
             taken += self.take(n - len(taken))
         return taken
 
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far, with the share of the present one."""
+        return self.epoch + self.position / len(self.examples)
+
     def batches_per_epoch(self, n: int) -> int:
         """How many `take(n)` one epoch has."""
         return -(-len(self.examples) // n)

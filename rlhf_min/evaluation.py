@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from . import text_metrics
+from .config import PPOConfig
 from .data import PromptExample
 from .errors import require
 from .estimates import Estimate, bleu_estimate, mean_estimate, win_rate
+from .loading.reward_function import RewardFunction, call_reward
 from .policy import Policy
-from .rollout import RewardFunction, Rollout, call_reward, collect
+from .rollout import Rollout, collect
 
 PROMPTS_AT_ONCE = 256
 
@@ -74,6 +76,7 @@ def evaluate_policies(
         text_metrics.check_texts([prompt.text for prompt in prompts], references)
     for policy in (*policies.values(), ref_policy):
         policy.require_room(([prompt.ids] for prompt in prompts), new_tokens=max_new_tokens)
+    config = PPOConfig(max_new_tokens=max_new_tokens, max_tokens=max_tokens)
     samples = {}
     for name, policy in policies.items():
         require(
@@ -88,10 +91,7 @@ def evaluate_policies(
                 ref_policy,
                 reward,
                 prompts[start : start + PROMPTS_AT_ONCE],
-                max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                kl="k1",
-                max_tokens=max_tokens,
+                config,
                 rng=rng,
             )
             for start in range(0, len(prompts), PROMPTS_AT_ONCE)

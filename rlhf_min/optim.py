@@ -2,36 +2,35 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from .data import Cursor
-from .errors import Fault, NonFinite, first_nonfinite
+from .config import Precision, TrainingConfig
+from .data import Cursor, in_groups
+from .errors import NonFinite
 
-Precision = Literal["fp32", "bf16", "fp16"]
-Schedule = Literal["constant", "linear", "cosine"]
-OnNonFinite = Literal["stop", "skip"]
+Example = TypeVar("Example")
 
-SKIPS = 20  # in a row; with more, neither fp16's scale nor one bad batch can be the reason
+MAX_OVERFLOWS = 20  # of fp16 in a row; with more, its scale cannot be the reason
 
 
 class Optimizer:
     """An optimizer with its learning-rate schedule, gradient clipping and precision.
 
-    It takes no step with a number that is not finite. `skipped` counts what was skipped instead.
+    It takes no step with a number that is not finite. Under fp16 a gradient overflows now and then:
+    such a step is left out, and counted in `skipped`.
 
     Args:
         optimizer: steps the parameters.
         scheduler: steps after each optimizer step, or None.
         max_grad_norm: the gradient's largest total L2 norm, or None for no clipping.
         precision: of the forward passes, by autocast; weights and losses keep their own.
-        on_nonfinite: "stop" raises `NonFinite`; "skip" does so only after `SKIPS` in a row.
     """
 
     def __init__(
@@ -41,13 +40,10 @@ class Optimizer:
         *,
         max_grad_norm: float | None = None,
         precision: Precision = "fp32",
-        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.max_grad_norm, self.precision = max_grad_norm, precision
-        self.on_nonfinite = on_nonfinite
         self.steps = self.skipped = self.skipped_in_a_row = 0
-        self.fault: Fault | None = None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device_type = self.parameters[0].device.type
         # Half precision loses small gradients: fp16 scales the loss up and the gradient down.
@@ -74,53 +70,19 @@ class Optimizer:
         """Add the gradient of this micro-batch's share of the loss."""
         self.scaler.scale(loss).backward()
 
-    def check(
-        self, metrics: Mapping[str, float], rows: Iterable[tuple[int, Mapping[str, Tensor]]]
-    ) -> None:
-        """Have the next step refused if one of these numbers is not finite.
-
-        Args:
-            metrics: what is reported of the step.
-            rows: the number of each row, and what the metrics are made of for this row alone;
-                computed only in need, to say which rows are at fault.
-        """
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            device = self.parameters[0].device
-            with torch.no_grad(), self.autocast(), dropout_rng(0, self.steps, device):
-                self.fault = first_nonfinite(rows) or (bad[0], [])
-
-    def refused(self, batch: Any, *, expected: bool = False) -> bool:
-        """Whether something is not finite. If so, it is counted as skipped, or the run stops.
-
-        Args:
-            batch: where it happened, handed to whoever catches `NonFinite`.
-            expected: it may happen now and then, even if the run is to stop.
-        """
-        fault, self.fault = self.fault, None
-        if fault is None:
-            return False
-        self.skipped_in_a_row += 1
-        may_skip = expected or self.on_nonfinite == "skip"
-        if self.skipped_in_a_row > (SKIPS if may_skip else 0):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFinite(self.steps, *fault, batch)
-        self.skipped += 1
-        return True
-
-    def step(self, batch: Any = None) -> float:
-        """Clip, check, step, and clear the gradient. A step that is skipped leaves the weights;
-        the schedule goes on.
+    def step(self, batch: Any = None, metrics: Mapping[str, float] | None = None) -> float:
+        """Clip, step, and clear the gradient.
 
         Args:
             batch: what the gradient came from, handed to whoever catches `NonFinite`.
+            metrics: what was computed with the gradient, the loss above all.
 
         Returns:
             The gradient's total norm before clipping.
 
         Raises:
-            NonFinite: if the gradient or what was checked before is not finite, and the run is to
-                stop; the weights are untouched then.
+            NonFinite: if the gradient or one of the metrics is not finite; the weights are
+                untouched then.
         """
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:  # of an embedding used without its head
@@ -128,24 +90,34 @@ class Optimizer:
         self.scaler.unscale_(self.optimizer)
         total_norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total_norm)
+        overflow = self._require_finite(norm, metrics or {}, batch)
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)
-        overflow = self.fault is None and not math.isfinite(norm)
-        if overflow:
-            self.fault = self._gradient_at_fault(), []
-        # Under fp16 an overflow is expected now and then: the scaler scales less after it.
-        if self.refused(batch, expected=overflow and self.precision == "fp16"):
+        if overflow:  # nothing is stepped without gradients; the scale and the schedule go on
             self.optimizer.zero_grad(set_to_none=True)
-            self.optimizer.step()  # without gradients it changes nothing; the schedule waits for it
+            self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
-            self.skipped_in_a_row = 0
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps += 1
         return norm
+
+    def _require_finite(self, norm: float, metrics: Mapping[str, float], batch: Any) -> bool:
+        """Raise `NonFinite`, or say whether this is an overflow that fp16 expects."""
+        fault = next((name for name, x in metrics.items() if not math.isfinite(x)), None)
+        if fault is None and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return False
+        expected = fault is None and self.precision == "fp16"
+        if expected and self.skipped_in_a_row < MAX_OVERFLOWS:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            return True
+        fault = fault or self._gradient_at_fault()
+        self.optimizer.zero_grad(set_to_none=True)
+        raise NonFinite(self.steps, fault, batch)
 
     def _gradient_at_fault(self) -> str:
         for group in self.optimizer.param_groups:
@@ -199,17 +171,7 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def adamw(
-    module: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    schedule: Schedule,
-    warmup_share: float,
-    total_steps: int,
-    max_grad_norm: float | None,
-    precision: Precision,
-    on_nonfinite: OnNonFinite = "stop",
-    eps: float = 1e-8,
+    module: nn.Module, config: TrainingConfig, total_steps: int, *, eps: float = 1e-8
 ) -> Optimizer:
     """AdamW over the trainable parameters; matrices decay, biases and normalisations do not.
 
@@ -219,26 +181,63 @@ def adamw(
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [x for x in named if x[1].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [x for x in named if x[1].ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [x for x in named if x[1].ndim < 2], "weight_decay": 0.0},
     ]
     fused = named[0][1].device.type in ("cpu", "cuda")
     groups = [group for group in groups if group["params"]]  # an empty one would have no names
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=fused)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=eps, fused=fused)
     scheduler = get_scheduler(
-        name,
+        "constant_with_warmup" if config.schedule == "constant" else config.schedule,
         optimizer,
-        num_warmup_steps=round(warmup_share * total_steps),
+        num_warmup_steps=round(config.warmup_share * total_steps),
         num_training_steps=total_steps,
     )
     return Optimizer(
-        optimizer,
-        scheduler,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        on_nonfinite=on_nonfinite,
+        optimizer, scheduler, max_grad_norm=config.max_grad_norm, precision=config.precision
     )
+
+
+class BatchLoss(Protocol):
+    """What the losses return: a mean with gradient, over how many it is, and further means."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def count(self) -> Tensor: ...
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+
+def accumulate(
+    batch_loss: Callable[[list[Example]], BatchLoss],
+    examples: Sequence[Example],
+    *,
+    total: int,
+    length: Callable[[Example], int],
+    max_tokens: int,
+    optimizer: Optimizer | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of a batch, in micro-batches that leave its means and its gradient as they
+    would be without.
+
+    Args:
+        batch_loss: of a micro-batch; of what has a number for each example, the mean is taken.
+        total: what the losses' counts sum up to: response tokens, or pairs.
+        length: of an example, in tokens.
+        max_tokens: padded tokens in one forward pass; a matter of memory only.
+        optimizer: gets the gradient of the loss and is then ready to step; None to evaluate.
+    """
+    means: dict[str, float] = {}
+    for part in in_groups(examples, length, max_tokens=max_tokens):
+        with contextlib.nullcontext() if optimizer is None else optimizer.autocast():
+            found = batch_loss(part)
+        if optimizer is not None:
+            optimizer.backward(found.loss * found.count / total)
+        for name, value in found._asdict().items():
+            if name != "count":
+                share = float(value.detach().mean() * found.count / total)
+                means[name] = means.get(name, 0.0) + share
+    return means
 
 
 @contextlib.contextmanager

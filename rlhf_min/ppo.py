@@ -1,125 +1,25 @@
 """Proximal policy optimization: act, judge, learn, report."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .advantages import gae
-from .config import (
-    option,
-    require_choices,
-    require_not_negative,
-    require_positive,
-    require_seed,
-    require_share,
-)
+from .config import PPOConfig
 from .data import Cursor, PromptExample, micro_batches
-from .errors import BadNumbers, require
+from .errors import require
 from .kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
+from .loading.reward_function import RewardFunction, call_reward
 from .losses import ppo_policy_loss, ppo_value_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten
-from .optim import OnNonFinite, Optimizer, Precision, Schedule, adamw
+from .optim import Optimizer, adamw
 from .policy import Policy, disable_dropout
-from .rollout import RewardFunction, Rollout, RolloutBuffer, RolloutKL, call_reward, collect
+from .rollout import Rollout, RolloutBuffer, collect
 from .text_metrics import distinct_n, repeated_ngrams
-
-MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Options of PPO. Defaults suit the small models of the embedded world.
-
-    A rollout batch of `batch_size` responses is learned from `epochs` times in minibatches of
-    `minibatch_size`; each minibatch is one optimizer step.
-    """
-
-    trains: ClassVar = "model"
-    pretrained: ClassVar = {
-        "epochs": (4, "Ziegler et al. 2019"),
-        "learning_rate": (1.41e-5, "trl 0.11's GPT-2 runs"),
-    }
-    steps: int = option(60, "Rollouts, each followed by its update.")
-    batch_size: int = option(128, "Prompts in one rollout.")
-    minibatch_size: int = option(32, "Responses for each optimizer step.")
-    epochs: int = option(2, "Passes over one rollout.")
-    critic: Literal["shared", "separate"] = option("shared", "Whose trunk the values are read off.")
-    max_new_tokens: int = option(48, "Longest response; a longer one is cut.")
-    temperature: float = option(1.0, "Divides the logits, in sampling and in scoring alike.")
-    learning_rate: float = option(3e-4, "AdamW's rate after warm-up.")
-    schedule: Schedule = option("linear", "How the rate falls after warm-up.")
-    warmup_share: float = option(0.05, "Share of the steps in which the rate rises from 0.")
-    weight_decay: float = option(0.0, "AdamW's decay of matrices.")
-    adam_eps: float = option(1e-5, "AdamW's epsilon; a larger one calms the first steps.")
-    max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
-    gamma: float = option(1.0, "Discount for each token.")
-    lam: float = option(0.95, "GAE's lambda: 0 trusts the values, 1 the rewards.")
-    clip: float = option(0.2, "How far the ratio may leave 1 before it earns nothing.")
-    value_clip: float = option(
-        0.2, "How far a value may leave the old one before it earns nothing; inf: any."
-    )
-    value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.")
-    kl: RolloutKL = option(
-        "k1", "Estimate of the KL in the rewards; only k1 has the objective's gradient."
-    )
-    kl_coef: float = option(0.05, "Weight of the KL in the rewards, in score per nat.")
-    kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
-    kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.")
-    kl_horizon: float = option(
-        10_000, "Adaptive: responses in which kl_coef may change by a fifth."
-    )
-    whiten_advantages: bool = option(True, "Advantages to mean 0, variance 1 over the rollout.")
-    whiten_rewards: bool = option(False, "Rewards to variance 1 over the rollout, mean kept.")
-    normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
-    score_clip: float | None = option(None, "Scores beyond this, either way, are cut to it.")
-    eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.")
-    stop_kl: float | None = option(
-        None, "KL(rollout policy || new policy) by k1, per token, that ends an update."
-    )
-    max_kl: float | None = option(
-        None, "KL(policy || reference) by k1, per response, that ends the run."
-    )
-    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
-    precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
-    on_nonfinite: OnNonFinite = option(
-        "stop", "At a number that is not finite: stop, or skip step or rollout, 20 in a row."
-    )
-    eval_every: int = option(10, "Rollouts between looks at the fixed prompts.")
-    seed: int = option(0, "Order of the data, sampling, and minibatches.")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens")
-        require_positive(self, "temperature", "learning_rate", "adam_eps", "max_grad_norm", "clip")
-        require_positive(self, "kl_target", "kl_horizon", "score_clip", "stop_kl", "max_kl")
-        require_positive(self, "max_tokens", "eval_every")
-        require_not_negative(self, "weight_decay", "value_coef", "kl_coef", "eos_penalty")
-        require_seed(self, "seed")
-        require_choices(self)
-        require_share(self, "gamma", "lam", "warmup_share")
-        require(self.value_clip > 0, f"PPOConfig: value_clip is {self.value_clip}; it must be > 0")
-        require(
-            self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
-            f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
-            f"{self.batch_size}, or the coefficient could turn negative",
-        )
-        require(
-            self.batch_size <= MAX_BATCH_SIZE,
-            f"PPOConfig: batch_size is {self.batch_size}; it must be at most {MAX_BATCH_SIZE}",
-        )
-        require(self.batch_size >= 2, "PPOConfig: batch_size is 1; whitening needs at least 2")
-        require(
-            self.minibatch_size <= self.batch_size,
-            f"PPOConfig: minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}",
-        )
-
-    @property
-    def minibatches(self) -> int:
-        """Optimizer steps in one epoch over a rollout; the last may be smaller."""
-        return -(-self.batch_size // self.minibatch_size)
 
 
 @dataclass
@@ -169,7 +69,6 @@ class State:
     moments: RunningMoments = field(default_factory=RunningMoments)
     step: int = 0
     too_far: bool = False  # the KL has exceeded max_kl: the run is over
-    last: RolloutBuffer | None = None  # what was learned from last, to look at; not saved
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values only."""
@@ -208,18 +107,7 @@ def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfi
     require(policy.value_head is not None, "PPO needs a value head: critic='shared' or 'separate'")
     disable_dropout(policy)
     total_steps = config.steps * config.epochs * config.minibatches
-    optimizer = adamw(
-        policy,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        warmup_share=config.warmup_share,
-        total_steps=total_steps,
-        max_grad_norm=config.max_grad_norm,
-        precision=config.precision,
-        on_nonfinite=config.on_nonfinite,
-        eps=config.adam_eps,
-    )
+    optimizer = adamw(policy, config, total_steps, eps=config.adam_eps)
     kl_control: FixedKL | AdaptiveKL = FixedKL(config.kl_coef)
     if config.kl_control == "adaptive":
         kl_control = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
@@ -271,52 +159,49 @@ def minibatch_step(
 ) -> dict[str, float]:
     """One optimizer step on these rows, in micro-batches that leave the gradient as it is."""
     rollout = buffer.rollout
-    value_mask = rollout.mask if buffer.value_mask is None else buffer.value_mask
-    tokens, value_tokens = int(rollout.mask[rows].sum()), int(value_mask[rows].sum())
+    tokens = int(rollout.mask[rows].sum())
     lengths = rollout.sequences.attention_mask[rows].sum(1).tolist()
     stats = dict.fromkeys(UPDATE_STATS, 0.0)
     for group in micro_batches(lengths, max_tokens=config.max_tokens):
         part = [rows[i] for i in group]
-        sequences = replace(rollout.sequences, mask=value_mask).select(part)
-        width = sequences.mask.shape[1]
-        mask = rollout.mask[part, :width]
+        sequences = rollout.sequences.select(part)
+        mask = sequences.mask  # (b, t), as wide as the longest response of the part
+        cells = part, slice(mask.shape[1])
         with optimizer.autocast():
             new = policy(sequences, temperature=config.temperature)
         policy_loss = ppo_policy_loss(
             new.logprobs,
-            rollout.logprobs[part, :width],
-            buffer.advantages[part, :width],
+            rollout.logprobs[cells],
+            buffer.advantages[cells],
             mask,
             clip=config.clip,
         )
         value_loss = ppo_value_loss(
             new.values,
-            rollout.values[part, :width],
-            buffer.returns[part, :width],
-            sequences.mask,
+            rollout.values[cells],
+            buffer.returns[cells],
+            mask,
             clip=config.value_clip,
         )
         share = int(policy_loss.count) / tokens
-        value_share = int(value_loss.count) / value_tokens
-        optimizer.backward(
-            policy_loss.loss * share + config.value_coef * value_loss.loss * value_share
-        )
-        stats["policy_loss"] += float(policy_loss.loss.detach() * share)
-        stats["clip_fraction"] += float(policy_loss.clip_fraction * share)
-        stats["update_k1"] += float(policy_loss.k1 * share)
-        stats["update_k3"] += float(policy_loss.k3 * share)
-        stats["ratio"] += float(policy_loss.ratio * share)
+        optimizer.backward(policy_loss.loss * share + config.value_coef * value_loss.loss * share)
+        means = {
+            "policy_loss": policy_loss.loss,
+            "value_loss": value_loss.loss,
+            "clip_fraction": policy_loss.clip_fraction,
+            "value_clip_fraction": value_loss.clip_fraction,
+            "update_k1": policy_loss.k1,
+            "update_k3": policy_loss.k3,
+            "ratio": policy_loss.ratio,
+            "entropy": masked_mean(new.entropy, mask),
+        }
+        for name, mean in means.items():
+            stats[name] += float(mean.detach() * share)
         stats["ratio_max"] = max(stats["ratio_max"], float(policy_loss.ratio_max))
-        stats["entropy"] += float(masked_mean(new.entropy, mask) * share)
-        stats["value_loss"] += float(value_loss.loss.detach() * value_share)
-        stats["value_clip_fraction"] += float(value_loss.clip_fraction * value_share)
-    alone = (_row(policy, buffer, row, config) for row in rows)
-    optimizer.check(stats, zip(rows, alone, strict=True))
-    stats["grad_norm"] = optimizer.step(buffer)
+    stats["grad_norm"] = optimizer.step(buffer, stats)
     return stats
 
 
-ROLLOUT_PARTS = ("scores", "logprobs", "ref_logprobs", "kl", "values")
 UPDATE_STATS = (
     "policy_loss",
     "value_loss",
@@ -385,6 +270,7 @@ def train(
     *,
     monitors: Mapping[str, RewardFunction] | None = None,
     eval_prompts: Sequence[PromptExample] = (),
+    on_rollout: Callable[[RolloutBuffer], None] | None = None,
 ) -> Iterator[dict[str, float]]:
     """One rollout and its update per yield. The prompts are the cursor's.
 
@@ -395,26 +281,24 @@ def train(
         monitors: further rewards by name, reported and not trained on.
         eval_prompts: fixed prompts that are sampled every `eval_every` steps with the same
             random numbers each time.
+        on_rollout: called with each rollout when it has been learned from.
 
     Yields:
         The metrics of `report`, of the rollout as it was sampled, and of `ppo_update`, means over
-        its minibatches; how many optimizer steps and rollouts were ``skipped`` so far, and only
-        this of a skipped rollout.
+        its minibatches; ``kl_coef`` and ``learning_rate`` as they were in this step; ``tokens`` of
+        prompts and responses; ``time/`` in seconds; and every `config.eval_every` steps those of
+        `evaluate`.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     monitors = monitors or {}
-    for prompts in (state.cursor.examples, eval_prompts):
-        policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
+    policy.require_room(([x.ids] for x in eval_prompts), new_tokens=config.max_new_tokens)
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and keep what policy, value head and reference gave for them.
         prompts = state.cursor.take_across(config.batch_size)
-        rollout = _finite_rollout(policy, ref_policy, reward, prompts, config, state)
-        if rollout is None:
-            state.step += 1
-            yield {"skipped": state.optimizer.skipped}
-            continue
+        with state.optimizer.autocast():
+            rollout = collect(policy, ref_policy, reward, prompts, config, rng=state.sampling_rng)
 
         # Judge: rewards for each token, then how much better than expected it was.
         moments = state.moments if config.normalise_scores else None
@@ -431,12 +315,12 @@ def train(
         # Report, and steer the penalty.
         metrics = report(buffer) | stats
         metrics |= {"kl_coef": state.kl_control.coef, "learning_rate": learning_rate}
-        metrics["skipped"] = state.optimizer.skipped
-        for name, monitor in monitors.items():
-            metrics[name] = _mean_reward(monitor, rollout)
-        metrics |= _timing(rollout, seconds)
+        metrics |= {name: _mean_reward(monitor, rollout) for name, monitor in monitors.items()}
+        metrics |= {f"time/{name}": value for name, value in seconds.items()}
         state.kl_control.update(metrics["kl"], config.batch_size)
-        state.step, state.last = state.step + 1, buffer
+        state.step += 1
+        if on_rollout is not None:
+            on_rollout(buffer)
         if eval_prompts and (state.step % config.eval_every == 0 or state.step == config.steps):
             with state.optimizer.autocast():
                 metrics |= evaluate(
@@ -469,6 +353,7 @@ def report(buffer: RolloutBuffer) -> dict[str, float]:
         "explained_variance": 1 - error_variance / max(returns_variance, 1e-12),
         "response_length": _mean_count(rollout.lengths),
         "eos_rate": _mean_count(rollout.ended),
+        "tokens": int(rollout.sequences.attention_mask.sum()),
     }
 
 
@@ -483,7 +368,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Score, KL, length and repetition on fixed prompts with fixed random numbers."""
     rng = torch.Generator().manual_seed(config.seed + 3 * 10**6)
-    rollout = _collect(policy, ref_policy, reward, prompts, config, rng)
+    rollout = collect(policy, ref_policy, reward, prompts, config, rng=rng)
     metrics = {
         "score": float(rollout.scores.mean()),
         "k1": _per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask),
@@ -494,68 +379,6 @@ def evaluate(
     for name, monitor in (monitors or {}).items():
         metrics[name] = _mean_reward(monitor, rollout)
     return {f"eval/{name}": value for name, value in metrics.items()}
-
-
-def _collect(
-    policy: Policy,
-    ref_policy: Policy,
-    reward: RewardFunction,
-    prompts: Sequence[PromptExample],
-    config: PPOConfig,
-    rng: torch.Generator,
-) -> Rollout:
-    return collect(
-        policy,
-        ref_policy,
-        reward,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        kl=config.kl,
-        max_tokens=config.max_tokens,
-        rng=rng,
-    )
-
-
-def _finite_rollout(
-    policy: Policy,
-    ref_policy: Policy,
-    reward: RewardFunction,
-    prompts: Sequence[PromptExample],
-    config: PPOConfig,
-    state: State,
-) -> Rollout | None:
-    """None if something in it is not finite and the rollout is to be skipped."""
-    optimizer = state.optimizer
-    try:
-        with optimizer.autocast():
-            rollout = _collect(policy, ref_policy, reward, prompts, config, state.sampling_rng)
-    except BadNumbers as error:
-        if error.fault[0] == "scores" and optimizer.on_nonfinite == "stop":
-            raise  # the reward is at fault, not the training
-        optimizer.fault = error.fault
-        optimizer.refused(prompts)
-        return None
-    parts = {name: getattr(rollout, name) for name in ROLLOUT_PARTS}  # 0 at padding
-    alone = ({name: x[row] for name, x in parts.items()} for row in range(len(prompts)))
-    total = float(torch.stack([x.sum() for x in parts.values()]).sum())
-    optimizer.check({"rollout": total}, enumerate(alone))
-    return None if optimizer.refused(rollout) else rollout
-
-
-def _row(policy: Policy, buffer: RolloutBuffer, row: int, config: PPOConfig) -> dict[str, Tensor]:
-    """What the losses of this row are made of; each ``(1, T)``."""
-    rollout = buffer.rollout
-    sequences = rollout.sequences.select([row])
-    width = sequences.mask.shape[1]
-    new = policy(sequences, temperature=config.temperature)
-    return {
-        "logprobs": new.logprobs,
-        "values": new.values,
-        "ratio": (new.logprobs - rollout.logprobs[[row], :width]).exp(),
-        "advantages": buffer.advantages[[row], :width],
-        "returns": buffer.returns[[row], :width],
-    }
 
 
 def _mean_reward(reward: RewardFunction, rollout: Rollout) -> float:
@@ -574,11 +397,3 @@ def _mean_count(x: Tensor) -> float:
 def _mean_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:
     means = {name: sum(s[name] for s in stats) / len(stats) for name in stats[0]}
     return means | {"ratio_max": max(s["ratio_max"] for s in stats)}
-
-
-def _timing(rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
-    tokens = int(rollout.sequences.attention_mask.sum())
-    return {
-        **{f"time/{name}": value for name, value in seconds.items()},
-        "time/tokens_per_second": tokens / sum(seconds.values()),
-    }

@@ -1,66 +1,24 @@
 """The reward model: a classifier of (prompt, response) that learns which response people chose."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import (
-    option,
-    require_choices,
-    require_not_negative,
-    require_positive,
-    require_seed,
-    require_share,
-)
-from .data import Cursor, in_groups
+from .config import RewardConfig
+from .data import Cursor
 from .encoding.cuts import CutReport
 from .encoding.pairs import TextPair
 from .errors import BadInput
 from .losses import RewardLoss, pairwise_reward_loss
-from .optim import OnNonFinite, Precision, Schedule, State, adamw, dropout_rng
+from .optim import Optimizer, State, accumulate, adamw, dropout_rng
 from .policy import evaluating
 from .reward_model import RewardModel
 
 Pair = Mapping[str, Any]  # a row with prompt, chosen, rejected, and perhaps margin
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Options of reward training. Defaults suit the small models of the embedded world."""
-
-    trains: ClassVar = "reward_model"
-    pretrained: ClassVar = {
-        "epochs": (3, "BERT, Devlin et al. 2019"),
-        "learning_rate": (2e-5, "BERT"),
-    }
-    epochs: int = option(4, "Passes over the preference pairs.")
-    batch_size: int = option(32, "Pairs for each optimizer step.")
-    learning_rate: float = option(7e-4, "AdamW's rate after warm-up.")
-    schedule: Schedule = option("linear", "How the rate falls after warm-up.")
-    warmup_share: float = option(0.1, "Share of the steps in which the rate rises from 0.")
-    weight_decay: float = option(0.01, "AdamW's decay of matrices.")
-    max_grad_norm: float | None = option(1.0, "Gradients longer than this are scaled down to it.")
-    center_coef: float = option(0.01, "Pulls the scores, of which only differences count, to 0.")
-    max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.")
-    normalise: bool = option(True, "Rescale the scores to mean 0 and variance 1 afterwards.")
-    precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
-    on_nonfinite: OnNonFinite = option(
-        "stop", "At a number that is not finite: stop, or skip the step, 20 in a row at most."
-    )
-    eval_every: int = option(200, "Steps between looks at the held-out pairs.")
-    seed: int = option(0, "Order of the data.")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "epochs", "batch_size", "max_tokens", "learning_rate")
-        require_positive(self, "max_grad_norm", "eval_every")
-        require_not_negative(self, "weight_decay", "center_coef")
-        require_seed(self, "seed")
-        require_choices(self)
-        require_share(self, "warmup_share")
 
 
 @dataclass(frozen=True)
@@ -113,19 +71,7 @@ def new_state(
 ) -> State:
     """The state before the first step."""
     cursor = Cursor(examples, seed=config.seed)
-    total_steps = total(cursor, config)
-    optimizer = adamw(
-        reward_model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        warmup_share=config.warmup_share,
-        total_steps=total_steps,
-        max_grad_norm=config.max_grad_norm,
-        precision=config.precision,
-        on_nonfinite=config.on_nonfinite,
-    )
-    return State(optimizer, cursor)
+    return State(adamw(reward_model, config, total(cursor, config)), cursor)
 
 
 def total(cursor: Cursor, config: RewardConfig) -> int:
@@ -156,8 +102,8 @@ def train(
 
     Yields:
         ``loss``, ``accuracy``, ``ties``, ``margin`` over all pairs of the batch, before the step;
-        ``grad_norm``, ``learning_rate``, ``skipped`` steps so far; now and then the same of
-        `heldout` under ``eval/``.
+        ``grad_norm``, ``learning_rate``, ``epoch``, ``tokens``; every `config.eval_every` steps
+        the first four of `heldout` under ``eval/``.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
@@ -165,27 +111,16 @@ def train(
     total_steps = total(state.cursor, config)
     while state.step < total_steps:
         reward_model.train()
-        started = time.perf_counter()
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
-        metrics: dict[str, float] = {}
         with dropout_rng(config.seed, state.step, reward_model.device):
-            for part in in_groups(batch, _length, max_tokens=config.max_tokens):
-                with state.optimizer.autocast():
-                    found = batch_loss(reward_model, part, center_coef=config.center_coef)
-                state.optimizer.backward(found.loss * found.count / len(batch))
-                _add_means(metrics, found, len(batch))
-        alone = (
-            batch_loss(reward_model, [x], center_coef=config.center_coef)._asdict() for x in batch
-        )
-        state.optimizer.check(metrics, enumerate(alone))
-        metrics["grad_norm"] = state.optimizer.step(batch)
+            metrics = means(reward_model, batch, config, state.optimizer)
+        metrics["grad_norm"] = state.optimizer.step(batch, metrics)
         state.step += 1
         metrics |= {
             "learning_rate": learning_rate,
-            "skipped": state.optimizer.skipped,
-            "epoch": state.cursor.epoch + state.cursor.position / len(state.cursor.examples),
-            "time/seconds": time.perf_counter() - started,
+            "epoch": state.cursor.epochs,
+            "tokens": sum(x.length for x in batch),
         }
         if heldout and (state.step % config.eval_every == 0 or state.step == total_steps):
             with state.optimizer.autocast():
@@ -196,13 +131,27 @@ def train(
 def evaluate(
     reward_model: RewardModel, heldout: Sequence[RewardExample], config: RewardConfig
 ) -> dict[str, float]:
-    """Loss, accuracy, ties and margin over held-out pairs, under ``eval/``."""
-    metrics: dict[str, float] = {}
+    """Loss, accuracy, ties and margin over held-out pairs, under ``eval/``, without dropout."""
     with evaluating(reward_model):
-        for part in in_groups(heldout, _length, max_tokens=config.max_tokens):
-            found = batch_loss(reward_model, part, center_coef=config.center_coef)
-            _add_means(metrics, found, len(heldout))
+        metrics = means(reward_model, heldout, config)
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def means(
+    reward_model: RewardModel,
+    examples: Sequence[RewardExample],
+    config: RewardConfig,
+    optimizer: Optimizer | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of a whole batch; its gradient too, if there is an optimizer."""
+    return accumulate(
+        partial(batch_loss, reward_model, center_coef=config.center_coef),
+        examples,
+        total=len(examples),
+        length=lambda example: example.length,
+        max_tokens=config.max_tokens,
+        optimizer=optimizer,
+    )
 
 
 def pair_scores(reward_model: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -247,16 +196,6 @@ def normalise(
         )
     reward_model.rescale(gain=1 / std, bias=-mean / std if reward_model.has_bias else 0.0)
     return mean, std
-
-
-def _add_means(metrics: dict[str, float], found: RewardLoss, pairs: int) -> None:
-    share = int(found.count) / pairs
-    for name in ("loss", "accuracy", "ties", "margin"):
-        metrics[name] = metrics.get(name, 0.0) + float(getattr(found, name).detach()) * share
-
-
-def _length(example: RewardExample) -> int:
-    return example.length
 
 
 def _sign(x: int) -> int:

@@ -18,6 +18,7 @@ from .logprobs import at_least_float32
 from .policy import evaluating
 from .speed.fast import checkpoint_layers, speed_up
 
+SCORED_TOKENS = 16384  # padded tokens of scores that are computed at once; memory only
 SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes at once
 
 
@@ -98,15 +99,12 @@ class RewardModel(nn.Module):
         types = getattr(self.model.config, "type_vocab_size", 0) > 1
         return self.codec.pad(pairs, side=self.tokenizer.padding_side, types=types)
 
-    def score(
-        self, prompts: Sequence[str], responses: Sequence[str], *, max_tokens: int = 16384
-    ) -> Tensor:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Scores without gradient and dropout, on the CPU. Shape ``(B,)``.
 
         Args:
             prompts: texts, before any template or cut.
             responses: texts, without special tokens.
-            max_tokens: padded tokens encoded at once; a matter of memory only.
 
         What does not fit is counted in `cuts`.
         """
@@ -114,7 +112,7 @@ class RewardModel(nn.Module):
         self.cuts.add(report)
         scores = torch.empty(len(pairs), dtype=torch.float64)
         with evaluating(self):
-            for rows in micro_batches([len(x.ids) for x in pairs], max_tokens=max_tokens):
+            for rows in micro_batches([len(x.ids) for x in pairs], max_tokens=SCORED_TOKENS):
                 scores[rows] = self.forward_pairs([pairs[i] for i in rows]).cpu().double()
         return scores
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import BadNumbers, require
+from .errors import Diverged, require
 from .logprobs import lm_head_logits
 from .policy import Policy, evaluating, lm_head
 from .speed.cache import KeyValueCache, rows_that_fit
@@ -40,6 +40,7 @@ def sample(
 
     Raises:
         BadInput: if the model has no room for a prompt and the longest response.
+        Diverged: if the policy gives NaN.
     """
     require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     require(temperature > 0, f"the temperature is {temperature}; it must be above 0")
@@ -92,10 +93,9 @@ def _sample(
         tokens = _inverse_cdf(logits, uniforms[live, t])  # (b,)
         drawn = list(zip(live.tolist(), tokens.tolist(), strict=True))
         if bad := [first_row + row for row, token in drawn if token == NO_TOKEN]:
-            raise BadNumbers(
-                "the policy gives NaN while sampling; try --precision fp32, a lower "
-                "--learning_rate or another model",
-                ("logits", bad),
+            raise Diverged(
+                f"the policy gives NaN while sampling, first for row {bad[0]}; try "
+                "--precision fp32, a lower --learning_rate or another model"
             )
         for row, token in drawn:
             responses[row].append(token)

@@ -62,10 +62,7 @@ def ppo(task: Task, commands: Commands) -> None:
                 ref_policy,
                 reward_model.score,
                 prompts,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                kl=config.kl,
-                max_tokens=config.max_tokens,
+                config,
                 rng=state.sampling_rng,
             )
         buffer = our_ppo.judge(rollout, config, kl_coef=settings.KL_COEF)

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min.config import option, require_not_negative, require_positive
+from rlhf_min.config import RewardConfig, TrainingConfig, check_options, option
 from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.report import finish
@@ -30,7 +30,7 @@ from rlhf_min.harness.trackers import check_trackers
 
 Config = TypeVar("Config", bound=Any)
 
-MAX_THREADS = 1024
+MAX_LENGTH, MAX_THREADS = 2**20, 1024
 KEPT = "what was saved before is as it was"
 # What means nothing where no model is trained.
 OF_TRAINING = (
@@ -63,7 +63,7 @@ class RunOptions:
     )
     heldout_split: str | None = option(None, "Split of --heldout_data. Default: test.")
     limit: int | None = option(
-        None, "At most so many of the usable rows of --data, drawn by the seed."
+        None, "At most so many of the usable rows of --data, drawn by the seed.", above=0
     )
     out: str | None = option(None, "Folder of the run; must not exist. Default: the next free one.")
     overwrite: bool = option(False, "Replace the run in --out if there is one.")
@@ -72,17 +72,26 @@ class RunOptions:
     )
     allow_config_change: bool = option(False, "Resume with other options than it started with.")
     save_every: int | None = option(
-        None, "Steps from checkpoint to checkpoint; 0: none. Default: one every five minutes."
+        None,
+        "Steps from checkpoint to checkpoint; 0: none. Default: one every five minutes.",
+        at_least=0,
     )
-    keep_last: int = option(1, "Checkpoints of each stage that are kept.")
+    keep_last: int = option(1, "Checkpoints of each stage that are kept.", above=0)
     keep_best: str | None = option(
         None, "Held-out metric like eval/score; its best model is kept in <run>/best/<stage>."
     )
     heldout_share: float | None = option(
-        None, "Share of your prompts that is kept out of training. Default: 0.1."
+        None, "Share of your prompts that is kept out of training. Default: 0.1.", above=0, below=1
     )
-    max_response_tokens: int = option(48, "Longest response, EOS included; longer ones are cut.")
-    max_length: int = option(128, "Longest prompt and response together, in policy tokens.")
+    max_response_tokens: int = option(
+        48, "Longest response, EOS included; longer ones are cut.", above=0
+    )
+    max_length: int = option(
+        128,
+        "Longest prompt and response together, in policy tokens.",
+        above=0,
+        at_most=MAX_LENGTH,
+    )
     template: str | None = option(
         None,
         "What the policy reads, with {prompt} in it and \\n for a new line; chat, for the "
@@ -102,20 +111,16 @@ class RunOptions:
         False, "Compute as a textbook does, slower: for reading along, and for breakpoints."
     )
     skip_preflight: bool = option(False, "Start without measuring what a run relies on.")
-    threads: int | None = option(None, "CPU threads of PyTorch. Default: PyTorch's own choice.")
+    threads: int | None = option(
+        None, "CPU threads of PyTorch. Default: PyTorch's own choice.", above=0, at_most=MAX_THREADS
+    )
     report_to: list[str] = field(
         default_factory=list,
         metadata={"help": "tensorboard, wandb or both get the metrics too, if installed."},
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_response_tokens", "max_length", "threads", "limit")
-        require_positive(self, "keep_last")
-        require(
-            self.threads is None or self.threads <= MAX_THREADS,
-            f"threads is {self.threads}; it must be at most {MAX_THREADS}",
-        )
-        require_not_negative(self, "save_every")
+        check_options(self)
         require(
             self.keep_best is None or self.keep_best.startswith("eval/"),
             f"--keep_best {self.keep_best} is no held-out metric; give one like eval/loss",
@@ -132,14 +137,6 @@ class RunOptions:
         require(self.reward_model != "", "--reward_model is empty; give a folder or a name")
         if self.template is not None:
             require_template(self.template)
-        require(
-            self.max_length <= 2**20,
-            f"max_length is {self.max_length}; it must be at most {2**20}",
-        )
-        require(
-            self.heldout_share is None or 0 < self.heldout_share < 1,
-            f"heldout_share is {self.heldout_share}; it must lie between 0 and 1",
-        )
         require(
             self.heldout_data is None or self.heldout_share is None,
             "--heldout_data takes the place of --heldout_share; leave one of them out",
@@ -191,7 +188,7 @@ def parse(description: str | None, *config_classes: Any, without: Sequence[str] 
     parser = _Parser(config_classes, description=description)
     parser.forget(without)
     for config_class in config_classes:
-        parser.add_recipes(getattr(config_class, "pretrained", {}))
+        parser.add_recipes(pretrained_options(config_class))
     for action in parser._actions:  # written for the option itself, it would say the opposite
         if any(name.startswith("--no_") for name in action.option_strings):
             action.help = f"Turns --{action.dest} off."
@@ -204,7 +201,7 @@ def parse(description: str | None, *config_classes: Any, without: Sequence[str] 
         configs = continued(configs, given, Path(run))
     for i, config in enumerate(configs):
         for options in configs:
-            if isinstance(options, RunOptions) and hasattr(config, "trains") and run is None:
+            if isinstance(options, RunOptions) and isinstance(config, TrainingConfig) and not run:
                 recipe = recipe_for(type(config), options)
                 new = {name: value for name, value in recipe.items() if name not in given}
                 configs[i] = replace(config, **new)
@@ -219,7 +216,7 @@ def parse(description: str | None, *config_classes: Any, without: Sequence[str] 
 
 def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
     """The published settings for a pretrained model; none for a small one that was made here."""
-    name = getattr(options, config_class.trains)
+    name = options.reward_model if config_class is RewardConfig else options.model
     if name is None:
         return {}
     file = Path(name) / "config.json"
@@ -227,7 +224,16 @@ def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
         made_here = "small_world" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, TypeError, ValueError):
         made_here = False  # a name, or a folder that loading will complain of
-    return {} if made_here else {k: value for k, (value, _) in config_class.pretrained.items()}
+    return {} if made_here else {k: v for k, (v, _) in pretrained_options(config_class).items()}
+
+
+def pretrained_options(config_class: Any) -> dict[str, tuple[Any, str]]:
+    """The published value and its source, of each option that has one."""
+    return {
+        f.name: f.metadata["pretrained"]
+        for f in fields(config_class)
+        if f.metadata.get("pretrained")
+    }
 
 
 def configured(config_class: type[Config], options: Any, **given: int | None) -> Config:
@@ -254,6 +260,12 @@ class Parser(argparse.ArgumentParser):
 
 class _Parser(Parser, HfArgumentParser):
     """Options from the fields of configs."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        plain = copy.copy(field)
+        plain.metadata = {"help": field.metadata["help"]}  # all of it would go to argparse
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def forget(self, names: Sequence[str]) -> None:
         """Take these options for unknown."""

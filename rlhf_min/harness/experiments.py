@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import dpo, ppo
-from rlhf_min.config import option, require_positive, require_seed
+from rlhf_min.config import MAX_SEED, option
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite, require
 from rlhf_min.estimates import (
@@ -36,10 +36,11 @@ from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.stages import reward, sft
 from rlhf_min.harness.stages.run_stage import copy_policy, sample_texts
+from rlhf_min.loading.reward_function import call_reward
 from rlhf_min.policy import Policy
 from rlhf_min.reward import RewardConfig
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import call_reward, collect
+from rlhf_min.rollout import collect
 from rlhf_min.sft import SFTConfig
 
 LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
@@ -55,23 +56,25 @@ Result = TypeVar("Result")
 class ExperimentOptions(RunOptions):
     """What both experiments are told. As many runs go on at once as there are threads."""
 
-    seed: int = option(0, "Of the world, of what is trained once, and of the intervals.")
-    seeds: int = option(3, "Runs with each setting, with the seeds 0, 1, ...")
+    seed: int = option(
+        0,
+        "Of the world, of what is trained once, and of the intervals.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    seeds: int = option(3, "Runs with each setting, with the seeds 0, 1, ...", above=0)
     kl_coefs: list[float] = field(
         default_factory=lambda: [0.3, 0.1, 0.03], metadata={"help": "Of PPO, a curve for each."}
     )
-    pairs: int | None = option(None, "Preference pairs that are learned from. Default: all.")
-    ppo_steps: int = option(60, "Rollouts of each PPO run.")
-    looks: int = option(6, "How often each run is measured, the last time at its end.")
-    test_prompts: int = option(600, "Test prompts that it is measured on.")
+    pairs: int | None = option(
+        None, "Preference pairs that are learned from. Default: all.", above=0
+    )
+    ppo_steps: int = option(60, "Rollouts of each PPO run.", above=0)
+    looks: int = option(6, "How often each run is measured, the last time at its end.", above=0)
+    test_prompts: int = option(600, "Test prompts that it is measured on.", at_least=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "seeds", "pairs", "ppo_steps", "looks")
-        require_seed(self, "seed")
-        require(
-            self.test_prompts >= 2, f"test_prompts is {self.test_prompts}; it must be at least 2"
-        )
         require(
             self.data is None, "--data has no true reward; leave it out for the world, which has"
         )
@@ -192,10 +195,9 @@ def look(
         ref_policy,
         reward_model.score,
         codec.encode_prompts(inputs.test[: options.test_prompts])[0],
-        max_new_tokens=options.max_response_tokens,
-        temperature=1.0,
-        kl="full",
-        max_tokens=LOOK_TOKENS,
+        ppo.PPOConfig(
+            max_new_tokens=options.max_response_tokens, kl="full", max_tokens=LOOK_TOKENS
+        ),
         rng=torch.Generator().manual_seed(seed),
     )
     columns = {"kl": rollout.kl.sum(1), "score": rollout.scores}

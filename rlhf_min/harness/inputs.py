@@ -14,7 +14,7 @@ from rlhf_min.harness.rows.files import plural, printable
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
 
 if TYPE_CHECKING:  # they import torch
-    from rlhf_min.rollout import RewardFunction
+    from rlhf_min.loading.reward_function import RewardFunction
     from rlhf_min.world import World
 
 Row = dict[str, Any]

@@ -22,8 +22,14 @@ from torch import Tensor
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run.signals import SIGNALS
+from rlhf_min.loading.reward_function import (
+    RewardFunction,
+    as_scores,
+    call_reward,
+    one_line,
+    reward_parameters,
+)
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import RewardFunction, as_scores, call_reward, one_line, reward_parameters
 
 SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"

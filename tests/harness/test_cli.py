@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -301,8 +302,12 @@ def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, c
         monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
         return parse("", RunOptions, config)[1]
 
-    published = {name: value for name, (value, _) in config.pretrained.items()}
-    option = f"--{config.trains}"
+    published = {
+        field.name: field.metadata["pretrained"][0]
+        for field in fields(config)
+        if field.metadata["pretrained"]
+    }
+    option = "--reward_model" if config is RewardConfig else "--model"
     assert parsed() == parsed(option, made_here(tmp_path / "small")) == config()
     assert parsed(option, "gpt2-medium") == dataclasses.replace(config(), **published)
     # What is given stands, however it is spelled.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, small_policy, weights
+from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, small_policy
 from tolerances import EXACT
 
 from rlhf_min import ppo, reward, sft
@@ -25,6 +25,7 @@ from rlhf_min.harness.run.faults import (
 from rlhf_min.harness.run.files import saving
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.run.system_errors import out_of_memory
+from rlhf_min.harness.stages import sft as sft_stage
 
 
 def lengths(_prompts, responses):
@@ -40,7 +41,8 @@ def ppo_run(**options):
 
 def snapshot(stage, module, state):
     save = partial(save_policy, module)
-    return Snapshot(stage, module, state, save, models={}, texts=[], examples=[], total=4)
+    kept = {"models": {}, "texts": [], "examples": [], "total": 4}
+    return Snapshot(stage, module, state, save, **kept, alone=partial(sft_stage.alone, module))
 
 
 # The batch
@@ -92,7 +94,6 @@ def test_a_rollout_is_saved_with_all_that_was_known_of_it(tmp_path):
     tensors = load_file(tmp_path / f"nonfinite-step-{error.step}.safetensors")
     batch, rollout = record["batch"], error.batch.rollout
     assert batch["rollout"]["responses"] == rollout.responses
-    assert batch["value_mask"] is None
     for name in ("rewards", "advantages", "returns"):
         assert torch.equal(tensors[batch[name]["tensor"]], getattr(error.batch, name))
     for name in ("scores", "logprobs", "ref_logprobs", "kl", "values", "ended"):
@@ -106,7 +107,7 @@ def test_what_json_has_no_word_for_becomes_text(tmp_path):
     pair = reward.RewardExample("red", "one", "two", math.nan, ids, ids)
     columns = {"when": {1, 2}.__class__, 3: (math.inf, None, True)}
     rows = [{"step": i, "loss": math.nan} for i in range(LAST_METRICS + 5)]
-    file = save_nonfinite(NonFinite(7, "loss", [0], [pair, columns]), tmp_path, rows)
+    file = save_nonfinite(NonFinite(7, "loss", [pair, columns], [0]), tmp_path, rows)
     text = file.read_text(encoding="utf-8")
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert record["batch"][0]["margin"] == "nan"
@@ -120,19 +121,21 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_error(tmp_path):
         pytest.raises(NonFinite, match=r"step 3: loss is not .*; not all could be saved: .*gone"),
         saved(folder, [], None),
     ):
-        raise NonFinite(3, "loss", [], [torch.ones(2)])
+        raise NonFinite(3, "loss", [torch.ones(2)])
 
 
 # PPO
 
 
-def test_the_last_buffer_is_what_the_step_learned_from():
-    policy, state, steps = ppo_run()
-    assert state.last is None
-    metrics = next(steps)
-    assert metrics["score"] == pytest.approx(float(state.last.rollout.scores.mean()), abs=EXACT)
-    assert "last" not in state.state_dict()
-    assert weights(policy)
+def test_each_rollout_can_be_looked_at_when_it_has_been_learned_from():
+    policy, seen = small_policy(critic="shared", dtype=torch.float32), []
+    config = ppo.PPOConfig(steps=2, batch_size=3, minibatch_size=3, max_new_tokens=3)
+    state = ppo.new_state(policy, PROMPTS, config)
+    ref_policy = small_policy(seed=1, dtype=torch.float32)
+    steps = ppo.train(policy, ref_policy, lengths, config, state, on_rollout=seen.append)
+    for step, metrics in enumerate(steps, 1):
+        assert len(seen) == step
+        assert metrics["score"] == pytest.approx(float(seen[-1].rollout.scores.mean()), abs=EXACT)
 
 
 # Memory

@@ -12,8 +12,8 @@ from tiny import bert, bert_words
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in, unserved
+from rlhf_min.loading.reward_function import call_reward
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import call_reward
 
 CODE = """
 calls = []

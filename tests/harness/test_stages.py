@@ -16,14 +16,18 @@ def ppo_run(**options):
     policy = small_policy(critic="shared")
     config = ppo.PPOConfig(steps=4, batch_size=6, minibatch_size=3, max_new_tokens=4, **options)
     state = ppo.new_state(policy, PROMPTS, config)
-    return state, ppo.train(policy, small_policy(seed=1), lengths, config, state)
+    buffers = []
+    steps = ppo.train(
+        policy, small_policy(seed=1), lengths, config, state, on_rollout=buffers.append
+    )
+    return state, steps, buffers
 
 
 def test_a_kl_that_is_too_large_shows_its_samples():
-    state, steps = ppo_run(max_kl=0.01, kl="k3")
+    state, steps, buffers = ppo_run(max_kl=0.01, kl="k3")
     (metrics,) = list(steps)
-    text, samples = too_far(state, 0.01)
-    rollout = state.last.rollout
+    text, samples = too_far(state, buffers[-1], 0.01)
+    rollout = buffers[-1].rollout
     kls = []
     for row, n in enumerate(rollout.lengths.tolist()):
         pairs = zip(rollout.logprobs[row, :n], rollout.ref_logprobs[row, :n], strict=True)
@@ -43,7 +47,6 @@ def test_a_kl_that_is_too_large_shows_its_samples():
 
 
 def test_a_run_that_did_not_go_too_far_has_nothing_to_show():
-    state, steps = ppo_run()
+    state, steps, buffers = ppo_run()
     next(steps)
-    assert state.last is not None
-    assert too_far(state, None) is None
+    assert too_far(state, buffers[-1], None) is None

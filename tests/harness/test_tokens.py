@@ -177,32 +177,3 @@ def test_a_number_that_is_not_finite_does_not_break_the_json(tmp_path, updated):
     records = written(tmp_path / "tokens.jsonl", (policy, buffer, ref_policy))
     found = [row["ref_logprob"] for row in records[1]["tokens"]]
     assert [x is None for x in found] == [False, False, True, False, False]
-
-
-# What print shows
-
-
-def test_a_rollout_prints_a_line_for_each_tensor(updated):
-    rollout = updated[1].rollout
-    lines = [line.split() for line in str(rollout).splitlines()]
-    names = [line[0] for line in lines]
-    assert names == [
-        *("ids", "attention_mask", "prompt_lengths", "responses", "mask", "scores", "ended"),
-        *("logprobs", "ref_logprobs", "kl", "entropy", "values"),
-    ]
-    shown = {line[0]: line[1:] for line in lines}
-    assert shown["ids"] == ["(3,", "6)", "int64", "0..9"]
-    assert shown["prompt_lengths"] == ["(3,)", "int64", "1..3"]
-    assert shown["responses"] == ["(3,", "5)", "int64", "0..9"]
-    assert shown["mask"] == ["(3,", "5)", "bool", "1..1"]
-    assert shown["scores"] == ["(3,)", "float64", "-0.5..1"]
-    real = [x for row, n in zip(rollout.logprobs.tolist(), (2, 5, 3), strict=True) for x in row[:n]]
-    assert shown["logprobs"][2:] == ["float64", f"{min(real):.4g}..{max(real):.4g}"]
-    assert not shown["logprobs"][3].endswith("..0")  # the padding's zero
-
-
-def test_a_buffer_prints_its_rollout_and_its_own(updated):
-    buffer = updated[1]
-    lines = str(buffer).splitlines()
-    assert lines[:12] == str(buffer.rollout).splitlines()
-    assert [line.split()[0] for line in lines[12:]] == ["rewards", "advantages", "returns"]

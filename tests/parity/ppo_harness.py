@@ -191,7 +191,7 @@ def train_ours(
         rollout = rollout_of(policy, ref_policy, models.reward, batch, config)
         buffer = trl_judge(policy, rollout, config)
         rate = optimizer.learning_rate
-        with watched(policy, buffer.rollout, batch, config) as watch:
+        with watched(policy, buffer.rollout, batch, config) as watch, policy_loss_over_tokens():
             epochs = [
                 ppo.ppo_epoch(policy, optimizer, buffer, next(orders), config)
                 for _ in range(config.epochs)
@@ -265,12 +265,40 @@ def trl_judge(policy: Policy, rollout: Rollout, config: ppo.PPOConfig) -> Rollou
         kl_coef=config.kl_coef,
     )
     return RolloutBuffer(
-        replace(rollout, values=values),
+        replace(rollout, sequences=wider, values=values),
         judged.rewards,
         masked_whiten(judged.advantages, rollout.mask),
         judged.returns,
-        value_mask,
     )
+
+
+@contextmanager
+def policy_loss_over_tokens() -> Iterator[None]:
+    """Inside, the policy's loss leaves out the cells behind the responses, in which trl trains the
+    values too: where the old log-probability is the 0 of padding."""
+    over_cells, step, cells_per_token = ppo.ppo_policy_loss, ppo.minibatch_step, [1.0]
+
+    def minibatch_step(
+        policy: Policy, optimizer: Optimizer, buffer: RolloutBuffer, rows: Sequence[int], *rest: Any
+    ) -> Metrics:
+        mask, old = buffer.rollout.mask[rows], buffer.rollout.logprobs[rows]
+        cells_per_token[0] = int(mask.sum()) / int((mask & (old != 0)).sum())
+        return step(policy, optimizer, buffer, rows, *rest)
+
+    def over_tokens(
+        new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+    ) -> Any:
+        found = over_cells(new, old, advantages, mask & (old != 0), clip=clip)
+        # A mean over tokens, as a share of one over cells.
+        share = int(found.count) / int(mask.sum()) * cells_per_token[0]
+        means = ("loss", "clip_fraction", "k1", "k3", "ratio")
+        shares = {name: getattr(found, name) * share for name in means}
+        return found._replace(**shares, count=mask.sum())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "ppo_policy_loss", over_tokens)
+        patch.setattr(ppo, "minibatch_step", minibatch_step)
+        yield
 
 
 def trl_value_mask(mask: Tensor) -> Tensor:
@@ -304,7 +332,8 @@ def watched(
         ]
         rows = [row_of[tuple(ids.tolist())] for ids in real_ids]
         new_logprobs = pad(output.logprobs, (0, batch.width - output.logprobs.shape[1]))
-        log_ratio = torch.where(rollout.mask[rows], new_logprobs - rollout.logprobs[rows], 0)
+        real = rollout.mask[rows] & (rollout.logprobs[rows] != 0)
+        log_ratio = torch.where(real, new_logprobs - rollout.logprobs[rows], 0)
         ids = batch.rows[rows]
         attention_mask = ids != PAD
         logits = policy.lm(

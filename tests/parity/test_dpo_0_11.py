@@ -93,8 +93,8 @@ def test_loss_gradient_and_metrics_of_batches(
     for i, (batch, theirs) in enumerate(zip(RECORDED.facts["batches"], recorded, strict=True)):
         pairs = [ours.state.cursor.examples[row] for row in batch]
         assert all((pair.ref_logprobs is not None) == cached for pair in pairs)
-        found, per_pair = dpo.batch_loss(ours.policy, ours.ref_policy, pairs, ours.config)
-        means = {name: float(values.mean()) for name, values in per_pair.items()}
+        found = dpo.batch_loss(ours.policy, ours.ref_policy, pairs, ours.config)
+        means = {name: float(x.double().mean()) for name, x in found._asdict().items()}
         logits = ours.mean_logits(pairs)
         names = PER_BATCH | {"loss": "loss"} | {name: name for name in logits}
         assert set(names.values()) == theirs.keys()

@@ -106,8 +106,8 @@ class TrlOptimizer(Optimizer):
         super().__init__(adam, max_grad_norm=told["max_grad_norm"])
         self.norms: list[float] = []
 
-    def step(self, batch: Any = None) -> float:
-        self.norms.append(super().step(batch))
+    def step(self, batch: Any = None, metrics: Any = None) -> float:
+        self.norms.append(super().step(batch, metrics))
         self.max_grad_norm = None
         return self.norms[-1]
 
@@ -122,9 +122,9 @@ class Accumulating(TrlOptimizer):
     def backward(self, loss: Tensor) -> None:
         super().backward(loss / self.parts)
 
-    def step(self, batch: Any = None) -> float:
+    def step(self, batch: Any = None, metrics: Any = None) -> float:
         self.seen += 1
-        return super().step(batch) if self.seen % self.parts == 0 else 0.0
+        return super().step(batch, metrics) if self.seen % self.parts == 0 else 0.0
 
 
 @dataclass
@@ -161,7 +161,7 @@ def replay(name: str, *, make_optimizer: type[TrlOptimizer] = TrlOptimizer, **ow
     epochs: list[Epoch] = []
     learn = ppo.ppo_epoch
 
-    def given(*_: Any, temperature: float, kl: Any, max_tokens: int, **__: Any) -> Rollout:
+    def given(*_: Any, **__: Any) -> Rollout:
         orders[:] = run["calls"][state.step]["orders"]
         epochs.clear()
         rows = f"{run['rows']}.{state.step}"
@@ -169,9 +169,9 @@ def replay(name: str, *, make_optimizer: type[TrlOptimizer] = TrlOptimizer, **ow
             *(policy, ref_policy),
             *(RECORDED.rows(f"{rows}.prompts"), RECORDED.rows(f"{rows}.responses")),
             RECORDED.tensors[f"{rows}.scores"],
-            temperature=temperature,
-            kl=kl,
-            max_tokens=max_tokens,
+            temperature=config.temperature,
+            kl=config.kl,
+            max_tokens=config.max_tokens,
         )
 
     def in_their_order(

@@ -884,10 +884,10 @@ MUTANTS = [
            "self.value_mask.sum(1) > self.rollout.lengths + 1", "self.value_mask.sum(1) < 0",
            "unit/test_ppo.py::test_a_value_mask_of_cells_that_no_token_comes_before_is_refused"
            "[True-more than one cell beyond the response]"),
-    Mutant("a score of NaN is let through", "rollout.call_reward",
+    Mutant("a score of NaN is let through", "reward_function.call_reward",
            "not abs(score) <= LARGEST_SCORE", "abs(score) > LARGEST_SCORE",
            "unit/test_rollout.py::test_a_refused_score_stops_collect"),
-    Mutant("a reward may change the data", "rollout.call_reward",
+    Mutant("a reward may change the data", "reward_function.call_reward",
            "_copies(data.get(key, prompts))", "list(data.get(key, prompts))",
            "unit/test_rollout.py::test_a_reward_works_on_copies"),
     Mutant("the keys of a dict are scores", "rollout.as_scores",

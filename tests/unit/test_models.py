@@ -644,24 +644,26 @@ def test_forward_keeps_the_order_of_the_texts():
 
 
 @pytest.mark.parametrize("make", ["bert", "gpt2"])
-def test_scores_depend_neither_on_batching_nor_on_order(make):
+def test_scores_depend_neither_on_batching_nor_on_order(make, monkeypatch):
     model = reward_model() if make == "bert" else RewardModel(gpt2_classifier(), words())
     together = model.score(*TEXTS)
     alone = torch.cat([model.score([p], [r]) for p, r in zip(*TEXTS, strict=True)])
     assert_close(together, alone, FP64)
     for max_tokens in (1, 20, 40):
-        assert_close(model.score(*TEXTS, max_tokens=max_tokens), together, FP64)
+        monkeypatch.setattr("rlhf_min.reward_model.SCORED_TOKENS", max_tokens)
+        assert_close(model.score(*TEXTS), together, FP64)
     order = [3, 0, 6, 5, 1, 4, 2]
     shuffled = model.score([TEXTS[0][i] for i in order], [TEXTS[1][i] for i in order])
     assert_close(shuffled, together[order], FP64)
 
 
-def test_micro_batches_hold_no_more_than_max_tokens():
+def test_micro_batches_hold_no_more_than_so_many_tokens(monkeypatch):
     model, sizes = reward_model(16), []
     model.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    model.score(*TEXTS, max_tokens=32)
+    monkeypatch.setattr("rlhf_min.reward_model.SCORED_TOKENS", 32)
+    model.score(*TEXTS)
     assert max(sizes) <= 32
     assert len(sizes) > 2
 

@@ -19,6 +19,7 @@ from tolerances import FP64
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_min import dpo, ppo, sampling
+from rlhf_min.config import PPOConfig
 from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.kl import kl_estimate
 from rlhf_min.optim import Optimizer
@@ -183,10 +184,7 @@ def sampled():
         small_gpt2(1),
         table,
         [PromptExample("b", PROMPT)] * SAMPLES,
-        max_new_tokens=LONGEST,
-        temperature=1.0,
-        kl="full",
-        max_tokens=CONFIG.max_tokens,
+        PPOConfig(max_new_tokens=LONGEST, kl="full", max_tokens=CONFIG.max_tokens),
         rng=torch.Generator().manual_seed(0),
     )
 

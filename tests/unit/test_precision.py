@@ -13,6 +13,7 @@ from small import (
 )
 
 from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.config import PPOConfig
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.rollout import collect
@@ -38,13 +39,13 @@ def reward_steps(dtype, precision):
     return model, reward.train(model, config, reward.new_state(model, examples, config))
 
 
-def ppo_steps(dtype, precision):
+def ppo_steps(dtype, precision, **watched):
     policy = small_policy(critic="shared", dtype=dtype)
     config = ppo.PPOConfig(
         steps=1, batch_size=4, minibatch_size=4, epochs=1, max_new_tokens=5, precision=precision
     )
     state = ppo.new_state(policy, PROMPTS, config)
-    return policy, ppo.train(policy, policy.reference(), lengths, config, state)
+    return policy, ppo.train(policy, policy.reference(), lengths, config, state, **watched)
 
 
 def dpo_steps(dtype, precision):
@@ -109,7 +110,7 @@ def looked_at(stage):
         config = sft.SFTConfig(epochs=1, precision="bf16")
         state = sft.new_state(policy, DEMONSTRATIONS, config)
         steps = sft.train(policy, config, state, heldout=DEMONSTRATIONS)
-        return steps, state, lambda: sft.evaluate(policy, DEMONSTRATIONS, max_tokens=1024)
+        return steps, state, lambda: sft.evaluate(policy, DEMONSTRATIONS, sft.SFTConfig())
     if stage == "reward":
         model = small_reward_model(dtype=torch.float32)
         config = reward.RewardConfig(epochs=1, precision="bf16")
@@ -144,12 +145,13 @@ def test_a_look_has_the_precision_of_the_run(stage):
 
 
 def test_a_rollout_has_the_precision_of_the_run():
-    _, train = ppo_steps(torch.float32, "bf16")
+    buffers = []
+    _, train = ppo_steps(torch.float32, "bf16", on_rollout=buffers.append)
     sampler = small_policy(critic="shared", dtype=torch.float32)  # the policy before the step
     state = train.gi_frame.f_locals["state"]
     for _ in train:
         pass
-    rollout = state.last.rollout
+    rollout = buffers[-1].rollout
     with torch.no_grad(), state.optimizer.autocast():
         half = sampler(rollout.sequences).logprobs
     with torch.no_grad():
@@ -191,10 +193,7 @@ def test_values_are_the_float32_head_on_the_hidden_state(critic):
             policy.reference(),
             lengths,
             PROMPTS[:2],
-            max_new_tokens=4,
-            temperature=1.0,
-            kl="k1",
-            max_tokens=100,
+            PPOConfig(max_new_tokens=4, max_tokens=100),
             rng=torch.Generator().manual_seed(0),
         )
     for x in (rollout.logprobs, rollout.values, rollout.entropy, rollout.scores):

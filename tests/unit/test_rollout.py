@@ -16,13 +16,15 @@ from strategies import assert_close
 from tiny import EOS, WORDS, bert, bert_words, gpt2, llama, policy, text, token_rows, words
 from tolerances import EXACT, FP64
 
+from rlhf_min.config import PPOConfig
 from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput
+from rlhf_min.loading.reward_function import call_reward
 from rlhf_min.logprobs import lm_head_logits
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import Rollout, RolloutBuffer, call_reward, collect, score_rollout
+from rlhf_min.rollout import Rollout, RolloutBuffer, collect, score_rollout
 from rlhf_min.sampling import sample
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
@@ -216,10 +218,7 @@ def collected(model, ref_model, reward, *, kl="k1", seed=21):
         ref_model,
         reward,
         examples(),
-        max_new_tokens=8,
-        temperature=0.8,
-        kl=kl,
-        max_tokens=30,
+        PPOConfig(max_new_tokens=8, temperature=0.8, kl=kl, max_tokens=30),
         rng=generator(seed),
     )
 
@@ -536,10 +535,7 @@ def test_prompt_examples_of_given_ids_need_no_text():
         make_policy(),
         by_length,
         [PromptExample("", torch.tensor([3, 4]))],
-        max_new_tokens=2,
-        temperature=1.0,
-        kl="k1",
-        max_tokens=8,
+        PPOConfig(max_new_tokens=2, max_tokens=8),
         rng=generator(),
     )
     assert isinstance(found, Rollout)

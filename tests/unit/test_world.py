@@ -62,7 +62,7 @@ def everything(world: World) -> str:
 
 FINGERPRINT = """
 import hashlib, sys
-sys.path.insert(0, "tests/unit")
+sys.path[:0] = ["tests", "tests/unit"]
 from test_world import everything
 from rlhf_min.world import build_wordpiece, make_world, train_bpe
 world = make_world(3, n_sft=900, n_pairs=900, n_heldout_pairs=90)

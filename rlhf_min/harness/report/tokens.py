@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.policy import Policy, evaluating
 from rlhf_min.ppo import PPOConfig
-from rlhf_min.rollout import RewardFunction, RolloutBuffer, call_reward
+from rlhf_min.rollout import RolloutBuffer
 
 MOST_TOKENS = 5000  # in all responses that one call writes
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,6 +74,8 @@ class Snapshot:
         heldout: what it is measured on, if that is known; a run may be continued with others, but
             what was measured before cannot be compared then.
         sources: a number for the file of each reward function; another one is told.
+        alone: the tensors that the loss of each row of a batch is made of, with the row's number;
+            only computed when a loss is not finite, to say which rows are at fault.
     """
 
     stage: str
@@ -86,6 +88,7 @@ class Snapshot:
     total: int
     heldout: Sequence[Any] | None = None
     sources: Mapping[str, int] = field(default_factory=dict)
+    alone: Callable[[Any], Iterable[tuple[int, Mapping[str, Tensor]]]] = lambda _: ()
 
     @cached_property
     def data(self) -> str:

@@ -3,20 +3,22 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_min.errors import BadInput, BadNumbers, Diverged, NonFinite
+from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
 from rlhf_min.harness.run.saved_models import unsound
+from rlhf_min.optim import dropout_rng
 from rlhf_min.policy import Policy
 
 LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the batch
@@ -71,7 +73,8 @@ def saved(
     """
     try:
         yield
-    except NonFinite as error:
+    except NonFinite as raised:
+        error = raised if snapshot is None else with_rows(raised, snapshot)
         policy = snapshot.module if snapshot and isinstance(snapshot.module, Policy) else None
         fault = unsound(snapshot.module, snapshot.texts) if snapshot else None
         try:
@@ -87,17 +90,41 @@ def saved(
             before = _diverged(snapshot, what, metrics[-1] if metrics else {})
             raise _with_earlier(before, folder, snapshot, told) from error
         error.args = (f"{error}; {told}",)
-        raise
-    except BadNumbers as error:
-        name, rows = error.fault
-        if name == "scores" or snapshot is None:  # the reward is at fault
-            raise
-        fault = unsound(snapshot.module, snapshot.texts) or f"{name} in row {rows[0]}"
-        raise _with_earlier(_diverged(snapshot, fault, {}), folder, snapshot) from error
+        raise error from raised
     except Diverged as error:
         if snapshot is not None:
             _with_earlier(error, folder, snapshot)
         raise
+
+
+def with_rows(error: NonFinite, snapshot: Snapshot) -> NonFinite:
+    """The same error, with the rows of its batch that are at fault, if single ones are."""
+    optimizer = snapshot.state.optimizer
+    device = optimizer.parameters[0].device
+    with torch.no_grad(), optimizer.autocast(), dropout_rng(0, error.step, device):
+        name, rows = first_nonfinite(snapshot.alone(error.batch)) or (error.tensor, [])
+    return NonFinite(error.step, name, error.batch, rows)
+
+
+def first_nonfinite(
+    rows: Iterable[tuple[int, Mapping[str, Tensor]]],
+) -> tuple[str, list[int]] | None:
+    """The first name under which a row has a number that is not finite, and all such rows.
+
+    Args:
+        rows: the number of each row, and what belongs to it, in tensors of any shape.
+
+    Example:
+        >>> good, bad = torch.zeros(3), torch.tensor([0.0, torch.nan])
+        >>> first_nonfinite([(0, {"values": good}), (1, {"values": bad}), (2, {"values": bad})])
+        ('values', [1, 2])
+    """
+    found: dict[str, set[int]] = {}
+    for row, tensors in rows:
+        for name, x in tensors.items():
+            if not bool(torch.isfinite(x).all()):
+                found.setdefault(name, set()).add(row)
+    return next(((name, sorted(numbers)) for name, numbers in found.items()), None)
 
 
 def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *told: str) -> Diverged:

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,7 @@ class MetricsLog:
         folder = self.folder  # made before the bar is drawn, or refused
         if snapshot is not None:
             self._require_heldout(snapshot)
+        steps = _timed(steps, snapshot and snapshot.state.optimizer)
         bar = _Bar(steps, f"{stage:>12}", total, initial=first, mininterval=every)
         in_bar: dict[str, str] = {}
         with ExitStack() as stack:
@@ -345,6 +347,22 @@ def read_notes(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[str, float]]:
+    """The metrics of each step with its seconds, unless it has told where they went; with its
+    tokens for each second; and with the number of steps that fp16 has skipped so far."""
+    started = time.perf_counter()
+    for metrics in steps:
+        seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+        if not seconds:
+            metrics["time/seconds"] = seconds = time.perf_counter() - started
+        if "tokens" in metrics:
+            metrics["time/tokens_per_second"] = metrics["tokens"] / seconds
+        if optimizer is not None:
+            metrics["skipped"] = optimizer.skipped
+        yield metrics
+        started = time.perf_counter()
 
 
 def _last_rows(file: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from rlhf_min import dpo
 from rlhf_min.data import PreferenceExample
@@ -108,7 +109,7 @@ def loss_is_ln_2(
     few = few if _pair_length(few[-1]) <= PAIR_TOKENS else few[:1]
     policy.train()
     with torch.no_grad():
-        loss = float(dpo.batch_loss(policy, ref_policy, few, config)[0].loss)
+        loss = float(dpo.batch_loss(policy, ref_policy, few, config).loss)
     return Check(
         "DPO's loss against ln 2",
         abs(loss - math.log(2)),
@@ -121,6 +122,18 @@ def loss_is_ln_2(
 
 def _pair_length(pair: PreferenceExample) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def alone(
+    policy: Policy,
+    ref_policy: Policy,
+    config: dpo.DPOConfig,
+    pairs: Sequence[PreferenceExample],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
+    for row, pair in enumerate(pairs):
+        loss = dpo.batch_loss(policy, ref_policy, [pair], config)
+        yield row, {name: x for name, x in loss._asdict().items() if name != "loss"}
 
 
 def run(
@@ -158,6 +171,7 @@ def run(
         examples=examples,
         heldout=heldout,
         total=total,
+        alone=partial(alone, policy, ref_policy, config),
     )
     if log.preflight and not log.has_checkpoint(STAGE):
         check(policy, ref_policy, config, state)

@@ -34,10 +34,11 @@ from rlhf_min.harness.stages.run_stage import (
     sampled_responses,
     tell,
 )
+from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import RewardFunction, Rollout, call_reward, score_rollout
+from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 from rlhf_min.sampling import rows_at_once, sample
 
 STAGE = "ppo"
@@ -53,6 +54,7 @@ MONITORS = True
 WRITES = (layout.SAMPLES, layout.TOKENS)
 EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
 SAMPLES = 8  # of these, written down as texts each time
+ROLLOUT_PARTS = ("scores", "logprobs", "ref_logprobs", "kl", "values")
 TOO_FAR = 3  # shown where the KL is too large
 
 
@@ -258,6 +260,7 @@ def run(
         heldout=eval_prompts,
         sources=sources(reward_model),
         total=config.steps,
+        alone=partial(alone, policy, config),
     )
     log.resume(snapshot)
     note_start(log, snapshot, inputs, told, held_out=len(eval_prompts))
@@ -271,6 +274,7 @@ def run(
         state,
         monitors=inputs.monitors,
         eval_prompts=eval_prompts,
+        on_rollout=looks.keep,
     )
     steps = looks.write_down(steps, log, state)
     log.follow(
@@ -279,20 +283,45 @@ def run(
     save_policy(policy, log.folder / STAGE)
     if eval_prompts:
         note(log.folder, STAGE, change=change(before, looks.look()[0]))
-    _tell_rest(state, config, log, reward_model, unused)
+    _tell_rest(looks, state, log, reward_model, unused)
     return policy
 
 
-def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str, Any]]] | None:
+def alone(
+    policy: Policy, config: ppo.PPOConfig, buffer: RolloutBuffer
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What a rollout holds of each row, and then what the losses of each row are made of."""
+    rollout, rows = buffer.rollout, range(len(buffer.rollout.scores))
+    for row in rows:
+        yield row, {name: getattr(rollout, name)[row] for name in ROLLOUT_PARTS}
+    for row in rows:
+        sequences = rollout.sequences.select([row])
+        width = sequences.mask.shape[1]
+        new = policy(sequences, temperature=config.temperature)
+        yield (
+            row,
+            {
+                "logprobs": new.logprobs,
+                "values": new.values,
+                "ratio": (new.logprobs - rollout.logprobs[[row], :width]).exp(),
+                "advantages": buffer.advantages[[row], :width],
+                "returns": buffer.returns[[row], :width],
+            },
+        )
+
+
+def too_far(
+    state: ppo.State, buffer: RolloutBuffer | None, max_kl: float | None
+) -> tuple[str, list[dict[str, Any]]] | None:
     """Why the KL has ended a run of PPO: what to print, and the responses that show it.
 
     Returns:
         The text, and `TOO_FAR` rows with ``prompt``, ``response``, ``kl`` in nats and ``score``;
         None if it has not ended the run.
     """
-    if not state.too_far or state.last is None:
+    if not state.too_far or buffer is None:
         return None
-    rollout = state.last.rollout
+    rollout = buffer.rollout
     k1 = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)  # (B,)
     samples = [
         {
@@ -315,16 +344,16 @@ def too_far(state: ppo.State, max_kl: float | None) -> tuple[str, list[dict[str,
 
 
 def _tell_rest(
+    looks: "_Looks",
     state: ppo.State,
-    config: ppo.PPOConfig,
     log: MetricsLog,
     reward_model: RewardModel | RewardFunction,
     unserved: Sequence[str],
 ) -> None:
     """What ended the run before its last step, and what there is to tell of the reward."""
-    if far := too_far(state, config.max_kl):
+    if far := too_far(state, looks.last, looks.config.max_kl):
         print(far[0])
-    if state.too_far and state.last is None and state.step < config.steps:
+    if state.too_far and looks.last is None and state.step < looks.config.steps:
         print("PPO was ended by --max_kl before; another one does not take it up again")
     notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
     note(log.folder, STAGE, reward_notes=[*unserved, *notes])
@@ -341,6 +370,11 @@ class _Looks:
     prompts: Sequence[PromptExample]
     config: ppo.PPOConfig
     gold: RewardFunction | None
+    last: RolloutBuffer | None = None  # what was learned from last
+
+    def keep(self, buffer: RolloutBuffer) -> None:
+        """Called with each rollout when it has been learned from."""
+        self.last = buffer
 
     def look(self, n: int | None = None) -> tuple[Tensor, list[str]]:
         """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
@@ -371,18 +405,14 @@ class _Looks:
         for metrics in steps:
             if self.prompts and "eval/score" in metrics:
                 log.add_samples(STAGE, state.step, self.samples(*self.look(SAMPLES)))
-            if far := too_far(state, self.config.max_kl):
+            if far := too_far(state, self.last, self.config.max_kl):
                 log.add_samples(STAGE, state.step, far[1])
             over = state.step == self.config.steps or state.too_far
-            if (
-                state.last is not None
-                and "kl_coef" in metrics
-                and (over or "eval/score" in metrics)
-            ):
+            if self.last is not None and (over or "eval/score" in metrics):
                 with state.optimizer.autocast():
                     records = token_records(
                         self.policy,
-                        state.last,
+                        self.last,
                         self.config,
                         step=state.step,
                         kl_coef=metrics["kl_coef"],

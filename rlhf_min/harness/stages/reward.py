@@ -33,10 +33,10 @@ from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_reward_model
 from rlhf_min.harness.stages.run_stage import note_start, sample_texts, tell
+from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
-from rlhf_min.rollout import RewardFunction, call_reward
 
 STAGE = "reward_model"
 CONFIG = reward.RewardConfig
@@ -172,6 +172,17 @@ class RewardReport:
         return "\n".join(["reward model on held-out pairs:", *lines, f"  {self.normalised_on}"])
 
 
+def alone(
+    reward_model: RewardModel,
+    config: reward.RewardConfig,
+    pairs: Sequence[reward.RewardExample],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
+    for row, pair in enumerate(pairs):
+        loss = reward.batch_loss(reward_model, [pair], center_coef=config.center_coef)
+        yield row, loss._asdict()
+
+
 def run(
     reward_model: RewardModel,
     inputs: Inputs,
@@ -201,6 +212,7 @@ def run(
         examples=examples,
         heldout=heldout,
         total=total,
+        alone=partial(alone, reward_model, config),
     )
     if log.preflight and not log.has_checkpoint(STAGE):
         check(reward_model, config, state)

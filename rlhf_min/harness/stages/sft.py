@@ -1,9 +1,12 @@
 """SFT as the commands run it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
+from torch import Tensor
+
 from rlhf_min import sft
+from rlhf_min.data import SFTExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness import preflight
 from rlhf_min.harness.inputs import Inputs
@@ -49,6 +52,14 @@ def check(policy: Policy, config: sft.SFTConfig, state: State) -> None:
     preflight.run("SFT", checks(), state.optimizer, policy)
 
 
+def alone(
+    policy: Policy, examples: Sequence[SFTExample]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The loss of each row, to find the ones at fault where it is not finite."""
+    for row, example in enumerate(examples):
+        yield row, sft.batch_loss(policy, [example])._asdict()
+
+
 def run(
     policy: Policy,
     codec: Codec,
@@ -73,6 +84,7 @@ def run(
         examples=examples,
         heldout=heldout,
         total=total,
+        alone=partial(alone, policy),
     )
     if log.preflight and not log.has_checkpoint(STAGE):
         check(policy, config, state)
