@@ -19,8 +19,8 @@ PAINS = {
         test_loading.py::test_a_new_head_excuses_no_missing_trunk
         test_loading.py::test_a_new_head_is_told_and_drawn_by_the_seed
         test_loading.py::test_values_of_a_checkpoint_of_trl
-        test_checkpoint.py::test_a_policy_comes_back_to_the_bit
-        test_checkpoint.py::test_a_reward_model_comes_back_to_the_bit""",
+        test_saved_models.py::test_a_policy_comes_back_to_the_bit
+        test_saved_models.py::test_a_reward_model_comes_back_to_the_bit""",
     "2 the KL is negative, because what is sampled is not what is scored": """
         test_sampling.py::test_frequencies_are_the_exact_probabilities
         test_sampling.py::test_log_probabilities_of_the_policy_are_those_of_its_samples

@@ -1,6 +1,7 @@
 """The run's folder: where it is, what it records, and how a run is taken up again."""
 
 import errno
+import fcntl
 import json
 import math
 import random
@@ -8,7 +9,7 @@ import shlex
 import shutil
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from rlhf_min.harness.run.layout import (
     BEST,
     CHECKPOINTS,
     LAST_GOOD,
+    RUN,
     clear,
     discard,
     left_over,
@@ -31,12 +33,7 @@ from rlhf_min.harness.run.signals import to_resume
 if typing.TYPE_CHECKING:
     from rlhf_min.harness.run.log import MetricsLog
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
-
-RUN_FILE, LOCK = "run.json", ".lock"
+LOCK = ".lock"
 PACKAGES = ("rlhf_min", "torch", "transformers")
 # What a run may be continued with otherwise: none of it changes what is computed.
 FREE = frozenset(
@@ -46,7 +43,7 @@ FREE = frozenset(
 OF_THE_START = frozenset({"out", "overwrite", "resume", "allow_config_change"})
 # What JSON that is damaged, or is not what was written, raises.
 _UNREADABLE = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
-_NEW = f".{RUN_FILE}"  # until it is complete
+_NEW = f".{RUN}"  # until it is complete
 _held: dict[Path, Any] = {}  # the run that this process is at, and its file, locked
 
 
@@ -66,7 +63,7 @@ def check_out(options: Any, default: str) -> Path:
         return first if not first.exists() else next(path for path in later if not path.exists())
     out = Path(options.out)
     require(
-        _is_utf8(options.out),
+        not any("\ud800" <= letter <= "\udfff" for letter in options.out),
         f"--out {options.out}: this name is not UTF-8, so no tokenizer can be saved there; give "
         "another folder",
     )
@@ -89,14 +86,10 @@ def check_out(options: Any, default: str) -> Path:
                 f"--out {out} would be emptied, and {used} lies in it; give another folder",
             )
         require(
-            (out / RUN_FILE).is_file(),
-            f"--out {out} holds no {RUN_FILE}, so it is not a run and is not overwritten",
+            (out / RUN).is_file(),
+            f"--out {out} holds no {RUN}, so it is not a run and is not overwritten",
         )
     return out
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _files_used(options: Any) -> list[str]:
@@ -165,7 +158,7 @@ def open_run(out: Path, *configs: Any) -> Path:
         BadInput: if the folder cannot be made.
     """
     try:
-        if (out / RUN_FILE).is_file():
+        if (out / RUN).is_file():
             require(
                 any(getattr(config, "overwrite", False) for config in configs),
                 f"--out {out}: another run has begun there; give another folder, or --overwrite",
@@ -224,8 +217,8 @@ def read_record(run: Path) -> dict[str, Any]:
     Raises:
         BadInput: if there is none, it is not what `open_run` wrote, or links lead out of the run.
     """
-    file = run / RUN_FILE
-    require(file.is_file(), f"--resume {run} holds no {RUN_FILE}, so it is not a run")
+    file = run / RUN
+    require(file.is_file(), f"--resume {run} holds no {RUN}, so it is not a run")
     for path in run.rglob("*"):
         require(
             not path.is_symlink() or "wandb" in path.parts,
@@ -266,7 +259,7 @@ def continued(configs: list[Any], given: set[str], run: Path) -> list[Any]:
                 value = _from_json(recorded[name][field.name], hints[field.name])
                 require(
                     _fits(value, hints[field.name]),
-                    f"{run / RUN_FILE}: {name}.{field.name} cannot be {value!r}",
+                    f"{run / RUN}: {name}.{field.name} cannot be {value!r}",
                 )
                 values[field.name] = value
         new.append(replace(config, **values))
@@ -279,15 +272,15 @@ def run_seed(run: Path) -> int:
     Raises:
         BadInput: if `run.json` is not what `open_run` wrote.
     """
-    if not (run / RUN_FILE).is_file():
+    if not (run / RUN).is_file():
         return 0
     try:
-        configs = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["config"].values()
+        configs = json.loads((run / RUN).read_text(encoding="utf-8"))["config"].values()
         seed = next(config["seed"] for config in configs if "seed" in config)
         require(type(seed) is int and 0 <= seed <= 2**31, f"{seed!r} is no seed")
         return int(seed)
     except (*_UNREADABLE, StopIteration) as error:
-        raise BadInput(f"{run / RUN_FILE} cannot be read; give --seed") from error
+        raise BadInput(f"{run / RUN} cannot be read; give --seed") from error
 
 
 def how_to_go_on() -> str:
@@ -306,10 +299,9 @@ def _lock(out: Path) -> None:
     """Keep other processes from this run until this one ends, however it ends."""
     if out.resolve() in _held:
         return
-    file = None if fcntl is None else (out / LOCK).open("w")
+    file = (out / LOCK).open("w")
     try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
@@ -326,37 +318,28 @@ def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> dict[str, 
         BadInput: if something has, without ``--allow_config_change``.
     """
     record, now = read_record(out), _config_values((options, *configs))
-    changed = {
-        f"{name}.{key}": (was, is_now)
-        for name, key, was, is_now in _differences(record["config"], now)
-        if key not in FREE
-    }
+    changed = {}
+    for name, values in now.items():
+        was = record["config"].get(name, {})
+        for key in values:
+            if key not in FREE and was.get(key) != values[key]:
+                changed[f"{name}.{key}"] = [was.get(key), values[key]]
     if not changed:
         return None
-    told = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in changed.items())
+    differences = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in changed.items())
     require(
         options.allow_config_change,
-        f"--resume {out}: another configuration than it was started with: {told}; leave these "
-        "out, or give --allow_config_change",
+        f"--resume {out}: another configuration than it was started with: {differences}; leave "
+        "these out, or give --allow_config_change",
     )
-    print(f"configuration changed: {told}")
-    record["changes"] = [*record.get("changes", []), {k: list(v) for k, v in changed.items()}]
+    print(f"configuration changed: {differences}")
+    record["changes"] = [*record.get("changes", []), changed]
     record["config"] = {**record["config"], **now}
     return record
 
 
-def _differences(
-    recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[tuple[str, str, Any, Any]]:
-    for name, values in now.items():
-        for key, value in values.items():
-            was = recorded.get(name, {}).get(key)
-            if was != value:
-                yield name, key, was, value
-
-
 def _write_record(out: Path, record: Mapping[str, Any]) -> None:
-    write_file(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_file(out / RUN, json.dumps(record, indent=2) + "\n")
 
 
 def _circumstances() -> dict[str, Any]:

@@ -43,11 +43,6 @@ def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
         reward_model.tokenizer.save_pretrained(new)
 
 
-def load_state(model: nn.Module, file: Path) -> None:
-    """Load a ``model.pt`` into a model of the same shape. Reads tensors only, never code."""
-    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
-
-
 def _require_finite(model: nn.Module, folder: Path) -> None:
     name = nonfinite_weight(model)
     require(
