@@ -374,6 +374,7 @@ def test_a_good_step_between_starts_the_count_again():
     module, optimizer = overflowing(MAX_OVERFLOWS)
     optimizer.backward(module(torch.ones(2)).sum())
     optimizer.step()
+    assert optimizer.skipped_in_a_row == 0
     for _ in range(MAX_OVERFLOWS):
         overflow(module, optimizer)
     assert optimizer.skipped == 2 * MAX_OVERFLOWS

@@ -362,6 +362,7 @@ def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
         overflow(toy, optimizer)
     restored = optimizer_of(toy, precision="fp16")
     restored.load_state_dict(real_copy(optimizer.state_dict()))
+    assert restored.skipped == MAX_OVERFLOWS - 1
     restored.backward(toy.loss(*GRADIENTS[0]))  # what it is scaled by is set at the first use
     assert restored.scaler.get_scale() == scale / 2 ** (MAX_OVERFLOWS - 1)
     restored.optimizer.zero_grad()
