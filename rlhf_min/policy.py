@@ -25,12 +25,14 @@ Critic = Literal["none", "shared", "separate"]
 class PolicyOutput(NamedTuple):
     """`logprobs` of the response tokens, `entropy` there, and `values`; each (B, T), 0 at padding.
 
-    `values` is None for a policy without a critic.
+    `values` is None for a policy without a critic. `logits` are those of the N real response
+    tokens, row after row, (N, V); None unless they are asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor | None
+    logits: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -68,19 +70,18 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.eval()
-        checks.require_known_head(lm, lm_head(lm))
+        checks.require_known_head(lm, self.head)
 
-    def forward(self, batch: Sequences, *, temperature: float = 1.0) -> PolicyOutput:
-        """Log-probabilities, entropy and values of the response tokens.
-
-        Below, N is the number of real response tokens, row after row.
-        """
+    def forward(
+        self, batch: Sequences, *, temperature: float = 1.0, with_logits: bool = False
+    ) -> PolicyOutput:
+        """Log-probabilities, entropy and values of the response tokens, and perhaps all logits."""
         batch = self._on_device(batch)
         if self.plain:
             logprobs, entropies, hidden = self._plain(batch, temperature)
         else:  # the same, faster
             logprobs, entropies, hidden = logprobs_and_states(
-                self.lm, lm_head(self.lm), self.critic_trunk, batch, temperature=temperature
+                self.lm, self.head, self.critic_trunk, batch, temperature=temperature
             )
         values = None
         if self.value_head is not None:
@@ -88,7 +89,10 @@ class Policy(nn.Module):
                 hidden = hidden.to(self.value_head.weight.dtype)  # (N, H)
                 values = scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)
         return PolicyOutput(
-            scatter_tokens(logprobs, batch.mask), scatter_tokens(entropies, batch.mask), values
+            scatter_tokens(logprobs, batch.mask),
+            scatter_tokens(entropies, batch.mask),
+            values,
+            self._logits(batch, temperature) if with_logits else None,
         )
 
     def _plain(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,19 +100,30 @@ class Policy(nn.Module):
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
         rows, at = batch.predicting()  # (N,) each
         hidden = self.lm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-        logits = lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))  # (B, L, V)
+        logits = lm_head_logits(hidden, temperature=temperature, **self.head)  # (B, L, V)
         logits = logits[rows, at]  # (N, V)
         logprobs = token_logprobs(logits, batch.responses[batch.mask])
         if self.critic_trunk is not None:
             hidden = self.critic_trunk(**inputs, use_cache=False).last_hidden_state
         return logprobs, entropy(logits.detach()), hidden[rows, at]
 
-    def token_logits(self, batch: Sequences, *, temperature: float = 1.0) -> Tensor:
-        """All logits at the real response tokens, ``(N, V)``: for the exact KL only."""
-        batch = self._on_device(batch)
+    def _logits(self, batch: Sequences, temperature: float) -> Tensor:
+        """The logits at the real response tokens, ``(N, V)``: for the exact KL only."""
         layout = padded(batch) if self.plain else layout_of(self.lm, batch)
         hidden = hidden_states(self.lm.base_model, layout)
-        return lm_head_logits(hidden, temperature=temperature, **lm_head(self.lm))
+        return lm_head_logits(hidden, temperature=temperature, **self.head)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale."""
+        head, config = self.lm.get_output_embeddings(), self.lm.config
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return {
+            "weight": head.weight,
+            "bias": getattr(head, "bias", None),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+            "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
+        }
 
     def _on_device(self, batch: Sequences) -> Sequences:
         """The batch where the model is, once it is sure that the model can take it."""
@@ -228,18 +243,6 @@ class Policy(nn.Module):
 def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
     """Put one number for each real token, ``(N,)``, in its place, ``(B, T)``; 0 at padding."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
-
-
-def lm_head(lm: PreTrainedModel) -> dict[str, Any]:
-    """The vocabulary projection as `lm_head_logits` takes it: weight, bias, softcap, scale."""
-    head, config = lm.get_output_embeddings(), lm.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    return {
-        "weight": head.weight,
-        "bias": getattr(head, "bias", None),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-        "scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
-    }
 
 
 @contextlib.contextmanager

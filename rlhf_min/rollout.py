@@ -137,17 +137,16 @@ def score_rollout(
         for rows in micro_batches(lengths, max_tokens=max_tokens):
             part = sequences.select(rows)
             width = part.mask.shape[1]
-            found = policy(part, temperature=temperature)
-            ref_found = ref_policy(part, temperature=temperature)
+            full = kl == "full"
+            found = policy(part, temperature=temperature, with_logits=full)
+            ref_found = ref_policy(part, temperature=temperature, with_logits=full)
             logprobs[rows, :width] = found.logprobs
             ref_logprobs[rows, :width] = ref_found.logprobs.to(policy.device)
             entropies[rows, :width] = found.entropy
             if found.values is not None:
                 values[rows, :width] = found.values
-            if kl == "full":
-                logits = policy.token_logits(part, temperature=temperature)
-                ref_logits = ref_policy.token_logits(part, temperature=temperature)
-                per_token = exact_kl(logits, ref_logits.to(policy.device))  # (N,)
+            if found.logits is not None and ref_found.logits is not None:
+                per_token = exact_kl(found.logits, ref_found.logits.to(policy.device))  # (N,)
                 kls[rows, :width] = scatter_tokens(per_token, part.mask)
     if kl != "full":
         kls = kl_estimate(logprobs, ref_logprobs, kind=kl)

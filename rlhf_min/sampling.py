@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import Diverged, require
 from .logprobs import lm_head_logits
-from .policy import Policy, evaluating, lm_head
+from .policy import Policy, evaluating
 from .speed.cache import KeyValueCache, rows_that_fit
 
 ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
@@ -48,8 +48,8 @@ def sample(
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     responses: list[Tensor] = []
     longest = max(map(len, prompt_ids), default=0) + max_new_tokens
-    at_once = rows_at_once(policy, longest)
     with evaluating(policy):
+        at_once = rows_at_once(policy, longest)
         for start in range(0, len(prompt_ids), at_once):
             rows = slice(start, start + at_once)
             responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature, start)
@@ -74,7 +74,7 @@ def _sample(
     ids, attention_mask = ids.to(device), attention_mask.to(device)  # (B, P)
     responses: list[list[int]] = [[] for _ in prompt_ids]
     live = torch.arange(len(prompt_ids), device=device)  # rows that have not ended, (b,)
-    cache = KeyValueCache(policy.lm)
+    cache, head = KeyValueCache(policy.lm), policy.head
     for t in range(uniforms.shape[1]):
         # With padding on the left the position of a token is the number of real ones before it.
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, L)
@@ -87,9 +87,7 @@ def _sample(
             ).last_hidden_state  # (b, L, H)
         else:  # only what is new
             hidden = cache.hidden_states(ids, attention_mask, positions)
-        logits = lm_head_logits(
-            hidden[:, -1], temperature=temperature, **lm_head(policy.lm)
-        )  # (b, V)
+        logits = lm_head_logits(hidden[:, -1], temperature=temperature, **head)  # (b, V)
         tokens = _inverse_cdf(logits, uniforms[live, t])  # (b,)
         drawn = list(zip(live.tolist(), tokens.tolist(), strict=True))
         if bad := [first_row + row for row, token in drawn if token == NO_TOKEN]:

@@ -276,8 +276,9 @@ def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
 def test_a_head_of_another_scale(monkeypatch, name):
     stage = Stage(name)
-    right = policy_file.lm_head
-    monkeypatch.setattr(policy_file, "lm_head", lambda lm: right(lm) | {"scale": 1.1})
+    right = policy_file.Policy.head.fget
+    wrong = property(lambda policy: right(policy) | {"scale": 1.1})
+    monkeypatch.setattr(policy_file.Policy, "head", wrong)
     assert "head against the model's own logits" in refused(stage)
 
 

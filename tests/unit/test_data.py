@@ -59,7 +59,7 @@ def test_pad_equal_to_eos_changes_nothing():
         found = model(batch)
         loss = sft_loss(found.logprobs, batch.mask).loss
         gradients = torch.autograd.grad(loss, list(model.lm.parameters()))
-        results.append([*found, loss, *gradients])
+        results.append([*found[:3], loss, *gradients])
     for other in results[1:]:
         for now, first in zip(other, results[0], strict=True):
             assert_close(now, first, EXACT)

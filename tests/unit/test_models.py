@@ -175,7 +175,7 @@ def test_a_row_alone_is_the_row_in_a_batch(make):
         together = model(BATCH)
         for b in range(4):
             alone = model(collate([PROMPTS[b]], [RESPONSES[b]], pad_id=PAD))
-            for one, all_rows in zip(alone, together, strict=True):
+            for one, all_rows in zip(alone[:3], together[:3], strict=True):
                 assert_close(one[0], all_rows[b, : len(RESPONSES[b])], FP64)
 
 
@@ -183,11 +183,10 @@ def test_a_row_alone_is_the_row_in_a_batch(make):
 def test_padding_ids_never_matter(make):
     model = policy(make(), critic="separate")
     with torch.no_grad():
-        first = model(BATCH)
+        first = model(BATCH)[:3]
         for pad_id in (EOS, 17, 31):
-            for now, then in zip(
-                model(collate(PROMPTS, RESPONSES, pad_id=pad_id)), first, strict=True
-            ):
+            other = model(collate(PROMPTS, RESPONSES, pad_id=pad_id))[:3]
+            for now, then in zip(other, first, strict=True):
                 assert_close(now, then, EXACT)
     for found in first:
         assert (found[~BATCH.mask] == 0).all()
@@ -198,7 +197,7 @@ def test_token_logits(make):
     model = policy(make())
     with torch.no_grad():
         expected = torch.cat([row_logits(model.lm, b, temperature=0.7) for b in range(4)])
-        assert_close(model.token_logits(BATCH, temperature=0.7), expected, FP64)
+        assert_close(model(BATCH, temperature=0.7, with_logits=True).logits, expected, FP64)
 
 
 def test_scatter_tokens_by_hand():
@@ -256,8 +255,7 @@ def test_float64_stays_float64_and_half_precision_gives_float32():
         (torch.bfloat16, torch.float32),
     ]:
         model = Policy(gpt2().to(dtype), words(), critic="shared")
-        assert [x.dtype for x in model(BATCH)] == [expected] * 3
-        assert model.token_logits(BATCH).dtype == expected
+        assert [x.dtype for x in model(BATCH, with_logits=True)] == [expected] * 4
         assert model.value_head.weight.dtype == expected
 
 

@@ -162,7 +162,8 @@ def test_packing_changes_no_value_and_no_gradient(config, width, monkeypatch):
         output = policy(batch, temperature=0.7)
         (output.logprobs.square().sum() + output.values.square().sum()).backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
-        return {**output._asdict(), **gradients}
+        outputs = {k: v for k, v in output._asdict().items() if v is not None}
+        return {**outputs, **gradients}
 
     policy.value_head.weight.data.fill_(0.1)
     plain, dense = found(padded), found(lambda b: packed(b, width=width))

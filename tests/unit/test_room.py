@@ -47,7 +47,8 @@ def forward(policy, prompt):
 
 
 def logits(policy, prompt):
-    policy.token_logits(collate([ids(RED), prompt], [RESPONSE, RESPONSE], pad_id=END))
+    batch = collate([ids(RED), prompt], [RESPONSE, RESPONSE], pad_id=END)
+    assert policy(batch, with_logits=True).logits is not None
 
 
 def scored(policy, prompt):

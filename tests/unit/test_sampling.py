@@ -301,7 +301,7 @@ def test_log_probabilities_of_the_policy_are_those_of_its_samples():
     responses = [torch.tensor(row) for row in draw(model, PROMPTS, temperature=temperature)]
     batch = collate(PROMPTS, responses, pad_id=PAD)
     with torch.no_grad():
-        p = model.token_logits(batch, temperature=temperature).softmax(-1)
+        p = model(batch, temperature=temperature, with_logits=True).logits.softmax(-1)
         logprobs = model(batch, temperature=temperature).logprobs[batch.mask]
     upper = p.cumsum(-1).gather(-1, batch.responses[batch.mask][:, None])[:, 0]
     rows, t = batch.mask.nonzero(as_tuple=True)

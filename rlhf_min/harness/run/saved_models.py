@@ -109,6 +109,6 @@ def _policy_answers(policy: Policy, texts: Sequence[str]) -> dict[str, Tensor]:
         return {}
     start = torch.tensor([policy.tokenizer.eos_token_id])  # stands for the prompt
     batch = collate([start] * len(rows), [torch.tensor(row) for row in rows], pad_id=policy.pad_id)
-    logprobs, entropy, values = policy(batch.to(policy.device))
-    answers = {"the log-probability": logprobs, "the entropy": entropy}
-    return answers if values is None else answers | {"the value": values}
+    output = policy(batch.to(policy.device))
+    answers = {"the log-probability": output.logprobs, "the entropy": output.entropy}
+    return answers if output.values is None else answers | {"the value": output.values}
