@@ -1,5 +1,6 @@
 """Direct preference optimization: learn from preference pairs without a reward model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -36,6 +37,14 @@ def new_state(
 def total(cursor: Cursor, config: DPOConfig) -> int:
     """Optimizer steps in the whole run."""
     return config.epochs * cursor.batches_per_epoch(config.batch_size)
+
+
+def first_loss(_config: DPOConfig) -> tuple[float, str]:
+    """The loss while policy and reference are the same, and what that number is called.
+
+    Both margins are 0 then, and -log sigmoid(0) is ln 2 with any `beta` and `label_smoothing`.
+    """
+    return math.log(2), "ln 2"
 
 
 def response_logprobs(

@@ -64,18 +64,23 @@ def autocast_of(precision):
 class Stage:
     """Models, configuration and state of a stage, ready for its preflight and its training."""
 
-    heldout = ()
+    ref_policy = reward_model = None
 
     def __init__(self, name, *, precision="float64", examples=None, dropout=0.0, **options):
         make = {"sft": self.sft, "dpo": self.dpo, "reward": self.reward, "ppo": self.ppo}[name]
         self.dtype, self.dropout = dtype_of(precision), dropout
         make(examples, precision=autocast_of(precision), **options)
 
+    def check(self):
+        models = [self.model, self.ref_policy, self.reward_model]
+        modules = [model for model in models if isinstance(model, nn.Module)]
+        preflight.run("the stage", self.checks(), self.state.optimizer, *modules)
+
     def sft(self, examples, **options):
         self.model = small_policy(dtype=self.dtype, dropout=self.dropout)
         config = sft.SFTConfig(batch_size=4, epochs=1, **options)
         self.state = sft.new_state(self.model, examples or DEMONSTRATIONS, config)
-        self.check = lambda: sft_stage.check(self.model, config, self.state)
+        self.checks = lambda: sft_stage.checks(self.model, config, self.state)
         self.train = lambda: sft.train(self.model, config, self.state)
 
     def dpo(self, examples, **options):
@@ -84,7 +89,7 @@ class Stage:
         config = dpo.DPOConfig(batch_size=4, epochs=1, **options)
         examples = examples or ENDED_PAIRS
         self.state = dpo.new_state(self.model, self.ref_policy, examples, config)
-        self.check = lambda: dpo_stage.check(self.model, self.ref_policy, config, self.state)
+        self.checks = lambda: dpo_stage.checks(self.model, self.ref_policy, config, self.state)
         self.train = lambda: dpo.train(self.model, self.ref_policy, config, self.state)
 
     def reward(self, examples, **options):
@@ -92,7 +97,7 @@ class Stage:
         config = reward.RewardConfig(batch_size=4, epochs=1, **options)
         examples = examples or reward.prepare_pairs(self.model, TEXT_PAIRS)[0]
         self.state = reward.new_state(self.model, examples, config)
-        self.check = lambda: reward_stage.check(self.model, config, self.state)
+        self.checks = lambda: reward_stage.checks(self.model, config, self.state)
         self.train = lambda: reward.train(self.model, config, self.state)
 
     def ppo(self, examples, **options):
@@ -104,7 +109,7 @@ class Stage:
             steps=2, batch_size=4, minibatch_size=2, max_new_tokens=4, eval_every=9, **options
         )
         self.state = ppo.new_state(self.model, examples or PROMPTS, config)
-        self.check = lambda: ppo_stage.check(
+        self.checks = lambda: ppo_stage.checks(
             self.model, self.ref_policy, self.reward_model, config, self.state
         )
         self.train = lambda: ppo.train(
@@ -472,8 +477,9 @@ def test_the_cure_names_the_options_of_the_largest_part(monkeypatch, options, cu
     state = ppo.new_state(policy, [PromptExample("red", prompt)], short)
     state.cursor.examples *= 2
     monkeypatch.setattr(preflight, "available_bytes", lambda _device: 1000.0)
+    checks = ppo_stage.checks(policy, policy.reference(), len, config, state)
     with pytest.raises(BadInput) as caught:
-        ppo_stage.check(policy, policy.reference(), len, config, state)
+        preflight.run("PPO", checks, state.optimizer, policy)
     assert cure in str(caught.value)
 
 

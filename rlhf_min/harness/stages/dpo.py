@@ -1,7 +1,6 @@
 """DPO as the commands run it."""
 
 import heapq
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -25,7 +24,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, named, note_start, tell
+from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, tell
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
@@ -55,33 +54,25 @@ def trained_before(options: RunOptions) -> list[str]:
     return ["sft"] if options.model is None else []
 
 
-def check(policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State) -> None:
-    """Measure what DPO relies on, with the reference cached or live.
-
-    Raises:
-        BadInput: at the first check that fails.
-    """
-    precision = preflight.precision_of(policy.lm.dtype, config.precision)
+def checks(
+    policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State
+) -> Iterator[Check]:
+    """What DPO relies on, with the reference cached or live."""
     pairs: Sequence[PreferenceExample] = state.cursor.examples
     rows = [(x.prompt_ids, ids) for x in pairs for ids in (x.chosen_ids, x.rejected_ids)]
-
-    def checks() -> Iterator[Check]:
-        yield preflight.no_empty_row(rows, rows_per_example=2)
-        yield pairs_differ(pairs)
-        yield preflight.eos_supervised(rows, policy)
-        yield from preflight.half_precision(config.precision, policy.device)
-        longest = 2 * max(map(preflight.row_length, rows))  # a pair passes together
-        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
-        yield from preflight.policy_memory(
-            policy, [ref_policy], state.optimizer, rows[0], tokens=tokens
-        )
-        short = preflight.shortest(rows)
-        yield preflight.passes_agree(policy, short)
-        yield preflight.head_equals_model(policy, short[0], preflight.TOLERANCE[precision])
-        yield preflight.row_alone_equals_batch(policy, short[-1], preflight.TOLERANCE[precision])
-        yield loss_is_ln_2(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
-
-    preflight.run("DPO", checks(), state.optimizer, policy, ref_policy)
+    yield preflight.no_empty_row(rows, rows_per_example=2)
+    yield pairs_differ(pairs)
+    yield preflight.eos_supervised(rows, policy)
+    yield from preflight.half_precision(config.precision, policy.device)
+    longest = 2 * max(map(preflight.row_length, rows))  # a pair passes together
+    tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+    frozen, short = [ref_policy], preflight.shortest(rows)
+    yield from preflight.policy_memory(policy, frozen, state.optimizer, rows[0], tokens=tokens)
+    yield preflight.passes_agree(policy, short)
+    precision = preflight.precision_of(policy.lm.dtype, config.precision)
+    yield preflight.head_equals_model(policy, short[0], preflight.TOLERANCE[precision])
+    yield preflight.row_alone_equals_batch(policy, short[-1], preflight.TOLERANCE[precision])
+    yield first_loss(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
 
 
 def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
@@ -96,31 +87,32 @@ def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
     )
 
 
-def loss_is_ln_2(
+def first_loss(
     policy: Policy,
     ref_policy: Policy,
     pairs: Sequence[PreferenceExample],
     config: dpo.DPOConfig,
     tolerance: float,
 ) -> Check:
-    """DPO's loss while policy and reference are the same."""
+    """The loss is what it has to be while policy and reference are the same."""
     # Whole pairs, since a cached reference knows whole responses only; one if they are long.
-    few = heapq.nsmallest(2, pairs, key=_pair_length)
-    few = few if _pair_length(few[-1]) <= PAIR_TOKENS else few[:1]
+    few = heapq.nsmallest(2, pairs, key=_length)
+    few = few if _length(few[-1]) <= PAIR_TOKENS else few[:1]
     policy.train()
     with torch.no_grad():
         loss = float(dpo.batch_loss(policy, ref_policy, few, config).loss)
+    expected, name = dpo.first_loss(config)
     return Check(
-        "DPO's loss against ln 2",
-        abs(loss - math.log(2)),
+        f"DPO's loss against {name}",
+        abs(loss - expected),
         tolerance,
         "policy and reference differ before training",
         "start both from the same weights",
-        told=f"{loss:.6f}, within {tolerance:.2g} of {math.log(2):.6f}",
+        told=f"{loss:.6f}, within {tolerance:.2g} of {expected:.6f}",
     )
 
 
-def _pair_length(pair: PreferenceExample) -> int:
+def _length(pair: PreferenceExample) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
@@ -160,36 +152,38 @@ def run(
     )
     policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
-    total = dpo.total(state.cursor, config)
     snapshot = Snapshot(
         STAGE,
         policy,
         state,
         partial(save_policy, policy),
-        models=named(policy, ref_policy),
+        models={"policy": policy, "ref_policy": ref_policy},
         texts=[pair["prompt"] for pair in inputs.pairs],
         examples=examples,
         heldout=heldout,
-        total=total,
+        total=dpo.total(state.cursor, config),
         alone=partial(alone, policy, ref_policy, config),
     )
-    if log.preflight and not log.has_checkpoint(STAGE):
-        check(policy, ref_policy, config, state)
-    log.resume(snapshot)
-    note_start(log, snapshot, inputs, told, held_out=len(heldout))
-    steps = dpo.train(policy, ref_policy, config, state, heldout=heldout)
-    log.follow(STAGE, steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
-    found = {}
+    run_stage(
+        snapshot,
+        checks(policy, ref_policy, config, state),
+        dpo.train(policy, ref_policy, config, state, heldout=heldout),
+        inputs,
+        log,
+        title="DPO",
+        told=told,
+        show=("loss", "eval/accuracy"),
+    )
+    accuracy = {}
     for name, pairs in [("trained on", state.cursor.examples), ("held out", heldout)]:
-        if pairs:
-            shown = pairs[:HELDOUT_ROWS]
+        if some := pairs[:HELDOUT_ROWS]:
             with state.optimizer.autocast():
-                measured = dpo.evaluate(policy, ref_policy, shown, config)
+                measured = dpo.evaluate(policy, ref_policy, some, config)
             faults.require_finite(STAGE, measured)
-            right = round(measured["eval/accuracy"] * len(shown))
-            found[name] = proportion_estimate(right, len(shown)).as_json()
-    save_policy(policy, log.folder / STAGE)
-    note(log.folder, STAGE, accuracy=found)
+            right = round(measured["eval/accuracy"] * len(some))
+            accuracy[name] = proportion_estimate(right, len(some)).as_json()
+    snapshot.save_model(log.folder / STAGE)
+    note(log.folder, STAGE, accuracy=accuracy)
     return policy
 
 

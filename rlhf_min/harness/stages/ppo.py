@@ -2,8 +2,8 @@
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,13 +27,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import (
-    copy_policy,
-    named,
-    note_start,
-    sampled_responses,
-    tell,
-)
+from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, sample_responses, tell
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Policy
@@ -64,61 +58,55 @@ def trained_before(options: RunOptions) -> list[str]:
     return ["sft"] * (options.model is None) + ["reward_model"] * (not given)
 
 
-def check(
+def checks(
     policy: Policy,
     ref_policy: Policy,
     reward_model: RewardModel | RewardFunction,
     config: ppo.PPOConfig,
     state: ppo.State,
-) -> None:
-    """Measure what PPO relies on, on a rollout of a few tokens with a generator of its own.
+) -> Iterator[Check]:
+    """What PPO relies on, on a rollout of a few tokens with a generator of its own.
 
     Raises:
-        BadInput: at the first check that fails, or what the reward itself raises.
+        BadInput: what the reward itself raises.
     """
-    tolerance = preflight.TOLERANCE[preflight.precision_of(policy.lm.dtype, config.precision)]
-    scorers = models_in(reward_model)
-    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
-    prompts = heapq.nsmallest(preflight.ROWS, state.cursor.examples, key=lambda x: len(x.ids))
+    examples: Sequence[PromptExample] = state.cursor.examples
+    prompts = heapq.nsmallest(preflight.ROWS, examples, key=lambda x: len(x.ids))
     # Of unequal lengths, so that there is padding on the left while they are sampled from.
-    prompts = [
-        replace(x, ids=x.ids[-(preflight.PROMPT_TOKENS - i) :]) for i, x in enumerate(prompts)
-    ]
-
-    def checks() -> Iterator[Check]:
-        yield preflight.no_empty_row([(x.ids, x.ids) for x in state.cursor.examples])
-        yield eos_is_known(policy)
-        yield from preflight.half_precision(config.precision, policy.device)
-        longest = max(len(x.ids) for x in state.cursor.examples) + config.max_new_tokens
-        yield from preflight.policy_memory(
-            policy,
-            [ref_policy, *scorers],
-            state.optimizer,
-            (prompts[0].ids, prompts[0].ids[:1]),
-            tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
-            cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
-        )
-        response_ids = sample(
-            policy,
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=min(config.max_new_tokens, preflight.RESPONSE_TOKENS),
-            temperature=config.temperature,
-            rng=torch.Generator().manual_seed(config.seed),
-        )
-        rows = list(zip([prompt.ids for prompt in prompts], response_ids, strict=True))
-        yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
-        yield preflight.passes_agree(policy, rows)
-        longest_row = max(rows, key=preflight.row_length)
-        yield preflight.head_equals_model(policy, longest_row, tolerance)
-        yield preflight.row_alone_equals_batch(policy, longest_row, tolerance)
-        rollout = scored(policy, ref_policy, rows, config)
-        yield ref_policy_equals_policy(rollout, tolerance)
-        yield ratio_is_one(policy, rollout, config, tolerance)
-        texts, columns = [x.text for x in prompts], [x.columns for x in prompts]
-        responses = [policy.decode(ids) for ids in response_ids]
-        yield reward_varies(call_reward(reward_function, texts, responses, columns), responses)
-
-    preflight.run("PPO", checks(), state.optimizer, policy, ref_policy, *scorers)
+    prompt_ids = [x.ids[-(preflight.PROMPT_TOKENS - i) :] for i, x in enumerate(prompts)]
+    yield preflight.no_empty_row([(x.ids, x.ids) for x in examples])
+    yield eos_is_known(policy)
+    yield from preflight.half_precision(config.precision, policy.device)
+    longest = max(len(x.ids) for x in examples) + config.max_new_tokens
+    yield from preflight.policy_memory(
+        policy,
+        [ref_policy, *models_in(reward_model)],
+        state.optimizer,
+        (prompt_ids[0], prompt_ids[0][:1]),
+        tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
+        cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
+    )
+    response_ids = sample(
+        policy,
+        prompt_ids,
+        max_new_tokens=min(config.max_new_tokens, preflight.RESPONSE_TOKENS),
+        temperature=config.temperature,
+        rng=torch.Generator().manual_seed(config.seed),
+    )
+    rows = list(zip(prompt_ids, response_ids, strict=True))
+    yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
+    yield preflight.passes_agree(policy, rows)
+    tolerance = preflight.TOLERANCE[preflight.precision_of(policy.lm.dtype, config.precision)]
+    longest_row = max(rows, key=preflight.row_length)
+    yield preflight.head_equals_model(policy, longest_row, tolerance)
+    yield preflight.row_alone_equals_batch(policy, longest_row, tolerance)
+    rollout = scored(policy, ref_policy, rows, config)
+    yield ref_policy_equals_policy(rollout, tolerance)
+    yield ratio_is_one(policy, rollout, config, tolerance)
+    reward = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    texts, columns = [x.text for x in prompts], [x.columns for x in prompts]
+    responses = [policy.decode(ids) for ids in response_ids]
+    yield reward_varies(call_reward(reward, texts, responses, columns), responses)
 
 
 def eos_is_known(policy: Policy) -> Check:
@@ -235,7 +223,7 @@ def run(
     """
     if ref_device is None and isinstance(reward_model, RewardModel):
         ref_device = reward_model.device
-    reward_function = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    reward = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
     check_room(config, codec.max_response_tokens)
     unused = unserved(reward_model, list(inputs.prompts[0]))
     prompts, cut = codec.encode_prompts(inputs.prompts)
@@ -244,17 +232,13 @@ def run(
     told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
-    if log.preflight and not log.has_checkpoint(STAGE):
-        check(policy, ref_policy, reward_model, config, state)
-    gold = inputs.monitors.get("gold_reward")
-    looks = _Looks(policy, reward_function, eval_prompts, config, gold)
-    before, responses = looks.look() if eval_prompts else (torch.empty(0), [])
+    scorers = {f"reward_model_{i}": x for i, x in enumerate(models_in(reward_model))}
     snapshot = Snapshot(
         STAGE,
         policy,
         state,
         partial(save_policy, policy),
-        models=named(policy, ref_policy, models_in(reward_model)),
+        models={"policy": policy, "ref_policy": ref_policy, **scorers},
         texts=[row["prompt"] for row in inputs.prompts],
         examples=prompts,
         heldout=eval_prompts,
@@ -262,27 +246,31 @@ def run(
         total=config.steps,
         alone=partial(alone, policy, config),
     )
-    log.resume(snapshot)
-    note_start(log, snapshot, inputs, told, held_out=len(eval_prompts))
-    if state.step == 0:
-        log.add_samples(STAGE, 0, looks.samples(before[:SAMPLES], responses[:SAMPLES]))
+    gold = inputs.monitors.get("gold_reward")
+    looks = _Looks(start, policy, reward, eval_prompts, config, gold)
     steps = ppo.train(
         policy,
         ref_policy,
-        reward_function,
+        reward,
         config,
         state,
         monitors=inputs.monitors,
         eval_prompts=eval_prompts,
         on_rollout=looks.keep,
     )
-    steps = looks.write_down(steps, log, state)
-    log.follow(
-        STAGE, steps, total=config.steps, show=("score", "kl", "gold_reward"), snapshot=snapshot
+    run_stage(
+        snapshot,
+        checks(policy, ref_policy, reward_model, config, state),
+        looks.write_down(steps, log, state),
+        inputs,
+        log,
+        title="PPO",
+        told=told,
+        show=("score", "kl", "gold_reward"),
     )
-    save_policy(policy, log.folder / STAGE)
+    snapshot.save_model(log.folder / STAGE)
     if eval_prompts:
-        note(log.folder, STAGE, change=change(before, looks.look()[0]))
+        note(log.folder, STAGE, change=change(looks.before[0], looks.look(policy)[0]))
     _tell_rest(looks, state, log, reward_model, unused)
     return policy
 
@@ -365,8 +353,9 @@ def _tell_rest(
 class _Looks:
     """Looks at fixed prompts, with the same random numbers each time."""
 
+    start: Policy
     policy: Policy
-    reward_function: RewardFunction
+    reward: RewardFunction
     prompts: Sequence[PromptExample]
     config: ppo.PPOConfig
     gold: RewardFunction | None
@@ -376,14 +365,23 @@ class _Looks:
         """Called with each rollout when it has been learned from."""
         self.last = buffer
 
-    def look(self, n: int | None = None) -> tuple[Tensor, list[str]]:
+    def look(self, policy: Policy, n: int | None = None) -> tuple[Tensor, list[str]]:
         """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
         prompts, config = self.prompts[:n], self.config
-        responses = sampled_responses(
-            self.policy, prompts, config.max_new_tokens, config.temperature, config.seed
+        responses = sample_responses(
+            policy,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
         )
         texts, columns = [p.text for p in prompts], [p.columns for p in prompts]
-        return call_reward(self.reward_function, texts, responses, columns), responses
+        return call_reward(self.reward, texts, responses, columns), responses
+
+    @cached_property
+    def before(self) -> tuple[Tensor, list[str]]:
+        """The same before training."""
+        return self.look(self.start) if self.prompts else (torch.empty(0), [])
 
     def samples(self, scores: Tensor, responses: Sequence[str]) -> list[dict[str, Any]]:
         """Rows for ``samples.jsonl``, one for each response."""
@@ -402,9 +400,13 @@ class _Looks:
     ) -> Iterator[dict[str, float]]:
         """The steps as they are; whenever they were evaluated, a few samples are written down, and
         a few responses of the rollout token by token (of the last rollout: all)."""
+        if state.step == 0:
+            scores, responses = self.before
+            log.add_samples(STAGE, 0, self.samples(scores[:SAMPLES], responses[:SAMPLES]))
         for metrics in steps:
             if self.prompts and "eval/score" in metrics:
-                log.add_samples(STAGE, state.step, self.samples(*self.look(SAMPLES)))
+                samples = self.samples(*self.look(self.policy, SAMPLES))
+                log.add_samples(STAGE, state.step, samples)
             if far := too_far(state, self.last, self.config.max_kl):
                 log.add_samples(STAGE, state.step, far[1])
             over = state.step == self.config.steps or state.too_far

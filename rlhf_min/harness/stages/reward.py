@@ -32,7 +32,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_reward_model
-from rlhf_min.harness.stages.run_stage import note_start, sample_texts, tell
+from rlhf_min.harness.stages.run_stage import run_stage, sample_texts, tell
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.policy import Policy, evaluating
@@ -46,40 +46,22 @@ WRITES = (layout.REWARD_MODEL,)
 NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
 
 
-def check(reward_model: RewardModel, config: reward.RewardConfig, state: State) -> None:
-    """Measure what reward training relies on.
-
-    Raises:
-        BadInput: at the first check that fails.
-    """
-    tolerance = preflight.TOLERANCE[
-        preflight.precision_of(reward_model.model.dtype, config.precision)
-    ]
+def checks(reward_model: RewardModel, config: reward.RewardConfig, state: State) -> Iterator[Check]:
+    """What reward training relies on."""
     examples: Sequence[reward.RewardExample] = state.cursor.examples
-
-    def checks() -> Iterator[Check]:
-        yield from preflight.half_precision(config.precision, reward_model.device)
-        longest = max(x.length for x in examples)
-        tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
-        short = heapq.nsmallest(preflight.ROWS, examples, key=lambda x: x.length)
-        yield from reward_memory(reward_model, state.optimizer, short[0], tokens=tokens)
-        chosen, rejected = scores_of_pairs(reward_model, short)
-        yield scores_are_finite(torch.cat([chosen, rejected]))
-        yield scores_differ(chosen, rejected)
-        yield score_alone_equals_batch(reward_model, short, tolerance)
-        yield head_is_trainable(reward_model, short, config)
-
-    preflight.run("the reward model", checks(), state.optimizer, reward_model)
-
-
-def scores_of_pairs(
-    reward_model: RewardModel, examples: Sequence[reward.RewardExample]
-) -> tuple[Tensor, Tensor]:
-    """Scores of chosen and rejected of pairs in one batch, ``(B,)`` each."""
-    pairs = [x.chosen_pair for x in examples] + [x.rejected_pair for x in examples]
+    yield from preflight.half_precision(config.precision, reward_model.device)
+    longest = max(x.length for x in examples)
+    tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+    short = heapq.nsmallest(preflight.ROWS, examples, key=lambda x: x.length)
+    yield from memory(reward_model, state.optimizer, short[0], tokens=tokens)
+    pairs = [x.chosen_pair for x in short] + [x.rejected_pair for x in short]
     with evaluating(reward_model):
-        chosen, rejected = reward_model.forward_pairs(pairs).split(len(examples))
-    return chosen, rejected
+        scores = reward_model.forward_pairs(pairs)
+    yield scores_are_finite(scores)
+    yield scores_differ(*scores.split(len(short)))
+    precision = preflight.precision_of(reward_model.model.dtype, config.precision)
+    yield score_alone_equals_batch(reward_model, short, preflight.TOLERANCE[precision])
+    yield head_is_trainable(reward_model, short, config)
 
 
 def scores_are_finite(scores: Tensor) -> Check:
@@ -145,7 +127,7 @@ def head_is_trainable(
     )
 
 
-def reward_memory(
+def memory(
     reward_model: RewardModel, optimizer: Optimizer, row: reward.RewardExample, *, tokens: int
 ) -> Iterator[Check]:
     """What training a reward model needs; `tokens` as in `preflight.policy_memory`."""
@@ -201,7 +183,6 @@ def run(
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
     examples, heldout, told = _prepared(reward_model, inputs)
     state = reward.new_state(reward_model, examples, config)
-    total = reward.total(state.cursor, config)
     snapshot = Snapshot(
         STAGE,
         reward_model,
@@ -211,15 +192,19 @@ def run(
         texts=responses,
         examples=examples,
         heldout=heldout,
-        total=total,
+        total=reward.total(state.cursor, config),
         alone=partial(alone, reward_model, config),
     )
-    if log.preflight and not log.has_checkpoint(STAGE):
-        check(reward_model, config, state)
-    log.resume(snapshot)
-    note_start(log, snapshot, inputs, told, held_out=len(heldout))
-    steps = reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS])
-    log.follow(STAGE, steps, total=total, show=("loss", "eval/accuracy"), snapshot=snapshot)
+    run_stage(
+        snapshot,
+        checks(reward_model, config, state),
+        reward.train(reward_model, config, state, heldout=heldout[:HELDOUT_ROWS]),
+        inputs,
+        log,
+        title="the reward model",
+        told=told,
+        show=("loss", "eval/accuracy"),
+    )
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
     chosen, rejected = reward.pair_scores(reward_model, pairs)
     faults.require_finite(STAGE, {"a held-out score": float((chosen + rejected).sum())})
@@ -233,7 +218,7 @@ def run(
     elif config.normalise:
         prompts = [pair["prompt"] for pair in inputs.pairs] * 2
         scale = _normalised(reward_model, prompts, responses, "training responses")
-    save_reward_model(reward_model, log.folder / STAGE)
+    snapshot.save_model(log.folder / STAGE)
     gold = inputs.monitors.get("gold_reward")
     estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
     found = {name: estimate.as_json() for name, estimate in estimates.items()}

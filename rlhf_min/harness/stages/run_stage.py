@@ -1,18 +1,19 @@
 """What the stages share: how one is run, and how policies are copied and sampled from."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
+from rlhf_min.harness import preflight
 from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.policy import Critic, Policy
-from rlhf_min.reward_model import RewardModel
 from rlhf_min.sampling import sample
 
 
@@ -22,39 +23,47 @@ def tell(*texts: str) -> list[str]:
     return [line for text in texts for line in text.splitlines()]
 
 
-def note_start(
-    log: MetricsLog, snapshot: Snapshot, inputs: Inputs, told: Sequence[str], *, held_out: int
+def run_stage(
+    snapshot: Snapshot,
+    checks: Iterator[Check],
+    steps: Iterator[dict[str, float]],
+    inputs: Inputs,
+    log: MetricsLog,
+    *,
+    title: str,
+    told: Sequence[str],
+    show: tuple[str, ...],
 ) -> None:
-    """Note what a stage begins with: its rows, and its model.
+    """Make the checks, take up what a resumed run has, note the rows and the model, and train.
 
     Args:
+        snapshot: what is trained and saved.
+        checks: of the preflight; none are made where the stage goes on from a checkpoint.
+        steps: of the algorithm's ``train``, or what passes them on. Begun after all else.
+        title: of the stage, for the preflight.
         told: of the rows, when they were encoded.
-        held_out: rows, of those that are looked at during training.
+        show: metrics in the bar.
     """
-    network = snapshot.module.lm if isinstance(snapshot.module, Policy) else snapshot.module.model
+    stage, module = snapshot.stage, snapshot.module
+    if log.preflight and not log.has_checkpoint(stage):
+        preflight.run(title, checks, snapshot.state.optimizer, *snapshot.models.values())
+    log.resume(snapshot)
     note(log.folder, "data", report=inputs.report)
     note(
         log.folder,
-        snapshot.stage,
+        stage,
         report=told,
         rows=len(snapshot.examples),
-        held_out=held_out,
-        model=type(network).__name__,
-        parameters=sum(p.numel() for p in snapshot.module.parameters()),
+        held_out=len(snapshot.heldout or ()),
+        model=type(module.lm if isinstance(module, Policy) else module.model).__name__,
+        parameters=sum(p.numel() for p in module.parameters()),
     )
-
-
-def named(
-    policy: Policy, ref_policy: Policy, reward_models: Sequence[RewardModel] = ()
-) -> dict[str, Policy | RewardModel]:
-    """The models that a stage depends on, by the names that checkpoints know them by."""
-    models: dict[str, Policy | RewardModel] = {"policy": policy, "ref_policy": ref_policy}
-    return models | {f"reward_model_{i}": model for i, model in enumerate(reward_models)}
+    log.follow(stage, steps, total=snapshot.total, show=show, snapshot=snapshot)
 
 
 def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
     """A copy of the language model to train; a value head is kept if it fits, else it is new."""
-    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic, plain=policy.plain)
+    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic)
     if critic == policy.critic:
         copied.load_critic(policy.critic_tensors())
     return copied
@@ -64,14 +73,17 @@ def sample_texts(
     policy: Policy, codec: Codec, rows: Sequence[dict[str, Any]], *, seed: int
 ) -> tuple[list[str], list[str]]:
     """Prompts and sampled responses as texts."""
-    prompts: list[PromptExample] = codec.encode_prompts(rows)[0]
-    responses = sampled_responses(policy, prompts, codec.max_response_tokens, 1.0, seed)
+    prompts = codec.encode_prompts(rows)[0]
+    responses = sample_responses(
+        policy, prompts, max_new_tokens=codec.max_response_tokens, temperature=1.0, seed=seed
+    )
     return [prompt.text for prompt in prompts], responses
 
 
-def sampled_responses(
+def sample_responses(
     policy: Policy,
     prompts: Sequence[PromptExample],
+    *,
     max_new_tokens: int,
     temperature: float,
     seed: int,
