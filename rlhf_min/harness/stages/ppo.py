@@ -246,8 +246,7 @@ def run(
         total=config.steps,
         alone=partial(alone, policy, config),
     )
-    gold = inputs.monitors.get("gold_reward")
-    looks = _Looks(start, policy, reward, eval_prompts, config, gold)
+    looks = _Looks(start, policy, reward, eval_prompts, config, inputs.monitors.get("gold_reward"))
     steps = ppo.train(
         policy,
         ref_policy,
@@ -269,9 +268,7 @@ def run(
         show=("score", "kl", "gold_reward"),
     )
     snapshot.save_model(log.folder / STAGE)
-    if eval_prompts:
-        note(log.folder, STAGE, change=change(looks.before[0], looks.look(policy)[0]))
-    _tell_rest(looks, state, log, reward_model, unused)
+    _conclude(looks, state, log, reward_model, unused)
     return policy
 
 
@@ -331,14 +328,17 @@ def too_far(
     return "\n".join(lines), samples
 
 
-def _tell_rest(
+def _conclude(
     looks: "_Looks",
     state: ppo.State,
     log: MetricsLog,
     reward_model: RewardModel | RewardFunction,
     unserved: Sequence[str],
 ) -> None:
-    """What ended the run before its last step, and what there is to tell of the reward."""
+    """What has changed, what ended the run before its last step, and what there is to tell of the
+    reward."""
+    if looks.prompts:
+        note(log.folder, STAGE, change=change(looks.before[0], looks.look(looks.policy)[0]))
     if far := too_far(state, looks.last, looks.config.max_kl):
         print(far[0])
     if state.too_far and looks.last is None and state.step < looks.config.steps:
