@@ -293,7 +293,8 @@ def train(
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     monitors = monitors or {}
-    policy.require_room(([x.ids] for x in eval_prompts), new_tokens=config.max_new_tokens)
+    prompts = [*state.cursor.examples, *eval_prompts]
+    policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and keep what policy, value head and reference gave for them.
         prompts = state.cursor.take_across(config.batch_size)

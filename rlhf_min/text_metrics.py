@@ -247,8 +247,10 @@ def repeated_ngrams(texts: Sequence[str], n: int) -> float:
 
 def ngrams_of_each(texts: Sequence[str], n: int) -> list[list[tuple[str, ...]]]:
     """The n-grams of each text, in order; `BadInput` for no texts, or n below 1."""
-    require(len(texts) > 0, "no texts to count n-grams in: give at least one")
-    require(n >= 1, f"n-grams need n of at least 1, but n = {n}")
+    if not texts:
+        raise BadInput("no texts to count n-grams in: give at least one")
+    if n < 1:
+        raise BadInput(f"n-grams need n of at least 1, but n = {n}")
     tokens = [tokenize_13a(text) for text in texts]
     return [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in tokens]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, require
+from ..errors import BadInput
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
 
@@ -83,21 +83,18 @@ def as_scores(found: Any, name: str, n: int) -> list[float]:
     if isinstance(found, Sized) and not isinstance(found, Iterable):
         with suppress(*_NO_NUMBER):  # a sequence of the old kind
             found = [found[i] for i in range(len(found))]  # type: ignore[index]
-    require(
-        isinstance(found, Iterable) and not isinstance(found, (Mapping, AbstractSet, *_TEXTS)),
-        f"{wanted}, in their order, as a list; it returned a {kind}",
-    )
+    if not isinstance(found, Iterable) or isinstance(found, (Mapping, AbstractSet, *_TEXTS)):
+        raise BadInput(f"{wanted}, in their order, as a list; it returned a {kind}")
     shape = tuple(getattr(found, "shape", (n,)))
     if len(shape) == 2 and shape[1] == 1 and hasattr(found, "reshape"):
         found, shape = found.reshape(-1), shape[:1]
-    require(len(shape) == 1, f"{wanted}; it returned a {kind} of shape {shape}, not ({n},)")
+    if len(shape) != 1:
+        raise BadInput(f"{wanted}; it returned a {kind} of shape {shape}, not ({n},)")
     if isinstance(found, Tensor):
         found = found.detach().tolist()
     listed = list(islice(found, None if isinstance(found, Sized) else n + 1))
-    require(
-        len(listed) == n,
-        f"reward {name} returned {len(listed)} scores for {n} responses",
-    )
+    if len(listed) != n:
+        raise BadInput(f"reward {name} returned {len(listed)} scores for {n} responses")
     scores = []
     for row, score in enumerate(listed):
         try:
@@ -144,10 +141,10 @@ def reward_parameters(reward: RewardFunction) -> list[inspect.Parameter]:
         BadInput: if it does not take prompts and responses, in this order.
     """
     name, called = _name(reward), inspect.unwrap(reward)
-    require(
-        not any(map(inspect.iscoroutinefunction, (called, called.__call__))),
-        f"reward {name} is async; write it without, with asyncio.run in it where need be",
-    )
+    if any(map(inspect.iscoroutinefunction, (called, called.__call__))):
+        raise BadInput(
+            f"reward {name} is async; write it without, with asyncio.run in it where need be"
+        )
     try:
         signature = inspect.signature(reward)
     except ValueError:  # some callables written in C do not tell theirs
@@ -159,11 +156,9 @@ def reward_parameters(reward: RewardFunction) -> list[inspect.Parameter]:
     parameters = list(signature.parameters.values())
     # The other way round it would score the prompts, and nothing would look wrong.
     first, second = parameters[0].name, parameters[min(1, len(parameters) - 1)].name
-    require(
-        first not in ("response", "responses", "completion", "completions")
-        and second not in ("prompt", "prompts", "question", "questions"),
-        f"reward {name} takes {first} first; write def {name}(prompts, responses)",
-    )
+    answers_first = first in ("response", "responses", "completion", "completions")
+    if answers_first or second in ("prompt", "prompts", "question", "questions"):
+        raise BadInput(f"reward {name} takes {first} first; write def {name}(prompts, responses)")
     return parameters
 
 
