@@ -6,6 +6,7 @@ from tolerances import FP64
 
 from rlhf_min import ppo
 from rlhf_min.harness.stages.ppo import too_far
+from rlhf_min.harness.stages.run_stage import copy_policy
 
 
 def lengths(_prompts, responses):
@@ -50,3 +51,10 @@ def test_a_run_that_did_not_go_too_far_has_nothing_to_show():
     state, steps, buffers = ppo_run()
     next(steps)
     assert too_far(state, buffers[-1], None) is None
+
+
+def test_a_copy_to_train_is_as_plain_as_its_original():
+    assert not copy_policy(small_policy(), critic="none").plain
+    plain = small_policy()
+    plain.plain = True
+    assert copy_policy(plain, critic="shared").plain

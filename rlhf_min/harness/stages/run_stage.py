@@ -63,7 +63,7 @@ def run_stage(
 
 def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
     """A copy of the language model to train; a value head is kept if it fits, else it is new."""
-    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic)
+    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic, plain=policy.plain)
     if critic == policy.critic:
         copied.load_critic(policy.critic_tensors())
     return copied
