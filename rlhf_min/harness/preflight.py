@@ -10,7 +10,7 @@ import heapq
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,10 +120,17 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             scorer.cuts = cuts
 
 
-def precision_of(dtype: torch.dtype, autocast: str) -> str:
-    """The key of the tolerances: of the weights where they are not float32, else of autocast."""
+def tolerance(
+    dtype: torch.dtype, autocast: str, *, table: Mapping[str, float] = TOLERANCE
+) -> float:
+    """That of the weights' precision where they are not float32, else that of autocast."""
     of_weights = {torch.float64: "float64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return of_weights.get(dtype, autocast)
+    return table[of_weights.get(dtype, autocast)]
+
+
+def largest_batch(longest: int, rows: int, max_tokens: int) -> int:
+    """Padded tokens in a micro-batch of so many rows of the longest one, or of fewer."""
+    return max(longest, min(max_tokens, rows * longest))
 
 
 # Rows
@@ -275,16 +282,13 @@ def policy_memory(
         lambda n: policy.lm.base_model(input_ids=ids.repeat(n, 1), use_cache=False),
         ids.numel(),
     )
+    at_once = tokens if policy.plain else min(CHUNK_TOKENS, tokens)
     vocabulary = len(policy.lm.get_output_embeddings().weight)
     passes = {
         "activations": trunks * (fixed + tokens * per_token),
-        "logits": (tokens if policy.plain else min(CHUNK_TOKENS, tokens))
-        * vocabulary
-        * LOGITS_COPIES
-        * 4,
+        "logits": at_once * vocabulary * LOGITS_COPIES * 4,
     }
-    cache = cached_tokens * cache_bytes(policy.lm)
-    yield from memory(policy, frozen, optimizer, passes, cache)
+    yield from memory(policy, frozen, optimizer, passes, cached_tokens * cache_bytes(policy.lm))
 
 
 def memory(

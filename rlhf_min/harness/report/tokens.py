@@ -85,7 +85,6 @@ def token_records(
     return [
         _finite(
             {
-                "stage": "ppo",
                 "step": step,
                 "row": row,
                 "rows": len(ends),  # in the whole rollout

@@ -29,6 +29,7 @@ from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
 STAGE = "dpo"
+TITLE, ROWS = "DPO", "pairs"
 CONFIG = dpo.DPOConfig
 MEASURED = {
     "loss": "lower",
@@ -65,14 +66,14 @@ def checks(
     yield preflight.eos_supervised(rows, policy)
     yield from preflight.half_precision(config.precision, policy.device)
     longest = 2 * max(map(preflight.row_length, rows))  # a pair passes together
-    tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+    tokens = preflight.largest_batch(longest, config.batch_size, config.max_tokens)
     frozen, short = [ref_policy], preflight.shortest(rows)
     yield from preflight.policy_memory(policy, frozen, state.optimizer, rows[0], tokens=tokens)
     yield preflight.passes_agree(policy, short)
-    precision = preflight.precision_of(policy.lm.dtype, config.precision)
-    yield preflight.head_equals_model(policy, short[0], preflight.TOLERANCE[precision])
-    yield preflight.row_alone_equals_batch(policy, short[-1], preflight.TOLERANCE[precision])
-    yield first_loss(policy, ref_policy, pairs, config, LOSS_TOLERANCE[precision])
+    tolerance = preflight.tolerance(policy.lm.dtype, config.precision)
+    yield preflight.head_equals_model(policy, short[0], tolerance)
+    yield preflight.row_alone_equals_batch(policy, short[-1], tolerance)
+    yield first_loss(policy, ref_policy, pairs, config)
 
 
 def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
@@ -92,7 +93,6 @@ def first_loss(
     ref_policy: Policy,
     pairs: Sequence[PreferenceExample],
     config: dpo.DPOConfig,
-    tolerance: float,
 ) -> Check:
     """The loss is what it has to be while policy and reference are the same."""
     # Whole pairs, since a cached reference knows whole responses only; one if they are long.
@@ -102,6 +102,7 @@ def first_loss(
     with torch.no_grad():
         loss = float(dpo.batch_loss(policy, ref_policy, few, config).loss)
     expected, name = dpo.first_loss(config)
+    tolerance = preflight.tolerance(policy.lm.dtype, config.precision, table=LOSS_TOLERANCE)
     return Check(
         f"DPO's loss against {name}",
         abs(loss - expected),
@@ -170,7 +171,7 @@ def run(
         dpo.train(policy, ref_policy, config, state, heldout=heldout),
         inputs,
         log,
-        title="DPO",
+        title=TITLE,
         told=told,
         show=("loss", "eval/accuracy"),
     )
@@ -189,7 +190,6 @@ def run(
 
 # What a report shows
 
-TITLE, ROWS = "DPO", "pairs"
 CURVES = (
     Curve(
         STAGE,

@@ -36,6 +36,7 @@ from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 from rlhf_min.sampling import rows_at_once, sample
 
 STAGE = "ppo"
+TITLE, ROWS = "PPO", "prompts"
 CONFIG = ppo.PPOConfig
 MEASURED = {
     "score": "higher",
@@ -83,7 +84,7 @@ def checks(
         [ref_policy, *models_in(reward_model)],
         state.optimizer,
         (prompt_ids[0], prompt_ids[0][:1]),
-        tokens=max(longest, min(config.max_tokens, config.minibatch_size * longest)),
+        tokens=preflight.largest_batch(longest, config.minibatch_size, config.max_tokens),
         cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
     )
     response_ids = sample(
@@ -96,7 +97,7 @@ def checks(
     rows = list(zip(prompt_ids, response_ids, strict=True))
     yield not_all_empty(response_ids, policy.tokenizer.eos_token_id)
     yield preflight.passes_agree(policy, rows)
-    tolerance = preflight.TOLERANCE[preflight.precision_of(policy.lm.dtype, config.precision)]
+    tolerance = preflight.tolerance(policy.lm.dtype, config.precision)
     longest_row = max(rows, key=preflight.row_length)
     yield preflight.head_equals_model(policy, longest_row, tolerance)
     yield preflight.row_alone_equals_batch(policy, longest_row, tolerance)
@@ -263,7 +264,7 @@ def run(
         looks.write_down(steps, log, state),
         inputs,
         log,
-        title="PPO",
+        title=TITLE,
         told=told,
         show=("score", "kl", "gold_reward"),
     )
@@ -421,7 +422,7 @@ class _Looks:
                         rows=None if over else SAMPLES,
                         gold=self.gold,
                     )
-                log.append(layout.TOKENS, records)
+                log.append(layout.TOKENS, [{"stage": STAGE, **record} for record in records])
             yield metrics
 
 
@@ -443,7 +444,6 @@ def change(before: Tensor, after: Tensor) -> dict[str, float]:
 
 # What a report shows
 
-TITLE, ROWS = "PPO", "prompts"
 RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little from its samples
 SURE = 2.0  # standard errors
 FEW_ENDED = 0.9  # of the responses: what is cut was not meant to end there

@@ -39,6 +39,7 @@ from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
 
 STAGE = "reward_model"
+TITLE, ROWS = "Reward model", "pairs"
 CONFIG = reward.RewardConfig
 MEASURED = {"loss": "lower", "accuracy": "higher", "ties": "lower", "margin": "higher"}
 MONITORS = False
@@ -51,7 +52,7 @@ def checks(reward_model: RewardModel, config: reward.RewardConfig, state: State)
     examples: Sequence[reward.RewardExample] = state.cursor.examples
     yield from preflight.half_precision(config.precision, reward_model.device)
     longest = max(x.length for x in examples)
-    tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+    tokens = preflight.largest_batch(longest, config.batch_size, config.max_tokens)
     short = heapq.nsmallest(preflight.ROWS, examples, key=lambda x: x.length)
     yield from memory(reward_model, state.optimizer, short[0], tokens=tokens)
     pairs = [x.chosen_pair for x in short] + [x.rejected_pair for x in short]
@@ -59,8 +60,8 @@ def checks(reward_model: RewardModel, config: reward.RewardConfig, state: State)
         scores = reward_model.forward_pairs(pairs)
     yield scores_are_finite(scores)
     yield scores_differ(*scores.split(len(short)))
-    precision = preflight.precision_of(reward_model.model.dtype, config.precision)
-    yield score_alone_equals_batch(reward_model, short, preflight.TOLERANCE[precision])
+    tolerance = preflight.tolerance(reward_model.model.dtype, config.precision)
+    yield score_alone_equals_batch(reward_model, short, tolerance)
     yield head_is_trainable(reward_model, short, config)
 
 
@@ -298,7 +299,6 @@ def measure_reward(
 
 # What a report shows
 
-TITLE, ROWS = "Reward model", "pairs"
 CURVES = (
     Curve(
         STAGE,

@@ -23,6 +23,7 @@ from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
 STAGE = "sft"
+TITLE, ROWS = "SFT", "demonstrations"
 CONFIG = sft.SFTConfig
 MEASURED = {"loss": "lower", "perplexity": "lower"}
 MONITORS = False
@@ -36,10 +37,10 @@ def checks(policy: Policy, config: sft.SFTConfig, state: State) -> Iterator[Chec
     yield preflight.eos_supervised(rows, policy)
     yield from preflight.half_precision(config.precision, policy.device)
     longest = max(map(preflight.row_length, rows))
-    tokens = max(longest, min(config.max_tokens, config.batch_size * longest))
+    tokens = preflight.largest_batch(longest, config.batch_size, config.max_tokens)
     yield from preflight.policy_memory(policy, [], state.optimizer, rows[0], tokens=tokens)
     short = preflight.shortest(rows)
-    tolerance = preflight.TOLERANCE[preflight.precision_of(policy.lm.dtype, config.precision)]
+    tolerance = preflight.tolerance(policy.lm.dtype, config.precision)
     yield preflight.head_equals_model(policy, short[0], tolerance)
     yield preflight.row_alone_equals_batch(policy, short[-1], tolerance)
 
@@ -79,7 +80,7 @@ def run(
         sft.train(policy, config, state, heldout=heldout),
         inputs,
         log,
-        title="SFT",
+        title=TITLE,
         told=told,
         show=("loss", "eval/perplexity"),
     )
@@ -88,7 +89,6 @@ def run(
 
 # What a report shows
 
-TITLE, ROWS = "SFT", "demonstrations"
 TURNED_UP = "the held-out loss turned up"
 RISE = 1.05  # times its lowest value: a held-out loss that says that examples are learned
 CURVES = (
