@@ -3,10 +3,12 @@
 import errno
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from counting import counting_stage
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, small_policy
@@ -16,12 +18,7 @@ from rlhf_min import ppo, reward, sft
 from rlhf_min.encoding.pairs import TextPair
 from rlhf_min.errors import NonFinite
 from rlhf_min.harness.cli import command
-from rlhf_min.harness.run.checkpoint import Snapshot
-from rlhf_min.harness.run.faults import (
-    LAST_METRICS,
-    save_nonfinite,
-    saved,
-)
+from rlhf_min.harness.run.faults import LAST_METRICS, explained, save_nonfinite
 from rlhf_min.harness.run.files import saving
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.run.system_errors import out_of_memory
@@ -30,19 +27,6 @@ from rlhf_min.harness.stages import sft as sft_stage
 
 def lengths(_prompts, responses):
     return [float(len(response)) for response in responses]
-
-
-def ppo_run(**options):
-    policy = small_policy(critic="shared")
-    config = ppo.PPOConfig(steps=4, batch_size=6, minibatch_size=3, max_new_tokens=4, **options)
-    state = ppo.new_state(policy, PROMPTS, config)
-    return policy, state, ppo.train(policy, small_policy(seed=1), lengths, config, state)
-
-
-def snapshot(stage, module, state):
-    save = partial(save_policy, module)
-    kept = {"models": {}, "texts": [], "examples": [], "total": 4}
-    return Snapshot(stage, module, state, save, **kept, alone=partial(sft_stage.alone, module))
 
 
 # The batch
@@ -55,9 +39,16 @@ def test_a_batch_of_demonstrations_is_saved_with_its_texts(tmp_path):
     steps = sft.train(policy, config, state)
     metrics = [{"step": 1, **next(steps)}]
     policy.lm.transformer.ln_f.register_forward_hook(lambda *given: given[-1] * math.nan)
+    stage = replace(
+        counting_stage("sft", policy=policy),
+        state=state,
+        texts=[],
+        save_model=partial(save_policy, policy),
+        alone=partial(sft_stage.alone, policy),
+    )
     with (
         pytest.raises(NonFinite, match="step 1: loss is not finite in batch row") as caught,
-        saved(tmp_path, metrics, snapshot("sft", policy, state)),
+        explained(tmp_path, metrics, stage),
     ):
         next(steps)
     file, model = tmp_path / "nonfinite-step-1.json", tmp_path / "last_good/sft"
@@ -84,10 +75,13 @@ def test_a_batch_of_demonstrations_is_saved_with_its_texts(tmp_path):
 
 
 def test_a_rollout_is_saved_with_all_that_was_known_of_it(tmp_path):
-    policy, _, steps = ppo_run()
+    policy = small_policy(critic="shared")
+    config = ppo.PPOConfig(steps=4, batch_size=6, minibatch_size=3, max_new_tokens=4)
+    state = ppo.new_state(policy, PROMPTS, config)
+    steps = ppo.train(policy, small_policy(seed=1), lengths, config, state)
     next(steps)
     policy.lm.transformer.h[0].mlp.c_fc.weight.register_hook(lambda g: g * math.inf)
-    with pytest.raises(NonFinite) as caught, saved(tmp_path, [], None):
+    with pytest.raises(NonFinite) as caught, explained(tmp_path, [], counting_stage()):
         next(steps)
     error = caught.value
     record = json.loads((tmp_path / f"nonfinite-step-{error.step}.json").read_text("utf-8"))
@@ -119,7 +113,7 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_error(tmp_path):
     folder = tmp_path / "gone"
     with (
         pytest.raises(NonFinite, match=r"step 3: loss is not .*; not all could be saved: .*gone"),
-        saved(folder, [], None),
+        explained(folder, [], counting_stage()),
     ):
         raise NonFinite(3, "loss", [torch.ones(2)])
 

@@ -4,7 +4,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from counting import counting_stage, log_in
 from matplotlib.image import imread
+from small import without_time
 
 from rlhf_min.estimates import Estimate
 from rlhf_min.evaluation import Evaluation
@@ -17,7 +19,6 @@ from rlhf_min.harness.report.results import (
     write_json,
     write_samples,
 )
-from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.reading import read_run
 
 MEASURED = (
@@ -244,20 +245,20 @@ def test_pairs_are_written_as_they_were_scored():
 
 def follow(log, stage, steps, **metrics):
     rows = [{name: f(i) for name, f in metrics.items()} for i in range(steps)]
-    log.follow(stage, iter(rows), total=steps, show=("loss",))
+    log.follow(counting_stage(stage, total=steps), iter(rows), show=("loss",))
 
 
 def test_metrics_log_writes_a_line_of_json_for_each_step(tmp_path):
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
     follow(log, "sft", 3, loss=lambda i: 2.0**-i)
     follow(log, "ppo", 2, score=lambda i: 0.1 * i, kl=lambda i: -i)
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [strictly(line) for line in lines] == [
-        {"stage": "sft", "step": 1, "loss": 1.0},
-        {"stage": "sft", "step": 2, "loss": 0.5},
-        {"stage": "sft", "step": 3, "loss": 0.25},
-        {"stage": "ppo", "step": 1, "score": 0.0, "kl": 0},
-        {"stage": "ppo", "step": 2, "score": 0.1, "kl": -1},
+    assert [without_time(strictly(line)) for line in lines] == [
+        {"stage": "sft", "step": 1, "loss": 1.0, "skipped": 0},
+        {"stage": "sft", "step": 2, "loss": 0.5, "skipped": 0},
+        {"stage": "sft", "step": 3, "loss": 0.25, "skipped": 0},
+        {"stage": "ppo", "step": 1, "score": 0.0, "kl": 0, "skipped": 0},
+        {"stage": "ppo", "step": 2, "score": 0.1, "kl": -1, "skipped": 0},
     ]
     assert log.series("sft", "loss") == ([1, 2, 3], [1.0, 0.5, 0.25])
     assert log.series("sft", "kl") == ([], [])
@@ -265,26 +266,26 @@ def test_metrics_log_writes_a_line_of_json_for_each_step(tmp_path):
 
 def test_metrics_are_on_the_disk_before_the_next_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
 
     def steps():
         for i in range(3):
             yield {"loss": 1.0}
             assert len(file.read_text(encoding="utf-8").splitlines()) == i + 1
 
-    log.follow("sft", steps(), total=3, show=())
+    log.follow(counting_stage("sft", total=3), steps(), show=())
 
 
 def test_a_metric_that_is_now_and_then_measured(tmp_path):
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
     rows = [{"loss": 1.0}, {"loss": 0.5, "eval/loss": 0.75}]
-    log.follow("sft", iter(rows), total=2, show=("loss", "eval/loss"))
+    log.follow(counting_stage("sft", total=2), iter(rows), show=("loss", "eval/loss"))
     assert log.series("sft", "eval/loss") == ([2], [0.75])
 
 
 def test_a_number_that_is_not_finite_does_not_break_the_json(tmp_path):
     """The deviation of the scores of a rollout of one, for example."""
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
     follow(log, "ppo", 1, score_std=lambda _: math.nan, update_k3=lambda _: math.inf)
     (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     strictly(line)
@@ -304,7 +305,7 @@ STAGES = {
 
 def written_curves(folder, **stages):
     """Of a run of so many steps with these metrics: the pixels of the PNG, the words of the SVG."""
-    log = MetricsLog(lambda: folder)
+    log = log_in(folder)
     for stage, (steps, metrics) in stages.items():
         follow(log, stage, steps, **metrics)
     write_curves(folder / "curves.png", read_run(folder))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torture
+from counting import counted, counting_stage, log_in
 from small import small_policy, small_reward_model, word_tokenizer
 from tiny import llama
 from torture import ALGORITHMS, MODULES, command_line, prepare, result
@@ -36,7 +37,6 @@ from rlhf_min.harness.run.checkpoint import (
     STATES,
     WEIGHTS,
     Checkpoint,
-    Snapshot,
     Writer,
     begin,
     checkpoints,
@@ -289,9 +289,9 @@ def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         yield {"loss": 2.0}
 
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
     with pytest.raises(Stopped, match="after step 2 of 2 of sft; not saved") as raised:
-        log.follow("sft", steps(), total=2, show=())
+        log.follow(counting_stage("sft", total=2), steps(), show=())
     assert raised.value.exit_code == 130
     assert len(log.rows) == 2
 
@@ -299,35 +299,8 @@ def test_a_stop_at_the_last_step_is_a_stop_too(tmp_path):
 # One checkpoint
 
 
-class State:
-    """Of a stage that only counts."""
-
-    def __init__(self, step=0):
-        self.step, self.extra = step, {1: torch.arange(3), "x": (1, [math.inf], None)}
-
-    def state_dict(self):
-        return {"step": self.step, "extra": self.extra}
-
-    def restore(self, state):
-        self.step, self.extra = state["step"], state["extra"]
-
-
-def snapshot(policy=None, *, step=4, examples=(), **models):
-    policy = policy or small_policy(critic="shared", dtype=torch.float32)
-    return Snapshot(
-        "ppo",
-        policy,
-        State(step),
-        lambda folder: folder.mkdir(parents=True),
-        models={"policy": policy, **models},
-        texts=["red ball", "blue ball one", "one", "two"],
-        examples=examples,
-        total=10,
-    )
-
-
 def saved(folder, step=4, shot=None, **models):
-    path, shot = folder / f"step-{step:06d}", shot or snapshot(step=step, **models)
+    path, shot = folder / f"step-{step:06d}", shot or counting_stage(step=step, **models)
     begin(path, shot, finished=False, sizes={"metrics.jsonl": 7})()
     return path
 
@@ -345,14 +318,16 @@ def test_all_comes_back(tmp_path):
     path = saved(tmp_path)
     drawn = (random.random(), np.random.rand(), float(torch.rand(())))
     random.random(), np.random.rand(), torch.rand(9)
-    other = snapshot(small_policy(critic="shared", seed=9, dtype=torch.float32), step=0)
+    other = counting_stage(
+        policy=small_policy(critic="shared", seed=9, dtype=torch.float32), step=0
+    )
     other.state.extra = None
     Checkpoint(path).restore(other)
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == drawn
     assert other.state.step == 4
     assert other.state.extra[1].tolist() == [0, 1, 2]
     assert other.state.extra["x"] == (1, [math.inf], None)
-    for a, b in zip(snapshot().module.parameters(), other.module.parameters(), strict=True):
+    for a, b in zip(counting_stage().module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(a, b)
     assert Checkpoint(path).sizes == {"metrics.jsonl": 7}
 
@@ -413,14 +388,14 @@ def test_a_record_that_says_what_cannot_be_is_refused(place, value, tmp_path):
     record["crc32"] = crc32_of(record)
     (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(BadInput, match=str(path)):
-        Checkpoint(path).restore(snapshot())
+        Checkpoint(path).restore(counting_stage())
 
 
 # Beside the steps
 
 
 def test_the_step_after_it_need_not_wait(tmp_path, monkeypatch):
-    shot, go = snapshot(step=2), threading.Event()
+    shot, go = counting_stage(step=2), threading.Event()
     identity = checkpoint._identity
     monkeypatch.setattr(checkpoint, "_identity", lambda file: go.wait(9) and identity(file))
     with Writer(tmp_path, shot, keep_last=1) as writer:
@@ -443,7 +418,7 @@ def test_the_one_before_stays_until_the_next_is_complete(tmp_path, monkeypatch):
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", watched)
-    with Writer(tmp_path, snapshot(), keep_last=1) as writer:
+    with Writer(tmp_path, counting_stage(), keep_last=1) as writer:
         write(writer, 2, 4, 6)
     assert seen == [[], ["step-000002"], ["step-000004"]]
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
@@ -462,7 +437,7 @@ def test_without_a_further_thread_it_is_written_in_the_same_one(tmp_path, monkey
     def none(_):
         raise RuntimeError("can't start new thread")
 
-    shot = snapshot()
+    shot = counting_stage()
     with Writer(tmp_path / "one", shot, keep_last=1) as writer:
         writer.write(finished=False, sizes={})
     with Writer(tmp_path / "other", shot, keep_last=1) as writer:
@@ -479,7 +454,7 @@ def test_without_a_further_thread_it_is_written_in_the_same_one(tmp_path, monkey
 def test_what_its_thread_cannot_write_is_told_and_the_one_before_stays(
     noticed, tmp_path, monkeypatch
 ):
-    writer = Writer(tmp_path, snapshot(), keep_last=1)
+    writer = Writer(tmp_path, counting_stage(), keep_last=1)
     write(writer, 2)
     writer.wait()
 
@@ -498,8 +473,8 @@ def test_a_stage_whose_last_checkpoint_does_not_fit_ends_as_usual(tmp_path, monk
         raise NotWritten("step-000005: could not be saved: No space left on device")
 
     monkeypatch.setattr(checkpoint, "begin", full)
-    log, shot = MetricsLog(lambda: tmp_path, preflight=False), snapshot(step=4)
-    log.follow("sft", [{"loss": 1.0}], total=5, show=(), snapshot=shot)
+    log = MetricsLog(lambda: tmp_path, preflight=False)
+    log.follow(counting_stage("sft", step=4, total=5), [{"loss": 1.0}], show=())
     told = capsys.readouterr().err
     assert "warning: step-000005: could not be saved: No space left on device; the model" in told
 
@@ -508,9 +483,9 @@ def test_what_its_thread_cannot_write_does_not_hide_what_ended_the_stage(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(checkpoint, "_identity", lambda _: (tmp_path / "nowhere").stat())
-    writer = Writer(tmp_path, snapshot(), keep_last=1)
+    writer = Writer(tmp_path, counting_stage(), keep_last=1)
     write(writer, 4)
-    writer.__exit__(NonFinite, NonFinite(4, "loss", [], None), None)  # does not raise another
+    writer.__exit__(NonFinite, NonFinite(4, "loss"), None)  # does not raise another
     assert "warning: " in (told := capsys.readouterr().err)
     assert "step-000004: could not be saved: No such file" in told
 
@@ -524,7 +499,7 @@ def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, c
         rmtree(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", busy)
-    with Writer(tmp_path, snapshot(), keep_last=1) as writer:
+    with Writer(tmp_path, counting_stage(), keep_last=1) as writer:
         write(writer, 2, 4)
     assert latest(tmp_path).step == 4
     assert "step-000002 could not be removed: Directory not empty" in capsys.readouterr().err
@@ -532,7 +507,7 @@ def test_an_old_one_that_cannot_be_removed_harms_nobody(tmp_path, monkeypatch, c
 
 def test_restored_tensors_do_not_hold_the_files(tmp_path):
     path = saved(tmp_path)
-    other = snapshot(step=0)
+    other = counting_stage(step=0)
     Checkpoint(path).restore(other)
     maps = Path("/proc/self/maps")
     assert str(path) not in (maps.read_text(encoding="utf-8") if maps.exists() else "")
@@ -568,14 +543,14 @@ def test_old_ones_go_and_later_ones_too(tmp_path):
 def test_of_another_model(tmp_path):
     path = saved(tmp_path)
     with pytest.raises(BadInput, match="weights of another model; 2 names differ, such as value_"):
-        Checkpoint(path).restore(snapshot(small_policy(dtype=torch.float32)))
+        Checkpoint(path).restore(counting_stage(policy=small_policy(dtype=torch.float32)))
     with pytest.raises(BadInput, match=r"torch.float32, the model's is .* torch.float64"):
-        Checkpoint(path).restore(snapshot(small_policy(critic="shared")))
+        Checkpoint(path).restore(counting_stage(policy=small_policy(critic="shared")))
 
 
 def test_of_other_data(tmp_path):
     path = saved(tmp_path)
-    other = snapshot(examples=[PromptExample("red", torch.tensor([2]))])
+    other = replace(counting_stage(), examples=[PromptExample("red", torch.tensor([2]))])
     with pytest.raises(BadInput, match="had other data; give the same --data"):
         Checkpoint(path).restore(other)
 
@@ -668,9 +643,9 @@ def test_a_frozen_model_that_is_another_is_refused(case, tmp_path):
     path = saved(tmp_path, **frozen())
     models = frozen()
     models["reward_model"].score(["red"], ["one"])  # its tokenizer notes how it was called
-    Checkpoint(path).restore(snapshot(**models))
+    Checkpoint(path).restore(counting_stage(**models))
     with pytest.raises(BadInput, match=f"{path}: {name} is not what this was saved with: {what}"):
-        Checkpoint(path).restore(snapshot(**frozen(**{name: make()})))
+        Checkpoint(path).restore(counting_stage(**frozen(**{name: make()})))
 
 
 def rescaled(gain, seed=1):
@@ -681,30 +656,30 @@ def rescaled(gain, seed=1):
 
 def test_a_scale_that_was_measured_here_may_be_rounded_otherwise(tmp_path):
     path = saved(tmp_path, **frozen(reward_model=rescaled(3.0)))
-    Checkpoint(path).restore(snapshot(**frozen(reward_model=rescaled(3.0 * (1 + 1e-6)))))
+    Checkpoint(path).restore(counting_stage(**frozen(reward_model=rescaled(3.0 * (1 + 1e-6)))))
     for other, what in [
         (rescaled(3.0 * 1.01), "2 of its 25 weights differ, such as model.classifier.bias"),
         (rescaled(-3.0), "2 of its 25 weights differ, such as model.classifier.bias"),
         (rescaled(3.0, seed=2), "11 of its 25 weights differ"),
     ]:
         with pytest.raises(BadInput, match=f"reward_model is not what .*: {what}"):
-            Checkpoint(path).restore(snapshot(**frozen(reward_model=other)))
+            Checkpoint(path).restore(counting_stage(**frozen(reward_model=other)))
 
 
 def test_another_tokenizer_of_the_trained_model_is_refused(tmp_path):
     path = saved(tmp_path)
-    other = snapshot()
+    other = counting_stage()
     other.module.tokenizer.add_tokens(["ball on"])
     with pytest.raises(BadInput, match="policy is not what this was saved with: its tokenizer"):
         Checkpoint(path).restore(other)
 
 
 def test_weights_of_nan_are_not_gone_on_with(tmp_path):
-    shot = snapshot()
+    shot = counting_stage()
     torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
     path = saved(tmp_path, shot=shot)
     with pytest.raises(BadInput, match=r"step-000004: value_head.bias is not finite; start a new"):
-        Checkpoint(path).restore(snapshot())
+        Checkpoint(path).restore(counting_stage())
 
 
 def test_digests_need_no_thread(monkeypatch):
@@ -787,18 +762,13 @@ def test_what_was_good_before_stays_and_is_named(stopped, capsys):
 
 @pytest.mark.parametrize("last", [math.nan, math.inf])
 def test_final_metrics_are_finite(last, tmp_path):
-    shot = snapshot(step=0)
-
-    def steps():
-        for value in (last, 1.0, last):
-            shot.state.step += 1
-            yield {"loss": 1.0, "eval/loss": value, "learning_rate": 0.5}
-
+    rows = [{"loss": 1.0, "eval/loss": x, "learning_rate": 0.5} for x in (last, 1.0, last)]
+    shot = counting_stage(total=3)
     log = MetricsLog(lambda: tmp_path, saving=Saving(every=2))
     with pytest.raises(Diverged) as caught:
-        log.follow("ppo", steps(), total=3, show=(), snapshot=shot)
+        log.follow(shot, counted(shot, rows), show=())
     assert str(caught.value) == (
-        "ppo, step 3 of 10: eval/loss is not finite after the update (learning rate 0.5); this "
+        "ppo, step 3 of 3: eval/loss is not finite after the update (learning rate 0.5); this "
         f"model is not kept; what was good before is in {tmp_path}/checkpoints/ppo/step-000002; go "
         f"on from there with a lower learning rate (--resume {tmp_path} --allow_config_change)"
     )
@@ -806,13 +776,13 @@ def test_final_metrics_are_finite(last, tmp_path):
 
 def test_a_fault_whose_cause_lies_in_the_step_before_names_the_weights(tmp_path):
     kept = []
-    shot = replace(snapshot(step=3), save_model=kept.append)
+    shot = replace(counting_stage(step=3), save_model=kept.append)
     torch.nn.init.constant_(shot.module.value_head.bias, math.nan)
     with (
         pytest.raises(Diverged, match=r"step 3 of 10: value_head.bias, and so loss of step 4"),
-        faults.saved(tmp_path, [{"learning_rate": 2.0}], shot),
+        faults.explained(tmp_path, [{"learning_rate": 2.0}], shot),
     ):
-        raise NonFinite(9, "loss", [], [])
+        raise NonFinite(9, "loss")
     assert kept == []
     assert (tmp_path / "nonfinite-step-9.json").exists()
 
@@ -1131,15 +1101,10 @@ def follow_with(folder, name, values, *, done=0, stage="ppo"):
         best.mkdir(parents=True, exist_ok=True)
         kept.append(shot.state.step)
 
-    shot = replace(snapshot(step=done), stage=stage, save_model=save)
-
-    def steps():
-        for value in values:
-            shot.state.step += 1
-            yield {name: value}
-
-    log = MetricsLog(lambda: folder, saving=Saving(every=0, keep_best=name))
-    log.follow(stage, steps(), total=done + len(values), show=(), snapshot=shot)
+    shot = counting_stage(stage, step=done, total=done + len(values))
+    shot = replace(shot, save_model=save)
+    log = log_in(folder, keep_best=name)
+    log.follow(shot, counted(shot, [{name: value} for value in values]), show=())
     return kept
 
 
@@ -1160,8 +1125,8 @@ def test_the_best_model_is_kept(stage, name, values, best, tmp_path):
 
 
 def test_a_metric_that_never_came_is_told(tmp_path, capsys):
-    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/scores"))
-    log.follow("ppo", [{"eval/score": 1.0}], total=1, show=(), snapshot=snapshot(step=0))
+    log = log_in(tmp_path, keep_best="eval/scores")
+    log.follow(counting_stage(total=1), [{"eval/score": 1.0}], show=())
     assert "--keep_best eval/scores: ppo never measured it" in capsys.readouterr().out
 
 
@@ -1223,20 +1188,20 @@ def test_the_best_of_what_no_stage_measures_is_refused_at_the_start(
 
 
 def test_nothing_can_be_the_best_without_held_out_rows(tmp_path, capsys):
-    log = MetricsLog(lambda: tmp_path, saving=Saving(every=0, keep_best="eval/score"))
-    shot = replace(snapshot(step=0), heldout=[])
+    log = log_in(tmp_path, keep_best="eval/score")
+    shot = replace(counting_stage(total=1), heldout=[])
     with pytest.raises(BadInput, match="--keep_best eval/score: ppo has no held-out rows to measu"):
-        log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)
+        log.follow(shot, [{"score": 1.0}], show=())
     assert log.rows == []
     assert capsys.readouterr().err == ""  # no bar that the error would stand behind
-    log.follow("sft", [{"loss": 1.0}], total=1, show=(), snapshot=replace(shot, stage="sft"))
-    log.follow("ppo", [{"score": 1.0}], total=1, show=(), snapshot=shot)  # too late to refuse it
+    log.follow(replace(shot, stage="sft"), [{"loss": 1.0}], show=())
+    log.follow(shot, [{"score": 1.0}], show=())  # too late to refuse it
     assert "ppo has no held-out rows to measure it on" in capsys.readouterr().out
 
 
 def test_other_held_out_rows_are_told(tmp_path, capsys):
     red, blue = (PromptExample(text, torch.tensor([2])) for text in ("red", "blue"))
-    shot = replace(snapshot(), heldout=[red])
+    shot = replace(counting_stage(step=4), heldout=[red])
     path = saved(tmp_path, shot=shot)
     Checkpoint(path).restore(shot)
     assert capsys.readouterr().out == ""

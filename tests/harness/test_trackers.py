@@ -5,13 +5,17 @@ import sys
 from types import ModuleType
 
 import pytest
+from counting import counting_stage, log_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.trackers import check_trackers
 
-STEPS = [{"loss": 0.5, "kl": 2.0}, {"loss": 0.25, "kl": 3.0}]
+STEPS = [
+    {"loss": 0.5, "kl": 2.0, "skipped": 0, "time/seconds": 1.5},
+    {"loss": 0.25, "kl": 3.0, "skipped": 1, "time/seconds": 0.5},
+]
 
 
 def scalars(folder):
@@ -25,14 +29,13 @@ def scalars(folder):
 
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path):
-    log = MetricsLog(lambda: tmp_path, report_to=["tensorboard"])
-    log.follow("ppo", iter(STEPS), total=2, show=("loss",))
-    log.follow("dpo", iter(STEPS[:1]), total=1, show=("loss",))
+    log = log_in(tmp_path, report_to=["tensorboard"])
+    log.follow(counting_stage("ppo", total=2), iter(STEPS), show=("loss",))
+    log.follow(counting_stage("dpo", total=1), iter(STEPS[:1]), show=("loss",))
+    first, second = STEPS
     assert scalars(tmp_path) == {
-        "ppo/loss": [(1, 0.5), (2, 0.25)],
-        "ppo/kl": [(1, 2.0), (2, 3.0)],
-        "dpo/loss": [(1, 0.5)],
-        "dpo/kl": [(1, 2.0)],
+        **{f"ppo/{name}": [(1, first[name]), (2, second[name])] for name in first},
+        **{f"dpo/{name}": [(1, first[name])] for name in first},
     }
 
 
@@ -58,12 +61,12 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_the_same(wandb, tmp_path):
-    log = MetricsLog(lambda: tmp_path, report_to=["wandb"])
-    log.follow("ppo", iter(STEPS), total=2, show=())
+    log = log_in(tmp_path, report_to=["wandb"])
+    log.follow(counting_stage("ppo", total=2), iter(STEPS), show=())
     assert wandb.started == [{"dir": str(tmp_path), "name": tmp_path.name}]
     assert wandb.sent["id-1"] == [
-        {"ppo/loss": 0.5, "ppo/kl": 2.0, "ppo/step": 1},
-        {"ppo/loss": 0.25, "ppo/kl": 3.0, "ppo/step": 2},
+        {f"ppo/{name}": value for name, value in {**metrics, "step": step}.items()}
+        for step, metrics in enumerate(STEPS, start=1)
     ]
 
 
@@ -115,7 +118,7 @@ def test_what_was_sent_and_is_not_known_is_sent_to_another_run(wandb, tmp_path):
 
 
 def test_a_resume_that_is_refused_reaches_no_tracker(wandb, tmp_path):
-    log = MetricsLog(lambda: tmp_path, report_to=["wandb"], resumed=True)
+    log = log_in(tmp_path, report_to=["wandb"], resumed=True)
     assert log.folder == tmp_path
     assert wandb.started == []
 
@@ -131,7 +134,7 @@ def test_unknown_and_missing_trackers_are_refused(monkeypatch):
 
 
 def test_samples_are_lines_of_json(tmp_path):
-    log = MetricsLog(lambda: tmp_path)
+    log = log_in(tmp_path)
     log.add_samples("ppo", 10, [{"prompt": "Ä\n?", "response": "b", "score": 1.5}])
     log.add_samples("ppo", 20, [{"prompt": "c", "response": "\ud800", "score": -1.0}])
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()

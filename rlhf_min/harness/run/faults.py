@@ -2,20 +2,20 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
+from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
 from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.optim import dropout_rng
@@ -37,13 +37,17 @@ def require_kept(snapshot: Snapshot, metrics: Mapping[str, Any]) -> None:
     """
     measured = (k for k, x in metrics.items() if k.startswith("eval/") and not math.isfinite(x))
     if fault := unsound(snapshot.module, snapshot.texts) or next(measured, None):
-        raise _diverged(snapshot, fault, metrics)
+        raise _broken(snapshot, fault, metrics)
 
 
-def _diverged(snapshot: Snapshot, fault: str, metrics: Mapping[str, Any]) -> Diverged:
+class _Broken(Diverged):
+    """It names the weight, and says what was kept."""
+
+
+def _broken(snapshot: Snapshot, fault: str, metrics: Mapping[str, Any]) -> _Broken:
     names = {"learning rate": "learning_rate", "gradient norm": "grad_norm"}
     size = ", ".join(f"{k} {metrics[name]:.3g}" for k, name in names.items() if name in metrics)
-    return Diverged(
+    return _Broken(
         f"{snapshot.stage}, step {snapshot.state.step} of {snapshot.total}: {fault} is not finite "
         f"after the update{f' ({size})' if size else ''}; this model is not kept"
     )
@@ -60,8 +64,8 @@ def require_finite(stage: str, measured: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def saved(
-    folder: Path, metrics: Sequence[Mapping[str, Any]], snapshot: Snapshot | None
+def explained(
+    folder: Path, metrics: Sequence[Mapping[str, Any]], snapshot: Snapshot
 ) -> Iterator[None]:
     """Inside, a `NonFinite` leaves its batch and the model in the run's folder and says where.
     Where the weights are at fault it becomes `Diverged`, which says what was kept before.
@@ -69,39 +73,44 @@ def saved(
     Args:
         folder: of the run.
         metrics: a row for each step so far; it may still grow.
-        snapshot: of the stage that runs, if there is one.
+        snapshot: of the stage that runs.
     """
     try:
         yield
     except NonFinite as raised:
-        error = raised if snapshot is None else with_rows(raised, snapshot)
-        policy = snapshot.module if snapshot and isinstance(snapshot.module, Policy) else None
-        fault = unsound(snapshot.module, snapshot.texts) if snapshot else None
+        error = _with_rows(raised, snapshot)
+        fault = unsound(snapshot.module, snapshot.texts)
+        last_good = folder / LAST_GOOD / snapshot.stage
         try:
-            file = save_nonfinite(error, folder, metrics, policy.decode if policy else None)
-            told = f"the batch is in {file}"
-            if snapshot is not None and fault is None:
-                snapshot.save_model(folder / LAST_GOOD / snapshot.stage)
-                told += f", the model in {folder / LAST_GOOD / snapshot.stage}"
+            decode = snapshot.module.decode if isinstance(snapshot.module, Policy) else None
+            saved = f"the batch is in {save_nonfinite(error, folder, metrics, decode)}"
+            if fault is None:
+                snapshot.save_model(last_good)
+                saved += f", the model in {last_good}"
         except (OSError, SafetensorError, BadInput) as reason:  # the fault is what matters
-            told = f"not all could be saved: {' '.join(str(reason).split())}"
-        if snapshot is not None and fault is not None:
-            what = f"{fault}, and so {error.tensor} of step {snapshot.state.step + 1},"
-            before = _diverged(snapshot, what, metrics[-1] if metrics else {})
-            raise _with_earlier(before, folder, snapshot, told) from error
-        error.args = (f"{error}; {told}",)
-        raise error from raised
+            saved = f"not all could be saved: {' '.join(str(reason).split())}"
+        if fault is None:
+            error.args = (f"{error}; {saved}",)
+            raise error from raised
+        fault = f"{fault}, and so {error.tensor} of step {snapshot.state.step + 1},"
+        broken = _broken(snapshot, fault, metrics[-1] if metrics else {})
+        raise _with_earlier(broken, folder, snapshot, saved) from raised
     except Diverged as error:
-        if snapshot is not None:
-            _with_earlier(error, folder, snapshot)
+        fault = None if isinstance(error, _Broken) else unsound(snapshot.module, snapshot.texts)
+        if fault is not None:
+            raise _with_earlier(_broken(snapshot, fault, {}), folder, snapshot) from error
+        _with_earlier(error, folder, snapshot)
         raise
 
 
-def with_rows(error: NonFinite, snapshot: Snapshot) -> NonFinite:
+def _with_rows(error: NonFinite, snapshot: Snapshot) -> NonFinite:
     """The same error, with the rows of its batch that are at fault, if single ones are."""
-    optimizer = snapshot.state.optimizer
-    device = optimizer.parameters[0].device
-    with torch.no_grad(), optimizer.autocast(), dropout_rng(0, error.step, device):
+    device = next(snapshot.module.parameters()).device
+    with (
+        torch.no_grad(),
+        snapshot.state.optimizer.autocast(),
+        dropout_rng(0, error.step, device),
+    ):
         name, rows = first_nonfinite(snapshot.alone(error.batch)) or (error.tensor, [])
     return NonFinite(error.step, name, error.batch, rows)
 
@@ -168,11 +177,8 @@ def save_nonfinite(
         "metrics": _split(list(metrics[-LAST_METRICS:]), "metrics", tensors, decode),
     }
     file = folder / f"nonfinite-step-{error.step}.json"
-    new = file.with_name(f".{file.name}-{os.getpid()}")
-    save_file(tensors, new)
-    os.replace(new, file.with_suffix(".safetensors"))
-    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    write_file(file.with_suffix(".safetensors"), safetensors.torch.save(tensors))
+    write_file(file, json.dumps(record, indent=1) + "\n")
     return file
 
 

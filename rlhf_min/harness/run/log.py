@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,60 +125,55 @@ class MetricsLog:
             self._on_resume = None
 
     def follow(
-        self,
-        stage: str,
-        steps: Iterable[dict[str, float]],
-        *,
-        total: int,
-        show: tuple[str, ...],
-        snapshot: Snapshot | None = None,
+        self, snapshot: Snapshot, steps: Iterable[dict[str, float]], *, show: tuple[str, ...]
     ) -> None:
         """Run a stage to its end, or from where it was resumed.
 
         Args:
-            stage: written beside each step.
+            snapshot: of the stage.
             steps: what a ``train`` function returns.
-            total: number of steps, for the bar.
             show: names of the metrics in the bar.
-            snapshot: what checkpoints are taken of.
 
         Raises:
             Stopped: after the step in which a signal came; it says whether that is saved.
             Diverged: if an update has broken the model; it replaces nothing that was kept.
             BadInput: if nothing can be measured that ``--keep_best`` names.
         """
+        stage, total, first = snapshot.stage, snapshot.total, snapshot.state.step
+        folder = self.folder  # made before the bar is drawn, or refused
+        self._require_heldout(snapshot)
         # A file that the bar is redirected to would get thousands of its states.
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        every = 0.1 if watched else 30.0  # seconds
-        first = step = 0 if snapshot is None else snapshot.state.step
-        folder = self.folder  # made before the bar is drawn, or refused
-        if snapshot is not None:
-            self._require_heldout(snapshot)
-        steps = _timed(steps, snapshot and snapshot.state.optimizer)
-        bar = _Bar(steps, f"{stage:>12}", total, initial=first, mininterval=every)
+        bar = _Bar(
+            _timed(steps, snapshot.state.optimizer),
+            f"{stage:>12}",
+            total,
+            initial=first,
+            mininterval=0.1 if watched else 30.0,  # seconds
+        )
         in_bar: dict[str, str] = {}
-        with ExitStack() as stack:
-            request = stack.enter_context(catching_signals())
-            stack.enter_context(faults.saved(folder, self.rows, snapshot))
-            saver = stack.enter_context(self._saver(snapshot)) if snapshot else None
+        step, last = first, {}
+        with (
+            catching_signals() as request,
+            faults.explained(folder, self.rows, snapshot),
+            self._saver(snapshot) as saver,
+        ):
             for step, metrics in enumerate(bar, start=first + 1):
+                last = metrics
                 self._write(stage, step, metrics)
                 in_bar |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
                 bar.set_postfix(in_bar, refresh=False)
-                ended = step >= total or getattr(snapshot and snapshot.state, "too_far", False)
+                ended = step >= total or getattr(snapshot.state, "too_far", False)
                 stop = request.signal is not None  # looked at once: it may come at any time
-                if saver:
-                    saver.after_step(metrics, ended=ended, stop=stop)
+                saver.after_step(metrics, ended=ended, stop=stop)
                 if stop and not ended:
-                    raise self._stopped(request, stage, step, total, saver)
-            if saver:
-                last = self.rows[-1] if step > first else {}
-                saver.at_end(last, stop=request.signal is not None)
-                self._resumable &= saver.saved == step
+                    raise self._stopped(snapshot, step, saver.saved, request)
+            saver.at_end(last, stop=request.signal is not None)
+            self._resumable &= saver.saved == step
             if request.signal is not None:
-                raise self._stopped(request, stage, step, total, saver)
+                raise self._stopped(snapshot, step, saver.saved, request)
         best = self._saving.keep_best or ""
-        if saver and step > first and measures(stage, best) and not self.series(stage, best)[0]:
+        if last and measures(stage, best) and not self.series(stage, best)[0]:
             print(f"--keep_best {best}: {stage} never measured it, so none was kept")
 
     def add_samples(
@@ -254,10 +248,7 @@ class MetricsLog:
             require(bool(self.rows), f"{missing}; {cure}")
             print(missing)
 
-    def _stopped(
-        self, request: StopRequest, stage: str, step: int, total: int, saver: StageSaver | None
-    ) -> Stopped:
-        saved = saver.saved if saver else 0
+    def _stopped(self, snapshot: Snapshot, step: int, saved: int, request: StopRequest) -> Stopped:
         how = f"saved; go on with: {to_resume(self.folder)}"
         if saved < step:
             before = f"; the last checkpoint is of step {saved}: {to_resume(self.folder)}"
@@ -265,7 +256,7 @@ class MetricsLog:
         elif not self._resumable:
             how = "not saved, since a stage before has no checkpoint of its end"
         return Stopped(
-            f"stopped by a signal after step {step} of {total} of {stage}; {how}",
+            f"stopped by a signal after step {step} of {snapshot.total} of {snapshot.stage}; {how}",
             self.folder,
             request.exit_code,
         )
@@ -354,13 +345,12 @@ def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[s
     tokens for each second; and with the number of steps that fp16 has skipped so far."""
     started = time.perf_counter()
     for metrics in steps:
+        metrics = {"skipped": optimizer.skipped, **metrics}
         seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
         if not seconds:
             metrics["time/seconds"] = seconds = time.perf_counter() - started
         if "tokens" in metrics:
             metrics["time/tokens_per_second"] = metrics["tokens"] / seconds
-        if optimizer is not None:
-            metrics["skipped"] = optimizer.skipped
         yield metrics
         started = time.perf_counter()
 

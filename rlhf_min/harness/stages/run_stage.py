@@ -58,7 +58,7 @@ def run_stage(
         model=type(module.lm if isinstance(module, Policy) else module.model).__name__,
         parameters=sum(p.numel() for p in module.parameters()),
     )
-    log.follow(stage, steps, total=snapshot.total, show=show, snapshot=snapshot)
+    log.follow(snapshot, steps, show=show)
 
 
 def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
