@@ -1,4 +1,4 @@
-"""What an algorithm sees of its data: padded rows of ids with a mask, in batches, in a drawn order.
+"""What an algorithm sees of its data: padded rows of ids with a mask, in batches, in random order.
 
 A row is [prompt, response, padding]. All that belongs to the response is (B, T) and drawn here:
 
@@ -41,15 +41,15 @@ class Sequences:
         return len(self.ids)
 
     def predicting(self) -> tuple[Tensor, Tensor]:
-        """Where each real response token is predicted: its row, and P - 1 + t. Shape (N,) each.
+        """Where each of the N real response tokens is predicted: row and P - 1 + t, ``(N,)`` each.
 
-        The one shift by a token. All that the models compute there is then response-aligned.
+        The only place that shifts by one token.
         """
         rows, t = self.mask.nonzero(as_tuple=True)
         return rows, self.prompt_lengths[rows] - 1 + t
 
     def select(self, rows: Sequence[int]) -> "Sequences":
-        """These rows, with the padding that they no longer need cut off."""
+        """These rows alone, without the padding that only the others needed."""
         index = torch.as_tensor(rows, device=self.ids.device)
         length = int(self.attention_mask[index].sum(1).max())
         width = int(self.mask[index].sum(1).max())
@@ -158,11 +158,10 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]
 
 @dataclass
 class Cursor(Generic[Example]):
-    """Where a run stands in its shuffled data: epoch and position say all.
+    """Where a run stands in its shuffled data, given by epoch and position alone.
 
-    The order of each epoch depends on the seed and the epoch alone, so that a restored cursor
-    continues with the very rows that come next. Same order as the sampler of ``transformers``'
-    ``Trainer``.
+    The order of an epoch depends on the seed and the epoch, so that a restored cursor continues
+    with the very rows that come next. It is the order of ``transformers``' ``Trainer``.
     """
 
     examples: Sequence[Example]

@@ -96,12 +96,12 @@ class Policy(nn.Module):
         )
 
     def _plain(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at all positions of the padded rows, and of them those that predict a token."""
+        """Log-probabilities and entropy, ``(N,)``, and what the value head reads, ``(N, H)``."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
         rows, at = batch.predicting()  # (N,) each
         hidden = self.lm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
         logits = lm_head_logits(hidden, temperature=temperature, **self.head)  # (B, L, V)
-        logits = logits[rows, at]  # (N, V)
+        logits = logits[rows, at]  # (N, V), where a token of a response is predicted
         logprobs = token_logprobs(logits, batch.responses[batch.mask])
         if self.critic_trunk is not None:
             hidden = self.critic_trunk(**inputs, use_cache=False).last_hidden_state
@@ -126,7 +126,7 @@ class Policy(nn.Module):
         }
 
     def _on_device(self, batch: Sequences) -> Sequences:
-        """The batch where the model is, once it is sure that the model can take it."""
+        """The batch on the model's device; refused if the model has no room for it."""
         low, high = batch.ids[batch.attention_mask.bool()].aminmax()
         if low < 0 or high >= self.vocabulary or batch.ids.shape[1] > self.positions:
             lengths = batch.attention_mask.sum(1)
@@ -140,8 +140,10 @@ class Policy(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """Fills padding, where no result depends on it; EOS serves where there is no pad token, or
-        one that was added to the tokenizer alone."""
+        """The id that fills padding; no result depends on it.
+
+        It is EOS where there is no pad token, or one that the model has no embedding for.
+        """
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < self.vocabulary
         return pad if known else self.tokenizer.eos_token_id
@@ -159,8 +161,8 @@ class Policy(nn.Module):
     def require_room(self, rows: Iterable[Sequence[Tensor]], *, new_tokens: int = 0) -> None:
         """Raise `BadInput` unless the model has embeddings and positions for these rows.
 
-        Beyond them it would end in an IndexError, on a GPU in the end of the process; or compute
-        with positions that it was never trained on.
+        Without this check an id too large is an IndexError, on a GPU the end of the process, and a
+        row too long may be computed with positions that the model was never trained on.
 
         Args:
             rows: the parts of each row, ``(P_b,)`` and perhaps ``(T_b,)``; none is empty.
@@ -184,7 +186,7 @@ class Policy(nn.Module):
         return reference.eval().to(self.device if device is None else device)
 
     def checkpoint_gradients(self) -> None:
-        """From now on keep only the layers' inputs for backward, and compute the rest again."""
+        """Keep only the layers' inputs for backward, and compute the rest again there."""
         for trunk in (self.lm, self.critic_trunk):
             if isinstance(trunk, PreTrainedModel):
                 checkpoint_layers(trunk)
@@ -247,7 +249,7 @@ def scatter_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inside, the models are in eval mode and record no gradient; their mode is restored after."""
+    """Eval mode without gradients for these models; afterwards each has its mode again."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()

@@ -25,14 +25,14 @@ SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes 
 class RewardModel(nn.Module):
     """A one-label sequence classifier that scores text, with a tokenizer of its own.
 
-    A text has the same score beside any others. The last layer is computed in at least float32,
-    under autocast too: from 2 to 4, bfloat16 has only 128 numbers.
+    The score of a text does not depend on the others in its batch. The last layer is computed in at
+    least float32, also under autocast: between 2 and 4, bfloat16 has only 128 numbers.
 
     Args:
         model: any ``AutoModelForSequenceClassification`` with one label, such as BERT.
         tokenizer: the model's own; the policy's may be another. It is copied, not changed.
-        max_length: tokens of question and response together, special tokens included. A response
-            that is too long loses its end, then a prompt its beginning.
+        max_length: tokens of prompt and response together, special tokens included. If they are too
+            long, the response loses its end, and then the prompt its beginning.
         plain: compute as a textbook does, and slower. The scores are the same up to rounding.
 
     Raises:
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         self.max_length = tokenizer.model_max_length
         self.codec = PairCodec(tokenizer, self.max_length)
         self.cuts = CutReport()  # of all texts that were scored
-        self.new_weights: list[str] = []  # what had to be drawn anew when it was loaded
+        self.new_weights: list[str] = []  # drawn at random when it was loaded
         self.rescaled = False  # since it was loaded
         self._last_layer.register_forward_hook(_linear_in_float32)
         with evaluating(self):
@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
         return scores
 
     def checkpoint_gradients(self) -> None:
-        """From now on keep only the layers' inputs for backward, and compute the rest again."""
+        """Keep only the layers' inputs for backward, and compute the rest again there."""
         checkpoint_layers(self.model)
         self.model.config.use_cache = False  # which excludes it, and a score needs none
 

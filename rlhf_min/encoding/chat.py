@@ -1,7 +1,7 @@
-"""Chat templates: what a tokenizer's own makes of messages, and what it leaves out or does twice.
+"""Chat templates: the text that a tokenizer's own makes of messages, and whether that is sound.
 
-A template is a program of its own, and it comes with the model. What it writes is therefore looked
-at: with messages of our own before anything is read, and then with each row's.
+A template is a program that comes with the model. We check what it writes: first for messages of
+our own, then for those of each row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,13 +55,13 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[st
             "change this prompt, or give a template with {prompt}",
             why=str(refusal),
         ) from refusal
-    return rendered, holds(rendered, messages)
+    return rendered, contains(rendered, messages)
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
     """The text of the messages, up to where the response begins.
 
-    A turn of the assistant that is last goes on in the response.
+    If the last message is the assistant's, the response continues it.
 
     Raises:
         Refused: if the template does not take these messages.
@@ -90,10 +90,10 @@ def _render(
         raise Refused(" ".join(str(error).split())) from error
 
 
-def holds(rendered: str, messages: Messages) -> bool:
+def contains(rendered: str, messages: Messages) -> bool:
     """Whether each message stands in the text as it is, outer white space aside.
 
-    >>> holds("<user> Hi <end>", [{"role": "system", "content": "Be brief."}])
+    >>> contains("<user> Hi <end>", [{"role": "system", "content": "Be brief."}])
     False
     """
     return all(message["content"].strip() in rendered for message in messages)
@@ -102,12 +102,12 @@ def holds(rendered: str, messages: Messages) -> bool:
 def require_content(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise `BadInput` if the chat template does not write what the user says.
 
-    Changed cases and white space are let pass here: where they meet a row, `holds` tells.
+    Changed case and white space pass here; `contains` finds them in the rows.
     """
     try:
         rendered = render(tokenizer, [_USER])
     except Refused:
-        return  # perhaps it takes the rows
+        return  # it may still take the rows
     require(
         _letters(_USER["content"]) in _letters(rendered),
         f"the tokenizer's chat template leaves out what the user says: of {_USER['content']!r} it "
@@ -115,8 +115,8 @@ def require_content(tokenizer: "PreTrainedTokenizerBase") -> None:
     )
 
 
-def doubts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """What of a chat template may surprise somebody who trains with it, a line for each."""
+def surprises(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What may surprise somebody who trains with this chat template, a line for each."""
     found = []
     if "strftime_now" in tokenizer.get_chat_template():
         found.append(

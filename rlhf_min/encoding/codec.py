@@ -169,7 +169,7 @@ class Codec:
         elif self.template == CHAT:
             rendered, unchanged = render_prompt(self.tokenizer, text)
             report.changed += [] if unchanged else [place]
-            # The template has written BOS where there is to be one.
+            # If there is to be a BOS, the template has written it.
             read = self._reader.read(rendered, room=room, special=True)
         else:
             read = self._reader.read_in_template(self.template, text, room=room)
@@ -197,7 +197,7 @@ def _encode(
     rows: Sequence[Mapping[str, Any]],
     encode: Callable[[Mapping[str, Any], CutReport, Place], list[Example]],
 ) -> tuple[list[Example], CutReport]:
-    """Examples of the rows; a row that is no use is dropped and reported, and counted nowhere."""
+    """Examples of the rows. A row that cannot be used is dropped, reported and not counted."""
     report, examples = CutReport(), []
     for number, row in enumerate(rows, 1):
         place = row.place if isinstance(row, PlacedRow) else number

@@ -7,7 +7,7 @@ Place: TypeAlias = int | str  # of a row: its number, or a number in a file
 
 
 class Conversation(str):
-    """A prompt of several chat messages. It is the text of them, which is all that most code sees.
+    """A prompt of several chat messages. To most code it is just their text.
 
     Args:
         messages: each with its ``role`` and its ``content``.
@@ -41,7 +41,7 @@ class Conversation(str):
 
 
 class PlacedRow(dict[str, Any]):
-    """A row that knows its place in the user's file, which reports then name.
+    """A row that knows its place in the user's file, so that reports can name it.
 
     >>> PlacedRow({"prompt": "Hi"}, 3) == {"prompt": "Hi"}
     True

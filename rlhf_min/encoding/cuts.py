@@ -1,4 +1,4 @@
-"""What did not fit when texts became ids, and what is odd about them: counted, never silent."""
+"""Counts of what was cut when texts became ids, and of what is odd about these texts."""
 
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from .conversation import Place
 
 
 class Unencodable(BadInput):
-    """A text that is no use to the policy. `reason` says why, without the text."""
+    """A text that the policy cannot use. `reason` says why, without the text."""
 
     def __init__(self, reason: str, text: str, cure: str, *, why: str = "") -> None:
         why = f" ({why})" if why else ""
@@ -17,7 +17,7 @@ class Unencodable(BadInput):
 
 
 class Spelled(NamedTuple):
-    """A text that spells special tokens, or what are special tokens of other tokenizers."""
+    """A text that spells special tokens, of this tokenizer or of others."""
 
     what: str  # prompts or responses
     known: bool  # to this tokenizer
@@ -30,8 +30,8 @@ class CutReport:
     """How much of the texts did not fit, counted while encoding.
 
     The lengths are in tokens and before any cut, template and EOS included. `dropped` holds the
-    reason and the place of rows that are no use; `changed` the places of prompts of which a chat
-    template leaves out or changes a message.
+    reason and the place of rows that cannot be used; `changed` the places of prompts of which a
+    chat template leaves out or changes a message.
     """
 
     prompts: int = 0
@@ -42,7 +42,7 @@ class CutReport:
     response_tokens_cut: int = 0
     equal_after_cut: int = 0
     equal_tokens: int = 0
-    tokens: int = field(default=0, compare=False)  # looked at for unknown ones
+    tokens: int = field(default=0, compare=False)  # all, of which some are unknown
     unknown_tokens: int = field(default=0, compare=False)
     responses_with_eos: int = field(default=0, compare=False)
     eos_in_text: int = field(default=0, compare=False)

@@ -4,9 +4,9 @@
     RoBERTa   <s> prompt </s> </s> response </s>
     GPT-2     prompt "\\n" response EOS
 
-Where no separator stands between the two, a new line does, and EOS ends the response, if the
-tokenizer does not put it there by itself, as T5's does. A response that is too long loses its end,
-then a prompt its beginning.
+A tokenizer without a separator gets a new line between the two, and EOS behind the response, unless
+it adds that by itself, as T5's does. If the two are too long, the response loses its end, and then
+the prompt its beginning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from ..errors import require
 from .cuts import CutReport
 
 AT_ONCE = 1000  # texts in one call of the tokenizer
-LETTERS = 64  # for each token that there is room for; what is beyond them is not read
+LETTERS = 64  # that are read for each token that there is room for
 
 
 class TextPair(NamedTuple):
@@ -40,8 +40,8 @@ class TextPair(NamedTuple):
 class PairCodec:
     """Texts to ids for one tokenizer, the same in training and scoring.
 
-    What a text spells like a special token is read as text, or, where the tokenizer cannot do so,
-    as unknown: neither data nor a policy can write a separator, an end or padding.
+    A text that spells a special token is read as plain text, or as unknown where the tokenizer
+    cannot do that. So neither data nor a policy can write a separator, an end or padding.
 
     Args:
         tokenizer: a fast one with a pad token.

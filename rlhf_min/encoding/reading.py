@@ -1,8 +1,8 @@
-"""One text to ids: what it spells like a special token, and texts that are far too long.
+"""One text to ids: texts that spell special tokens, and texts that are far too long.
 
-By itself a tokenizer makes the special token of every text that spells one. A user could then end
-a response by writing EOS. Texts are therefore read with special tokens as plain text; in a
-template they are what they spell.
+By itself a tokenizer turns every text that spells a special token into that token. Somebody could
+then end a response by writing EOS. So texts are read as plain text. Only in a template is a
+special token what it spells.
 """
 
 import re
@@ -34,11 +34,7 @@ class Read(NamedTuple):
 
 
 class TextReader:
-    """A tokenizer that is asked for the ids of one text at a time.
-
-    Args:
-        tokenizer: of the policy.
-    """
+    """Reads one text at a time with the policy's tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -46,12 +42,12 @@ class TextReader:
     def read(
         self, text: str, *, room: int, special: bool = False, from_start: bool = False
     ) -> Read:
-        """The ids of a text; of one that is far too long, those of the end that is kept.
+        """The ids of a text; of one that is far too long, only those of the part that may be kept.
 
         Args:
-            room: how many ids are kept at most.
-            special: whether special tokens are what they spell.
-            from_start: whether the beginning is kept.
+            room: how many ids will be kept at most.
+            special: whether what spells a special token is that token.
+            from_start: whether the beginning of the text will be kept, or its end.
 
         Raises:
             Unencodable: if the text is none.
@@ -63,7 +59,7 @@ class TextReader:
         most = max(READ_AT_ONCE, 64 * room)
         if len(text) > most:
             near = text[:most] if from_start else text[-most:]
-            if len(ids := self._ids(near, special)) > 2 * room:  # it will be cut for certain
+            if len(ids := self._ids(near, special)) > 2 * room:  # it will certainly be cut
                 if not from_start and special:  # where BOS is part of the text
                     ids = [*self._ids(text[:100], special)[:1], *ids]
                 return Read(ids, in_part=True)

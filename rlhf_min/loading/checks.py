@@ -40,8 +40,8 @@ def require_known_head(lm: PreTrainedModel, head: Mapping[str, Any]) -> None:
 def positions_of(model: PreTrainedModel) -> float:
     """How many tokens the model has positions for; infinite where its config does not say.
 
-    With rotary positions it could go on, but it was not trained for that. Where the frequencies
-    change beyond a length, they do so for all rows of a batch once its longest is beyond it.
+    A model with rotary positions could compute more, but was not trained for that. And where the
+    frequencies change beyond a length, one long row changes them for its whole batch.
     """
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
@@ -82,7 +82,7 @@ def require_room(
 
 
 def _all_fit(rows: list[Sequence[Tensor]], positions: float, vocabulary: int) -> bool:
-    """Whether all ids are sound, seen at once; False too where that cannot be seen at once."""
+    """Whether all rows fit, by one look at all ids; also False where one look cannot tell."""
     every = [ids for parts in rows for ids in parts]
     if not all(ids.dim() == 1 and not ids.is_floating_point() and len(ids) > 0 for ids in every):
         return False
@@ -111,9 +111,9 @@ def _misfit(
     length = sum(map(len, parts))
     if length + new_tokens <= positions:
         return None
-    told = f"{length} tokens" + f" and {new_tokens} to be written" * (new_tokens > 0)
+    size = f"{length} tokens" + f" and {new_tokens} to be written" * (new_tokens > 0)
     return (
-        f"{told} do not fit into the {positions} positions of {name}; shorten "
+        f"{size} do not fit into the {positions} positions of {name}; shorten "
         "the rows (of a Codec: max_prompt_tokens, max_response_tokens)"
     )
 
@@ -160,10 +160,10 @@ def choose_padding_side(
     last_layer: nn.Linear,
     score: Callable[[slice], Tensor],
 ) -> None:
-    """Pad on the right, or the left as XLNet needs it: where a text's neighbours change nothing.
+    """Pad on the right, or on the left as XLNet needs it: wherever padding changes no score.
 
-    What the last layer reads decides, by its direction: a new head may score all texts alike. The
-    side is the tokenizer's from here on, and saved with it.
+    The two are compared by the direction of what the last layer reads, since a new head may score
+    all texts alike. The tokenizer keeps the side, and it is saved with it.
 
     Args:
         model: the classifier.

@@ -1,4 +1,4 @@
-"""From a name, a folder or a GGUF file to a model with its tokenizer, or to one line why not."""
+"""A model with its tokenizer from a name, a folder or a GGUF file, or one line on why not."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ from .sources import (
     NOT_LOADED,
     hub_answers,
     require_known,
-    require_plain,
+    require_not_quantised,
     require_source,
     require_weights,
 )
@@ -201,7 +201,7 @@ def _config(name_or_path: str | Path) -> PreTrainedConfig:
     )
     with Reading(name_or_path, NOT_LOADED + nowhere):
         config = AutoConfig.from_pretrained(**_source(name_or_path))
-    require_plain(name_or_path, config)
+    require_not_quantised(name_or_path, config)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     require(
         layers <= MAX_LAYERS,
@@ -257,8 +257,8 @@ def _load(
     _try_to_save(model, tokenizer)
     # Half-precision weights lose small updates: training keeps float32 and may use autocast.
     model = model.to(torch.promote_types(model.dtype, torch.float32)).eval()
-    # Still in the file, the weights would begin where its header ends; some processors then round
-    # products otherwise, and a file that is overwritten would change them.
+    # The weights are still mapped from the file. There they begin wherever its header ends, which
+    # makes some processors round products differently; and overwriting the file would change them.
     for p in model.parameters():
         p.data = p.data.clone()
     return model, tokenizer, info
@@ -268,7 +268,7 @@ def _read(
     auto_class: Any, source: dict[str, Any], config: PreTrainedConfig
 ) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
     options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # they are told by name afterwards
+    options["ignore_mismatched_sizes"] = True  # they are refused by name afterwards
     tokenizer = AutoTokenizer.from_pretrained(**source)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in source and gguf_config:  # older versions do this by themselves
@@ -281,7 +281,7 @@ def _read(
         without = {"^" + re.escape(TRL_PREFIX): ""}
         model, info = auto_class.from_pretrained(**options, key_mapping=without)
     if prefixed or "gguf_file" in source:
-        model = _plain(model)
+        model = _without_storage(model)
     return model, tokenizer, info
 
 
@@ -327,15 +327,15 @@ def _try_to_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             model.generation_config.save_pretrained(folder)
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not know how they were stored: saving would heed it."""
+def _without_storage(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a new model, which is not saved in the format that they came in."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.random.fork_rng(devices=[]):
-        plain: Any = type(model)(config)
-    plain.to(model.dtype).load_state_dict(model.state_dict())
-    return plain
+        new: Any = type(model)(config)
+    new.to(model.dtype).load_state_dict(model.state_dict())
+    return new
 
 
 def _value_head(name_or_path: str | Path, extra: set[str]) -> dict[str, Tensor] | None:

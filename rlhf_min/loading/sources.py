@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, or a name on the Hub; one line for all else.
+"""Where a model comes from: a folder, a GGUF file, or a name on the Hub. All else is refused.
 
 Only names and small JSON files are looked at here, before any weight is read.
 """
@@ -89,7 +89,7 @@ def require_weights(name_or_path: str | Path) -> None:
             )
 
 
-def require_plain(name_or_path: str | Path, config: Any) -> None:
+def require_not_quantised(name_or_path: str | Path, config: Any) -> None:
     """Raise `BadInput` if the config says that the weights are quantised."""
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config", "quantization"):

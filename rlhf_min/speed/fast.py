@@ -9,7 +9,8 @@ from transformers.activations import NewGELUActivation
 
 from ..errors import require
 
-# Models whose rows may be packed: their attention takes any mask, and positions only from the ids.
+# Models whose rows may be packed: their attention takes any mask, and they read positions from
+# position_ids alone.
 PACKABLE = ("gpt2", "llama", "qwen2", "qwen3")
 
 
@@ -33,11 +34,11 @@ def fuse_gelu(model: nn.Module) -> None:
 
 
 def make_tied_gradient_sparse(model: PreTrainedModel) -> None:
-    """Where embedding and vocabulary projection are one weight, let the embedding's part of its
-    gradient be the rows of the tokens that were looked up.
+    """Where embedding and vocabulary projection are one weight, make the embedding's part of the
+    gradient sparse: only the rows of the tokens that were looked up.
 
-    By itself autograd makes it a matrix of the size of the vocabulary, zero but for these rows, and
-    adds the two. The sum is dense either way.
+    By itself autograd makes it as large as the vocabulary, with zeros everywhere else, and adds the
+    two parts. The sum is dense either way.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is embedding.weight:
@@ -79,7 +80,7 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """From now on keep only the layers' inputs for backward, and compute the rest again."""
+    """Keep only the layers' inputs for backward, and compute the rest again there."""
     require(
         model.supports_gradient_checkpointing,
         f"{type(model).__name__} has no gradient checkpointing; go without",

@@ -507,7 +507,7 @@ MUTANTS = [
     Mutant("a chat template without the content", "encoding/chat.require_content",
            'in _letters(rendered)', "in _letters(rendered) + _letters(_USER['content'])",
            "unit/test_codec.py::test_a_chat_template_that_leaves_the_content_out[none]"),
-    Mutant("a message that is left out is not seen", "encoding/chat.holds",
+    Mutant("a message that is left out is not seen", "encoding/chat.contains",
            "return all(", "return any(",
            "harness/test_encoding_report.py::test_messages_that_the_chat_template_leaves_out_or_changes_are_counted"),
     Mutant("a group holds one row too many", "data.micro_batches",

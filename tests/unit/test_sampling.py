@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rlhf_min.data import collate
-from rlhf_min.errors import BadInput
+from rlhf_min.errors import BadInput, Diverged
 from rlhf_min.sampling import (
     _inverse_cdf,
     below_one,
@@ -314,7 +314,7 @@ def test_a_policy_that_gives_nan_is_refused():
     made = policy(lm)
     with torch.no_grad():
         lm.transformer.wte.weight[5] = float("nan")  # one token, which no prompt holds
-    with pytest.raises(BadInput, match="the policy gives NaN while sampling"):
+    with pytest.raises(Diverged, match="the policy gives NaN while sampling"):
         draw(made, [torch.tensor([2, 3])])
 
 

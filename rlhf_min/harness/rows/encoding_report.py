@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_min.encoding.chat import doubts
+from rlhf_min.encoding.chat import surprises
 from rlhf_min.encoding.conversation import Place
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.encoding.template import AS_IS, CHAT
@@ -156,7 +156,7 @@ def notes(cut: CutReport, codec: "Codec") -> list[str]:
 
     Those that are so in a tenth of the texts or more begin with ``warning:``.
     """
-    found = doubts(codec.tokenizer) if codec.template == CHAT else []
+    found = surprises(codec.tokenizer) if codec.template == CHAT else []
     if cut.changed:
         found.append(
             f"{_share(cut.changed, cut.prompts)}the chat template leaves out or changes "
