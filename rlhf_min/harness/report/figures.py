@@ -63,8 +63,8 @@ def printable(text: str) -> str:
 
 def curve(drawn: Curve, runs: Sequence[Run], description: str) -> Markup:
     """One curve of a run, or of several over each other."""
-    figure, axes = _figure()
-    _draw(axes, drawn, runs)
+    figure = _figure()
+    _draw(_axes(figure), drawn, runs)
     return _svg(figure, drawn.key, f"{title(drawn.stage)}: {drawn.name}", description)
 
 
@@ -75,14 +75,12 @@ def write_curves(file: Path, run: Run) -> None:
         return
     columns, height = min(PANELS, len(curves)), HEIGHT + HEADING
     rows = -(-len(curves) // columns)
-    figure, _ = _figure(columns * WIDTH, rows * height, margins=None)
+    figure = _figure(columns * WIDTH, rows * height)
     for i, curve in enumerate(curves):
-        left, bottom = i % columns * WIDTH, (rows - 1 - i // columns) * height
-        axes = _axes(figure, left + LEFT, bottom + BOTTOM, WIDTH - LEFT - RIGHT, _INNER)
+        axes = _axes(figure, i % columns * WIDTH, (rows - 1 - i // columns) * height)
         _draw(axes, curve, [run])
-        top = 1 + (TOP + 4) / _INNER
-        heading = f"{title(curve.stage)}: {curve.name}"
-        axes.text(0, top, heading, transform=axes.transAxes, color=INK["text"], weight="bold")
+        heading, top = f"{title(curve.stage)}: {curve.name}", 1 + (TOP + 4) / _INNER[1]
+        _text(axes, 0, top, heading, color=INK["text"], weight="bold")
     write_file(file, _bytes(figure, "png"))
     write_file(file.with_suffix(".svg"), _bytes(figure, "svg"))
 
@@ -94,7 +92,8 @@ def histogram(key: str, title: str, description: str, values: Sequence[float]) -
     counts: dict[int, int] = {}
     for value in values:  # one edge is 0, so that no bin holds both signs
         counts[math.floor(value / width)] = counts.get(math.floor(value / width), 0) + 1
-    figure, axes = _figure()
+    figure = _figure()
+    axes = _axes(figure)
     for place, count in sorted(counts.items()):
         (bar,) = axes.bar(
             (place + 0.05) * width, count, 0.9 * width, align="edge", alpha=0.75, zorder=2,
@@ -115,7 +114,8 @@ def calibration(
     Args:
         bins: the mean prediction and the observed share of each.
     """
-    figure, axes = _figure()
+    figure = _figure()
+    axes = _axes(figure)
     _scale(axes, (0.5, 1, min(0.5, *(share.lo for _, share in bins)), 1), "predicted", "observed")
     _line(axes, [0.5, 1], [0.5, 1], ink=1, dashed=True)
     for predicted, share in bins:
@@ -134,7 +134,7 @@ def intervals(
     """
     from matplotlib.lines import Line2D
 
-    figure, _ = _figure(150, 9 * len(estimates), margins=None)
+    figure = _figure(150, 9 * len(estimates))
     low, high = _room([x for estimate in estimates for x in estimate[1:]])
     for i, (ink, *estimate) in enumerate(estimates):
         mean, left, right = (0.04 + 0.92 * (x - low) / (high - low) for x in estimate)
@@ -175,7 +175,7 @@ def _draw(axes: "Axes", curve: Curve, runs: Sequence[Run]) -> None:
     limits = curve.limits(runs[0]) if len(runs) == 1 else (-math.inf, math.inf)
     reach = (y_high - y_low) / 2  # a limit further off would only flatten the curves
     near = [limit for limit in limits if y_low - reach < limit < y_high + reach]
-    y_low, y_high = min(y_low, *near, y_low), max(y_high, *near, y_high)
+    y_low, y_high = min([y_low, *near]), max([y_high, *near])
     _scale(axes, (x_low, x_high, y_low, y_high), "step", curve.unit)
 
     for limit, edge in zip(limits, (y_low, y_high), strict=True):
@@ -205,11 +205,11 @@ def _names(axes: "Axes", ends: Sequence[tuple[_Line, float]]) -> None:
     low, high = axes.get_ylim()
     above = -13.0
     for i, (line, end) in enumerate(sorted(ends, key=lambda x: x[1])):
-        room = _INNER - 13 * (len(ends) - 1 - i)
-        above = max(min((end - low) / (high - low) * _INNER, room), above + 13)
+        room = _INNER[1] - 13 * (len(ends) - 1 - i)
+        above = max(min((end - low) / (high - low) * _INNER[1], room), above + 13)
         name = line.name if len(line.name) <= 13 else line.name[:12] + "…"
         ink = _ink(line.ink)
-        _text(axes, 1 + 5 / (WIDTH - LEFT - RIGHT), above / _INNER, name, color=ink, va="center")
+        _text(axes, 1 + 5 / _INNER[0], above / _INNER[1], name, color=ink, va="center")
 
 
 def _mark(axes: "Axes", step: float, value: float) -> None:
@@ -219,7 +219,7 @@ def _mark(axes: "Axes", step: float, value: float) -> None:
     ring.set(gid="mark", color=INK["alarm"], markeredgewidth=1.6)
     low, high = axes.get_xlim()
     at_end = step > low + 0.6 * (high - low)
-    share = (step - low) / (high - low) + (-5 if at_end else 5) / (WIDTH - LEFT - RIGHT)
+    share = (step - low) / (high - low) + (-5 if at_end else 5) / _INNER[0]
     style = {"color": INK["alarm"], "ha": "right" if at_end else "left", "weight": "bold"}
     _text(axes, share, 1, f"step {step}", va="top", **style)
 
@@ -237,7 +237,7 @@ def _thinned(line: _Line) -> list[tuple[float, float, float, float]]:
 
 # With matplotlib
 
-_INNER = HEIGHT - TOP - BOTTOM
+_INNER = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 _LINE: dict[str, Any] = {"linewidth": 1.8}
 _DOT: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgewidth": 0}
 _LIMIT: dict[str, Any] = {
@@ -245,28 +245,19 @@ _LIMIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _figure(
-    width: int = WIDTH,
-    height: int = HEIGHT,
-    margins: tuple[int, int, int, int] | None = (LEFT, RIGHT, TOP, BOTTOM),
-) -> tuple["Figure", Any]:
-    """A figure of this size in points, and its axes between the margins, if there are any."""
+def _figure(width: int = WIDTH, height: int = HEIGHT) -> "Figure":
+    """A figure of this size in points."""
     # Not before: a run that has no working matplotlib lacks its figures, and no more.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 72, height / 72), facecolor=INK["paper"])
-    if margins is None:
-        return figure, None
-    left, right, top, bottom = margins
-    return figure, _axes(figure, left, bottom, width - left - right, height - top - bottom)
+    return Figure(figsize=(width / 72, height / 72), facecolor=INK["paper"])
 
 
-def _axes(figure: "Figure", left: int, bottom: int, width: int, height: int) -> "Axes":
-    """Axes at a place in points."""
-    points = figure.get_size_inches() * 72
-    axes = figure.add_axes(
-        (left / points[0], bottom / points[1], width / points[0], height / points[1])
-    )
+def _axes(figure: "Figure", left: int = 0, bottom: int = 0) -> "Axes":
+    """Axes for one curve, from there on, between the margins."""
+    width, height = figure.get_size_inches() * 72
+    place = (left + LEFT) / width, (bottom + BOTTOM) / height, _INNER[0] / width, _INNER[1] / height
+    axes = figure.add_axes(place)
     axes.patch.set_visible(False)
     return axes
 
@@ -286,8 +277,8 @@ def _scale(
     axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{round(value, 12) + 0:g}")
-    _text(axes, 1, -30 / _INNER, x_label, color=INK["muted"], ha="right")
-    _text(axes, 0, 1 + 7 / _INNER, y_label, color=INK["muted"])
+    _text(axes, 1, -30 / _INNER[1], x_label, color=INK["muted"], ha="right")
+    _text(axes, 0, 1 + 7 / _INNER[1], y_label, color=INK["muted"])
 
 
 def _text(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
@@ -332,7 +323,7 @@ def _bytes(figure: "Figure", form: str, salt: str = "curves") -> bytes:
     options: Mapping[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 96}
     with (
         warnings.catch_warnings(),
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 12}),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}),
     ):
         warnings.simplefilter("ignore")  # letters that its own font lacks; the page's may have them
         figure.savefig(file, format=form, **options)
@@ -342,32 +333,31 @@ def _bytes(figure: "Figure", form: str, salt: str = "curves") -> bytes:
 # As part of a page
 
 _VARIABLES = {light: f"var(--{name})" for name, light in INK.items()}
+# Within a tag: names that each figure has, other than our own, colours, letters, and defaults.
 _CHANGES = (
-    (r'(?s)<defs>\s*<clipPath.*?</defs>| clip-path="[^"]*"| transform="rotate\(-0[^"]*"', ""),
     (r' id="(line|band|dot|bar|mark|outside)"', r' class="\1"'),
-    (r' id="[\w.]+_\d+"', ""),  # each figure has a figure_1
-    ("xlink:href", "href"),
-    (r"font[^;\"]*;? ?", ""),  # the page has its own letters
+    (r' id="[\w.]+_\d+"| clip-path="[^"]*"| transform="rotate\(-0[^"]*"', ""),
+    (r'font[^;"]*;? ?|; stroke-linecap: square|stroke-dashoffset: 0; ', ""),
     (r"#[0-9a-f]{6}", lambda ink: _VARIABLES.get(ink[0], ink[0])),
-    (r"\s*\n\s*", ""),
-    (r"<g>(<(?:path|text)[^<]*(?:</text>)?)</g>", r"\1"),
-    (r"; stroke-linecap: square|stroke-dashoffset: 0; ", ""),
+    (r"-?\d+\.\d{3,}", lambda number: f"{round(float(number[0]), 1):g}"),
+    ("xlink:href", "href"),
+    (r"\s+", " "),
 )
 
 
 def _svg(figure: "Figure", key: str, title: str, description: str) -> Markup:
-    """A figure in the page's colours and letters, to a tenth of a pixel.
+    """A figure in the page's colours and letters, to a tenth of a pixel, with words for who cannot
+    see it.
 
-    Args:
-        key: a name that no other figure of the page has.
-        title, description: for those who do not see it.
+    The key is a name that no other figure of the page has.
     """
     figure.patch.set_visible(False)
     text = _bytes(figure, "svg", key).decode()
     drawn = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
-    for pattern, new in _CHANGES:
-        drawn = re.sub(pattern, new, drawn)
-    drawn = re.sub(' (d|x|y)="[^"]*"', _rounded, drawn)
+    drawn = re.sub("<[^>]+>", _adapted, re.sub(r"(?s)<defs>\s*<clipPath.*?</defs>", "", drawn))
+    drawn = re.sub(
+        r"<g>(<(?:path|text)[^<]*(?:</text>)?)</g>", r"\1", re.sub(r">\s+<", "><", drawn)
+    )
     width, height = figure.get_size_inches() * 72
     head = Markup(
         '<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
@@ -377,5 +367,8 @@ def _svg(figure: "Figure", key: str, title: str, description: str) -> Markup:
     return head + Markup(drawn) + Markup("</svg>")
 
 
-def _rounded(attribute: re.Match[str]) -> str:
-    return re.sub(r"-?\d+\.\d+", lambda x: f"{round(float(x[0]), 1):g}", attribute[0])
+def _adapted(tag: re.Match[str]) -> str:
+    text = tag[0]
+    for pattern, new in _CHANGES:
+        text = re.sub(pattern, new, text)
+    return text

@@ -6,7 +6,7 @@ Here is what it says, by section; how it is marked up and looks stands in ``temp
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -25,25 +25,6 @@ from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.reading import Record, Run, read_run
 
 REPORT = "report.html"
-# Metrics, and what the words for them mean.
-MEANINGS = (
-    (
-        {"score"},
-        "Score: what the reward that is trained on gives a whole response, be it a reward model or "
-        "a function; of a reward model made in the same run, 0 is the mean and 1 the deviation on "
-        "samples of the SFT model.",
-    ),
-    (
-        {"gold_reward"},
-        "Gold reward: the true reward, which the embedded world knows and no model sees: 3 for a "
-        "correct answer, 1 if it is polite, 1 if it is brief.",
-    ),
-    (
-        {"kl", "k1", "loss"},
-        "Nat: the unit of KL, entropy and loss; a text that is e = 2.718 times as likely differs "
-        "by one.",
-    ),
-)
 
 
 def write_report(folder: Path) -> Path:
@@ -64,16 +45,19 @@ def page(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         left_out.append("Samples, tokens and reward models are in the runs' own reports.")
     alone = runs[0] if len(runs) == 1 else None
+    records = [row for run in runs for row in run.rows]
+    records += [run.results[model] for run in runs for model in run.models]
     sections = {
         "title": ", ".join(run.name for run in runs),
         "palette": figures.PALETTE,
         "inks": figures.INKS,
         "origin": _origin(alone) if alone else None,
-        "summaries": [_summary(run, runs) for run in runs],
-        "meanings": _meanings(runs),
+        "summaries": [(run.name, *summary(run)) for run in runs],
+        "measured": {name for record in records for name in record},
         "results": _results(runs),
         "stages": list(_stages(runs)),
-        "pairs": _pairs(alone) if alone else None,
+        "pairs": alone.results.get("reward_model") if alone else None,
+        "margins": _margins(alone.reward_model) if alone else None,
         "samples": list(texts.samples(alone)) if alone else [],
         "tokens": texts.tokens(alone) if alone else None,
         "data": _data(alone) if alone else [],
@@ -148,21 +132,6 @@ def _date(started: str) -> str:
     return f"{then.day} {then:%B %Y, %H:%M} UTC"
 
 
-def _summary(run: Run, runs: Sequence[Run]) -> Record:
-    """What the terminal said in the end: what was reached, and what to look at."""
-    sentences, findings = summary(run)
-    if len(runs) > 1:
-        sentences = [f"{run.name}: {' '.join(sentences)}"] if sentences else []
-    return {"sentences": sentences, "findings": [str(finding) for finding in findings]}
-
-
-def _meanings(runs: Sequence[Run]) -> str:
-    """What the words above mean."""
-    measured = {name for run in runs for row in run.rows for name in row}
-    measured |= {key for run in runs for model in run.models for key in run.results[model]}
-    return " ".join(meaning for names, meaning in MEANINGS if measured & names)
-
-
 def _results(runs: Sequence[Run]) -> Record | None:
     """All measures of all models with their intervals."""
     columns = [(run, model) for run in runs for model in run.models]
@@ -172,18 +141,17 @@ def _results(runs: Sequence[Run]) -> Record | None:
     inks = [i if len(runs) > 1 else j for i, run in enumerate(runs) for j in range(len(run.models))]
     found = [run.results[model] for run, model in columns]
     names = [f"{_prefix(run, runs)}{model}" for run, model in columns]
-    lines = []
-    for key, name in (MEASURES | SHARES).items():
-        cells = [results.get(key) for results in found]
-        if any(cell is not None for cell in cells):
-            lines.append(
-                {
-                    "name": name.strip(),
-                    "part": name.startswith(" "),
-                    "cells": [_estimate(cell, 1 if key in _ONE_DIGIT else 3) for cell in cells],
-                    "figure": _intervals(key, name.strip(), zip(inks, cells, strict=True)),
-                }
-            )
+    lines = [
+        {
+            "name": name.strip(),
+            "part": name.startswith(" "),
+            "cells": [results.get(key) for results in found],
+            "digits": 1 if key in ("bleu", "response_length") else 3,
+            "figure": _intervals(key, name.strip(), inks, found),
+        }
+        for key, name in (MEASURES | SHARES).items()
+        if any(results.get(key) is not None for results in found)
+    ]
     return {
         "heads": list(zip(inks, names, strict=True)),
         "lines": lines,
@@ -196,24 +164,10 @@ def _results(runs: Sequence[Run]) -> Record | None:
     }
 
 
-_ONE_DIGIT = ("bleu", "response_length")
-
-
-def _estimate(cell: Any, digits: int = 3) -> tuple[str, str]:
-    """A number and its interval, as far as there are any."""
-    if cell is None:
-        return "", ""
-    if not isinstance(cell, dict):
-        return f"{cell:.{digits}f}", ""
-    low, high = cell["ci95"]
-    return f"{cell['mean']:.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _intervals(key: str, name: str, cells: Iterable[tuple[int, Any]]) -> Markup:
-    """The estimates of a line as a figure, in their colours, if they are estimates."""
-    estimates = [
-        (ink, cell["mean"], *cell["ci95"]) for ink, cell in cells if isinstance(cell, dict)
-    ]
+def _intervals(key: str, name: str, inks: Sequence[int], found: Sequence[Record]) -> Markup:
+    """The estimates of a measure as a figure, in the colours of their models, if there are any."""
+    cells = [(ink, results.get(key)) for ink, results in zip(inks, found, strict=True)]
+    estimates = [(ink, x["mean"], *x["ci95"]) for ink, x in cells if isinstance(x, dict)]
     if not estimates:
         return Markup()
     means = "; ".join(number(mean) for _, mean, _, _ in estimates)
@@ -256,42 +210,27 @@ def _curve(curve: Curve, runs: Sequence[Run]) -> Record | None:
 # The reward model
 
 
-def _pairs(run: Run) -> Record | None:
-    """What the reward model knows: beside length rules, and whether it is as sure as it should."""
-    estimates, scores = run.results.get("reward_model", {}), run.reward_model
-    if not estimates and not scores:
+def _margins(scores: Mapping[str, list[float]]) -> Record | None:
+    """Whether the reward model is as sure of held-out pairs as it should be."""
+    if not scores:
         return None
-    section: Record = {"estimates": None, "calibration": None}
-    if estimates:
-        section |= {
-            "n": estimates["accuracy"]["n"],
-            "estimates": [
-                (name.replace("_", " "), *_estimate(cell)) for name, cell in estimates.items()
-            ],
-            "shares": {name: f"{100 * cell['mean']:.1f}%" for name, cell in estimates.items()},
-        }
-    if scores:
-        margins = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
-        bins = calibration(margins)
-        error = sum(share.n * abs(share.mean - sure) for sure, share in bins) / len(margins)
-        points = "; ".join(f"{sure:.2f}: {share.mean:.2f} of {share.n}" for sure, share in bins)
-        wrong = sum(margin <= 0 for margin in margins)
-        split = (
-            f"{wrong} of {len(margins)} pairs are ranked wrong, with a margin of 0 or less; the "
-            f"median margin is {number(median(margins))}."
-        )
-        section |= {
-            "calibration": _drawn(
-                figures.calibration, "calibration", "Reward model: calibration", points, bins
-            ),
-            "points": points,
-            "error": f"{error:.3f}",
-            "margins": _drawn(
-                figures.histogram, "margins", "Reward model: margins", split, margins
-            ),
-            "split": split,
-        }
-    return section
+    margins = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
+    bins = calibration(margins)
+    error = sum(share.n * abs(share.mean - sure) for sure, share in bins) / len(margins)
+    points = "; ".join(f"{sure:.2f}: {share.mean:.2f} of {share.n}" for sure, share in bins)
+    wrong = (
+        f"{sum(margin <= 0 for margin in margins)} of {len(margins)} pairs are ranked wrong, with "
+        f"a margin of 0 or less; the median margin is {number(median(margins))}."
+    )
+    return {
+        "calibration": _drawn(
+            figures.calibration, "calibration", "Reward model: calibration", points, bins
+        ),
+        "points": points,
+        "error": f"{error:.3f}",
+        "histogram": _drawn(figures.histogram, "margins", "Reward model: margins", wrong, margins),
+        "wrong": wrong,
+    }
 
 
 def calibration(margins: Sequence[float]) -> list[tuple[float, Estimate]]:
