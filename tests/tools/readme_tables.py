@@ -128,10 +128,12 @@ PLACES = {
     "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
     "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
     "is PPO's loss averaged, over the tokens of a minibatch": ("ppo.py", ".count) / tokens"),
+    "are the other losses averaged, over the tokens or pairs of a batch": (
+        *("optim.py", "optimizer.backward(found.loss"),
+    ),
     "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
     "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
-    "is DPO's loss averaged, over the pairs of a batch": ("dpo.py", "found.count / len(batch)"),
 }
 
 
