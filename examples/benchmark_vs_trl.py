@@ -20,22 +20,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from benchmark import scaling
-from benchmark.generate import WEIGHTS_IN_BF16
-from benchmark.models import SIZES, save_models
-from benchmark.report import chart, entries, table
-from benchmark.rounds import Comparison, check_same_work, play
-from benchmark.sides import Side
-from benchmark.workloads import Task
+from typing import TYPE_CHECKING, Any
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
 
+if TYPE_CHECKING:
+    from benchmark.rounds import Comparison
+
 WORKLOADS = ("ppo", "dpo", "reward", "sampling")
 SCALING = "scaling"  # of ours alone, against nobody
 PRECISIONS = ("fp32", "bf16")
+SIZES = ("tiny", "small", "medium")
 LIBRARIES = ("torch", "transformers", "trl")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 VERSIONS = (
@@ -47,6 +43,12 @@ VERSIONS = (
 @command
 def main() -> None:
     options = read_options()
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from benchmark import models, scaling
+    from benchmark.report import chart, entries, table
+    from benchmark.rounds import Comparison, check_same_work, play
+    from benchmark.workloads import Task
+
     comparisons = [
         comparison
         for workload in WORKLOADS
@@ -61,7 +63,7 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in run.items()), flush=True)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        save_models(SIZES[options.size], Path(folder))
+        models.save_models(models.SIZES[options.size], Path(folder))
         if options.only in (None, SCALING):
             print()
             results[SCALING] = scaling.measure(
@@ -102,7 +104,7 @@ def read_options() -> argparse.Namespace:
         Path("/proc/self/clear_refs").exists(),
         "this measures memory by what the kernel says in /proc, so it needs Linux",
     )
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--only", choices=(*WORKLOADS, SCALING), help="One workload. Default: all.")
     parser.add_argument("--rounds", type=int, default=3, help="Counted ones, after a warm-up.")
     parser.add_argument(
@@ -167,8 +169,12 @@ def installed(python: str) -> dict[str, str]:
         ) from error
 
 
-def plan(workload: str, options: argparse.Namespace) -> list[Comparison]:
+def plan(workload: str, options: argparse.Namespace) -> "list[Comparison]":
     """Against whom, in which precisions. The sides of one comparison are alive together."""
+    from benchmark.generate import WEIGHTS_IN_BF16
+    from benchmark.rounds import Comparison
+    from benchmark.sides import Side
+
     ours = {p: Side("rlhf_min", "ours", p, sys.executable) for p in options.precisions}
     if workload == "sampling":
         label = f"generate {installed(sys.executable)['transformers']}"
@@ -214,7 +220,7 @@ def trl_kind(version: str, workload: str) -> str:
     return "experimental" if workload == "ppo" else "current"
 
 
-def describe(options: argparse.Namespace, comparisons: list[Comparison]) -> dict[str, str]:
+def describe(options: argparse.Namespace, comparisons: "list[Comparison]") -> dict[str, str]:
     """Machine, threads and versions, and which environments there is no use for."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")

@@ -6,24 +6,17 @@ In the embedded world, try: What is 3 plus 4?
 import io
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
 
 from rlhf_min.config import MAX_SEED, option
-from rlhf_min.encoding.cuts import CutReport
-from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
-from rlhf_min.harness.inputs import model_folders
-from rlhf_min.harness.models import make_codec, start_policy
+from rlhf_min.harness.inputs import model_folders, reward_model_folder
 from rlhf_min.harness.run.terminal import is_read
-from rlhf_min.reward_model import RewardModel
-from rlhf_min.sampling import sample
 
 UNUSED = (
     *("data", "columns", "split", "limit", "heldout_data", "heldout_split"),
     *("out", "overwrite", "resume", *OF_TRAINING),
 )
+INSTEAD = {"model": "give the models to talk to with --models a,b,c, not --model"}
 
 
 @dataclass(frozen=True)
@@ -38,15 +31,22 @@ class ChatOptions(RunOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, ChatOptions, without=UNUSED)
-    require(options.model is None, "give the models to talk to with --models a,b,c, not --model")
+    options = parse(__doc__, ChatOptions, without=UNUSED, instead=INSTEAD)
+    folders = model_folders(options.models, options.run)
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    import torch
+
+    from rlhf_min.encoding.cuts import CutReport
+    from rlhf_min.harness.models import make_codec, start_policy
+    from rlhf_min.reward_model import RewardModel
+    from rlhf_min.sampling import sample
+
     policies = {
         name: start_policy(replace(options, model=folder), [], critic="none", seed=options.seed)
-        for name, folder in model_folders(options.models, options.run).items()
+        for name, folder in folders.items()
     }
-    reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
     reward_model = None
-    if options.reward_model is not None or Path(reward_folder).is_dir():
+    if reward_folder := reward_model_folder(options.reward_model, options.run):
         reward_model = RewardModel.from_pretrained(reward_folder, plain=options.plain)
         reward_model.to(options.torch_device("reward_device"))
     rng = torch.Generator().manual_seed(options.seed)

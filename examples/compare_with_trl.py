@@ -80,7 +80,7 @@ class Table:
 
 @command
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--only", default="", help="Only functions whose name holds this.")
     parser.add_argument("--list", action="store_true", help="List the comparisons without running.")
     options = parser.parse_args()

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf_min.config import MAX_SEED, option
-from rlhf_min.errors import require
-from rlhf_min.evaluation import evaluate_policies
+from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
-from rlhf_min.harness.inputs import load_inputs, model_folders
-from rlhf_min.harness.models import make_codec, start_policy
-from rlhf_min.harness.report import finish, results
-from rlhf_min.harness.rows.encoding_report import encoded
+from rlhf_min.harness.inputs import load_inputs, model_folders, reward_model_folder
 from rlhf_min.harness.run.folder import check_out, open_run, run_seed
-from rlhf_min.reward_model import RewardModel
 
-UNUSED = OF_TRAINING
+UNUSED = ("heldout_split", *OF_TRAINING)
+INSTEAD = {
+    "model": "give the models to compare with --models a,b,c, not --model",
+    "resume": "an evaluation has nothing to resume; start it again",
+    "heldout_data": "--data is evaluated on as a whole",
+}
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,13 @@ class EvaluateOptions(RunOptions):
     models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
     test_prompts: int = option(1000, "Test prompts, at most.", above=0)
     seed: int | None = option(
-        None,
-        "Of the world, samples and bootstrap. Default: the run's.",
-        at_least=0,
-        at_most=MAX_SEED,
+        None, "Of all that is drawn. Default: the run's.", at_least=0, at_most=MAX_SEED
     )
 
 
 @command
 def main() -> None:
-    options = parse(__doc__, EvaluateOptions, without=UNUSED)
-    require(options.model is None, "give the models to compare with --models a,b,c, not --model")
-    require(options.resume is None, "an evaluation has nothing to resume; start it again")
+    options = parse(__doc__, EvaluateOptions, without=UNUSED, instead=INSTEAD)
     out = check_out(options, "evaluation")
     require(
         not Path(options.run).resolve().is_relative_to(out.resolve()),
@@ -50,16 +45,21 @@ def main() -> None:
     folders = model_folders(options.models, options.run)
     seed = run_seed(Path(options.run)) if options.seed is None else options.seed
     inputs = load_inputs(options, "evaluation", seed=seed)
+    reward_folder = reward_model_folder(options.reward_model, options.run)
+    if reward_folder is None:
+        raise BadInput(f"no reward model in {options.run}; give --reward_model")
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.evaluation import evaluate_policies
+    from rlhf_min.harness.models import make_codec, start_policy
+    from rlhf_min.harness.report import finish, results
+    from rlhf_min.harness.rows.encoding_report import encoded
+    from rlhf_min.reward_model import RewardModel
+
     policies = {
         name: start_policy(replace(options, model=folder), [], critic="none", seed=seed)
         for name, folder in folders.items()
     }
     baseline, first = next(iter(policies.items()))
-    reward_folder = options.reward_model or str(Path(options.run) / "reward_model")
-    require(
-        options.reward_model is not None or Path(reward_folder).is_dir(),
-        f"no reward model in {options.run}; give --reward_model",
-    )
     reward_model = RewardModel.from_pretrained(reward_folder, plain=options.plain)
     reward_model.to(options.torch_device("reward_device"))
     codecs = {name: make_codec(policy, options) for name, policy in policies.items()}

@@ -8,23 +8,20 @@ from the same pairs as DPO. Both are trained first, unless --model and --reward_
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-
-from rlhf_min.dpo import DPOConfig
-from rlhf_min.harness import experiments
-from rlhf_min.harness.cli import command, parse
-from rlhf_min.harness.experiments import Point
+from rlhf_min.config import DPOConfig
+from rlhf_min.harness.cli import OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 SHOWN |= {name: name for name in ("correct", "polite", "brief")}
 
+INSTEAD = {"data": "--data has no true reward; the embedded world has"}
+
 
 @dataclass(frozen=True)
-class FrontierOptions(experiments.ExperimentOptions):
+class FrontierOptions(ExperimentOptions):
     """Options of the frontier."""
 
     betas: list[float] = field(
@@ -34,14 +31,17 @@ class FrontierOptions(experiments.ExperimentOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, FrontierOptions)
+    options = parse(__doc__, FrontierOptions, without=OF_OWN_ROWS, instead=INSTEAD)
     started = time.perf_counter()
+    out = check_out(options, "frontier")
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness import experiments
+
     runs = experiments.ppo_runs(options)
     for beta in options.betas:
         configs = [DPOConfig(beta=beta, seed=seed) for seed in range(options.seeds)]
         runs[f"DPO, beta {beta:g}"] = configs
 
-    out = check_out(options, "frontier")
     inputs = experiments.load_world(options)
     experiments.prepare(options, out, inputs)
     seconds = {"prepare": time.perf_counter() - started}
@@ -55,8 +55,14 @@ def main() -> None:
     print(f"{seconds['total']:.0f} s; frontier.json, .png and .svg are in {out}")
 
 
-def draw(points: Mapping[str, Sequence[Point]]) -> Figure:
+def draw(points: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
     """A curve for each setting, from the SFT model to the end of its runs."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    from rlhf_min.harness import experiments
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method, colours in (("PPO", "Reds"), ("DPO", "Greens")):

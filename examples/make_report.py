@@ -7,29 +7,33 @@ All is read from the runs' folders, so a run may still be under way, or have bee
 --out the report of one run is its own report.html, and one of several is report.html here.
 """
 
-import argparse
 from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
-from rlhf_min.harness.report import figures, page
-from rlhf_min.harness.report.findings import FINDINGS, summary, write_findings
-from rlhf_min.harness.report.finish import Spared
 from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.reading import read_run
 
 
 @command
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Folder of a run.")
     parser.add_argument("--out", type=Path, help="The report, a file that ends in .html.")
     options = parser.parse_args()
 
+    require(
+        options.out is None or options.out.suffix == ".html",
+        f"--out {options.out} must end in .html, so that browsers open it",
+    )
     runs = [read_run(folder) for folder in options.runs]
+    # Only now, since it takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness.report import figures, page
+    from rlhf_min.harness.report.findings import FINDINGS, summary, write_findings
+    from rlhf_min.harness.report.finish import Spared
+
     alone = len(runs) == 1
     out = options.out or (runs[0].folder if alone else Path()) / page.REPORT
-    require(out.suffix == ".html", f"--out {out} must end in .html, so that browsers open it")
     try:
         write_file(out, page.page(runs))
     except OSError as error:

@@ -10,22 +10,19 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from matplotlib.figure import Figure
+from typing import Any
 
 from rlhf_min.config import option
-from rlhf_min.harness import experiments
-from rlhf_min.harness.cli import command, parse
-from rlhf_min.harness.experiments import Point
+from rlhf_min.harness.cli import OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats
+INSTEAD = {"data": "--data has no true reward; the embedded world has"}
 
 
 @dataclass(frozen=True)
-class OveroptimizationOptions(experiments.ExperimentOptions):
+class OveroptimizationOptions(ExperimentOptions):
     """Options of the experiment."""
 
     pairs: int | None = option(300, "Preference pairs that the reward model learns from.", above=0)
@@ -35,7 +32,7 @@ class OveroptimizationOptions(experiments.ExperimentOptions):
     kl_coefs: list[float] = field(
         default_factory=lambda: [0.0, 0.1], metadata={"help": "Of PPO, a curve for each."}
     )
-    learning_rate: float = option(1e-4, "PPO's; low, to see what happens on the way.")
+    learning_rate: float = option(1e-4, "PPO's; low, to see what happens on the way.", above=0)
     looks: int = option(12, "How often each run is measured, the last time at its end.", above=0)
     samples: int = option(
         64, "Responses to each prompt, for the best of up to half as many.", at_least=2
@@ -44,10 +41,13 @@ class OveroptimizationOptions(experiments.ExperimentOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, OveroptimizationOptions)
+    options = parse(__doc__, OveroptimizationOptions, without=OF_OWN_ROWS, instead=INSTEAD)
     started = time.perf_counter()
-    runs = experiments.ppo_runs(options, learning_rate=options.learning_rate)
     out, rng = check_out(options, "overoptimization"), random.Random(options.seed)
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness import experiments
+
+    runs = experiments.ppo_runs(options, learning_rate=options.learning_rate)
     inputs = experiments.load_world(options)
     for pair in inputs.pairs:
         if rng.random() < options.label_noise:
@@ -72,8 +72,13 @@ def main() -> None:
     print(f"{seconds['total']:.0f} s; overoptimization.json, .png and .svg are in {out}")
 
 
-def draw(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
+def draw(points: Mapping[str, Sequence[dict[str, Any]]], title: str) -> Any:
     """Score and gold reward against the square root of the KL."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from rlhf_min.harness import experiments
+
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, y in zip(figure.subplots(1, 2), ("score", "gold_reward"), strict=True):
         for name, group in points.items():

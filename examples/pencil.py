@@ -3,13 +3,10 @@
 Two prompts; one response has four tokens, the other two. Each table has its equation's tag.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from rlhf_min.harness.cli import command, parse
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KL_COEF, GAMMA, LAM, CLIP, VALUE_CLIP, BETA = 0.1, 1.0, 0.5, 0.2, 0.2, 0.5
 
@@ -36,11 +33,11 @@ def main() -> None:
     from rlhf_min.losses import ppo_policy_loss, ppo_value_loss
     from rlhf_min.masking import masked_mean, masked_var, masked_whiten
 
+    numbers = partial(torch.tensor, dtype=torch.float64)
     mask = response_mask(torch.tensor([4, 2]), 4)
     logprobs, ref_logprobs, new_logprobs = map(numbers, (LOGPROBS, REF_LOGPROBS, NEW_LOGPROBS))
     values, new_values, scores = map(numbers, (VALUES, NEW_VALUES, SCORES))
     print(*(f"{prompt} -> {' '.join(words)}" for prompt, words in RESPONSES.items()), sep="\n")
-
     kl = kl_estimate(logprobs, ref_logprobs, kind="k1")
     show("[eq:kl] k1", "logprobs ref_logprobs kl", logprobs, ref_logprobs, kl)
 
@@ -81,30 +78,20 @@ def main() -> None:
     show(f"[eq:dpo] beta {BETA}", names, *lines, columns=["chosen", "rejected"])
 
 
-def numbers(rows: Any) -> "Tensor":
-    """The tensor of these numbers, in float64."""
-    import torch
-
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def show(title: str, names: str, *lines: "Tensor", columns: list[str] = WORDS) -> None:
+def show(title: str, names: str, *lines: Any, columns: list[str] = WORDS) -> None:
     """A table with a line for each name; one number for all tokens stands behind a "="."""
     print(f"\n{title}\n{'':14}" + "".join(f"{word:>9}" for word in columns))
     for name, x in zip(names.split(), lines, strict=True):
-        cells = x.flatten().tolist()
-        if x.dim() == 2:  # without the padding at the end of the second row
-            cells = cells[: len(WORDS)]
+        cells = x.flatten().tolist()[: len(WORDS)]  # without the padding at the end
         shown = "".join(f"{round(v, 4) + 0:9g}" for v in cells)
         print(f"{name:14}{shown}" if x.dim() else f"{name:14} = {shown.strip()}")
 
 
-def of_each(loss: Callable[..., Any], mask: "Tensor", *tensors: "Tensor", clip: float) -> "Tensor":
+def of_each(loss: Any, mask: Any, *tensors: Any, clip: float) -> Any:
     """The loss of each token alone, padding left out."""
-    import torch
-
     cells = zip(*(x[mask] for x in (*tensors, mask)), strict=True)
-    return torch.stack([loss(*(x.reshape(1, 1) for x in cell), clip=clip).loss for cell in cells])
+    losses = [loss(*(x.reshape(1, 1) for x in cell), clip=clip).loss for cell in cells]
+    return tensors[0].new_tensor(losses)
 
 
 if __name__ == "__main__":

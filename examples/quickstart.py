@@ -6,17 +6,10 @@ Without options it runs on the embedded question-answer world, offline, in a few
 import time
 from dataclasses import dataclass
 
-from rlhf_min.config import MAX_SEED, option
-from rlhf_min.dpo import DPOConfig
+from rlhf_min.config import MAX_SEED, DPOConfig, PPOConfig, RewardConfig, SFTConfig, option
 from rlhf_min.harness.cli import RunOptions, command, configured, parse
 from rlhf_min.harness.inputs import load_inputs
-from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
-from rlhf_min.harness.report import finish, results
 from rlhf_min.harness.run.folder import check_out, start_log
-from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft
-from rlhf_min.ppo import PPOConfig
-from rlhf_min.reward import RewardConfig
-from rlhf_min.sft import SFTConfig
 
 MINIBATCH = PPOConfig.minibatch_size
 
@@ -25,12 +18,7 @@ MINIBATCH = PPOConfig.minibatch_size
 class QuickstartOptions(RunOptions):
     """Options of the quickstart; the commands for single stages have all others."""
 
-    seed: int = option(
-        0,
-        "Of the world, the models, the data's order and all sampling.",
-        at_least=0,
-        at_most=MAX_SEED,
-    )
+    seed: int = option(0, "Of all that is drawn.", at_least=0, at_most=MAX_SEED)
     sft_epochs: int | None = option(None, "Passes of SFT. Default: SFTConfig's.", above=0)
     reward_epochs: int | None = option(
         None, "Passes of the reward model. Default: RewardConfig's.", above=0
@@ -49,11 +37,10 @@ def main() -> None:
     started = time.perf_counter()
     out = check_out(options, "quickstart")
     inputs = load_inputs(options, None, seed=options.seed)
-    sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
-    reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
-    codec = make_codec(sft_policy, options)
     sft_config = configured(SFTConfig, options, epochs=options.sft_epochs)
-    reward_config = configured(RewardConfig, options, epochs=options.reward_epochs)
+    reward_config = configured(
+        RewardConfig, options, started_from="reward_model", epochs=options.reward_epochs
+    )
     ppo_config = configured(
         PPOConfig,
         options,
@@ -63,15 +50,23 @@ def main() -> None:
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(DPOConfig, options, epochs=options.dpo_epochs)
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
+    from rlhf_min.harness.report import finish, results
+    from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft
+
+    sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
+    reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
+    codec = make_codec(sft_policy, options)
     configs = (sft_config, reward_config, ppo_config, dpo_config)
     log = start_log(out, options, *configs, monitors=inputs.monitors)
 
     sft.run(sft_policy, codec, inputs, sft_config, log)
 
-    reward_report = reward.run(
+    learned = reward.run(
         reward_model, inputs, reward_config, log, sft_policy=sft_policy, codec=codec
     )
-    print(reward_report)
+    print(learned)
 
     ppo_policy = ppo.run(sft_policy, codec, reward_model, inputs, ppo_config, log)
 
@@ -88,8 +83,7 @@ def main() -> None:
         max_tokens=ppo_config.max_tokens,
         seed=options.seed,
     )
-    pairs = reward_report.estimates
-    found = results.results_json(evaluations, reward_model=pairs, seed=options.seed)
+    found = results.results_json(evaluations, reward_model=learned.estimates, seed=options.seed)
     print(results.results_table(evaluations, baseline="sft"))
     results.write_json(out / "results.json", found)
     shown = finish.show(out)

@@ -4,21 +4,24 @@ Without --model a small new GPT-2 is first fine-tuned on the demonstrations (wit
 chosen responses). The model lands in <out>/dpo.
 """
 
-from rlhf_min.dpo import DPOConfig
+from rlhf_min.config import DPOConfig, SFTConfig
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.inputs import load_inputs
-from rlhf_min.harness.models import make_codec, start_policy
-from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.folder import check_out, start_log
-from rlhf_min.harness.stages import dpo, sft
-from rlhf_min.sft import SFTConfig
+
+UNUSED = ("reward_model",)
 
 
 @command
 def main() -> None:
-    options, config = parse(__doc__, RunOptions, DPOConfig)
+    options, config = parse(__doc__, RunOptions, DPOConfig, without=UNUSED)
     out = check_out(options, "dpo")
     inputs = load_inputs(options, "dpo", seed=config.seed)
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness.models import make_codec, start_policy
+    from rlhf_min.harness.report import finish
+    from rlhf_min.harness.stages import dpo, sft
+
     policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
     codec = make_codec(policy, options)
 

@@ -9,23 +9,17 @@ With --data give --model and --reward_model or --reward. The model and its value
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-
-from rlhf_min.config import option
+from rlhf_min.config import PPOConfig, RewardConfig, SFTConfig, option
 from rlhf_min.errors import require
-from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.harness.cli import RunOptions, check_room, command, parse
 from rlhf_min.harness.inputs import load_inputs
-from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
-from rlhf_min.harness.report import finish
-from rlhf_min.harness.rewards import SECONDS, WeightedSum, load_reward
-from rlhf_min.harness.run.folder import check_out, start_log
-from rlhf_min.harness.stages import ppo, reward, sft
-from rlhf_min.policy import Critic
-from rlhf_min.ppo import PPOConfig
-from rlhf_min.reward import RewardConfig
-from rlhf_min.reward_model import RewardModel
-from rlhf_min.sft import SFTConfig
+from rlhf_min.harness.run.folder import check_out, seed_all, start_log
+
+if TYPE_CHECKING:
+    from rlhf_min.harness.rewards import WeightedSum
+    from rlhf_min.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,7 @@ class PPOOptions(RunOptions):
         metadata={"help": "[WEIGHT*]module:function, file.py:function or model; several add up."},
     )
     reward_timeout: float = option(
-        SECONDS,
-        "Seconds that a function in --reward may take for one batch; 0: no limit.",
-        at_least=0,
+        600.0, "Seconds that a function may take for one batch; 0: no limit.", at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -59,14 +51,20 @@ class PPOOptions(RunOptions):
 @command
 def main() -> None:
     options, config = parse(__doc__, PPOOptions, PPOConfig)
-    ppo.check_room(config, options.max_response_tokens)
+    check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
-    critic: Critic = "none" if options.model is None else config.critic
-    policy = start_policy(options, inputs.texts, critic=critic, seed=config.seed)
+    # Only now, since torch takes seconds to import: what can be refused is refused at once.
+    from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
+    from rlhf_min.harness.report import finish
+    from rlhf_min.harness.rewards import WeightedSum
+    from rlhf_min.harness.stages import ppo, reward, sft
+
+    policy = start_policy(
+        options, inputs.texts, critic=config.critic if options.model else "none", seed=config.seed
+    )
     codec = make_codec(policy, options)
-    device = options.torch_device("reward_device")
-    given = load_given_reward(options, device)
+    given = load_given_reward(options, config)
     if isinstance(given, WeightedSum) and len(given.parts) > 1:
         inputs.monitors |= given.monitors
 
@@ -77,20 +75,21 @@ def main() -> None:
         given = start_reward_model(options, inputs.texts, seed=config.seed)
         reward_config = RewardConfig(seed=config.seed)
         print(reward.run(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
+    device = options.torch_device("reward_device")
     ppo.run(policy, codec, given, inputs, config, log, ref_device=device)
-
-    shown = finish.show(out)
-    print(f"{', '.join(['model', *shown])} and metrics.jsonl are in {out}")
+    print(f"{', '.join(['model', *finish.show(out)])} and metrics.jsonl are in {out}")
 
 
-def load_given_reward(
-    options: PPOOptions, device: torch.device
-) -> RewardModel | WeightedSum | None:
+def load_given_reward(options: PPOOptions, config: PPOConfig) -> "RewardModel | WeightedSum | None":
     """What --reward_model or --reward names; None if neither was given."""
+    from rlhf_min.harness.rewards import load_reward
+    from rlhf_min.reward_model import RewardModel
 
     def load_model(name: str) -> RewardModel:
+        device = options.torch_device("reward_device")
         return RewardModel.from_pretrained(name, plain=options.plain).to(device)
 
+    seed_all((options, config))  # a module of yours may draw when it is imported
     if options.reward:
         return load_reward(options.reward, load_model, timeout=options.reward_timeout)
     return None if options.reward_model is None else load_model(options.reward_model)

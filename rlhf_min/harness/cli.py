@@ -1,32 +1,31 @@
-"""The command line: options from config dataclasses, and errors of one line."""
+"""The command line: the options that commands share, and errors of one line.
 
-import argparse
-import atexit
-import copy
+Nothing here imports torch: it takes seconds, and what a command refuses is refused before.
+"""
+
 import functools
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
-
-from rlhf_min.config import RewardConfig, TrainingConfig, check_options, option
+from rlhf_min.config import MAX_SEED, PPOConfig, check_options, option
 from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
-from rlhf_min.harness.report import finish
+from rlhf_min.harness.parser import Parser, fail
 from rlhf_min.harness.rows.columns import parse_columns
 from rlhf_min.harness.run import system_errors
 from rlhf_min.harness.run.files import NotWritten
-from rlhf_min.harness.run.folder import continued, how_to_go_on, seed_all
+from rlhf_min.harness.run.folder import continued, how_to_go_on
 from rlhf_min.harness.run.signals import Stopped, raising_signals
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.trackers import check_trackers
+from rlhf_min.loading.sources import require_source
+
+if TYPE_CHECKING:
+    import torch
 
 Config = TypeVar("Config", bound=Any)
 
@@ -37,6 +36,8 @@ OF_TRAINING = (
     *("allow_config_change", "save_every", "keep_last", "keep_best"),
     *("heldout_share", "gradient_checkpointing", "skip_preflight", "report_to"),
 )
+# What means nothing on the embedded world.
+OF_OWN_ROWS = ("columns", "split", "limit", "heldout_data", "heldout_split", "heldout_share")
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,14 @@ class RunOptions:
         """What the longest response leaves of `max_length`."""
         return self.max_length - self.max_response_tokens
 
-    def torch_device(self, role: Literal["policy_device", "reward_device"]) -> torch.device:
+    def torch_device(self, role: Literal["policy_device", "reward_device"]) -> "torch.device":
         """Where the policy is, or where the reward model and the reference are.
 
         Raises:
             BadInput: if there is no such device; the message names those that there are.
         """
+        import torch
+
         given = "device" if getattr(self, role) is None else role
         name = getattr(self, given)
         if name == "auto":
@@ -174,120 +177,107 @@ class RunOptions:
         )
         return torch.device(name)
 
+    def check_models(self) -> None:
+        """Raise `BadInput` for a model that cannot be one, as far as names of files tell."""
+        for name in (self.model, self.reward_model):
+            try:
+                if name is not None:
+                    require_source(name)
+            except OSError:
+                pass  # loading says what the system refuses
 
-def parse(description: str | None, *config_classes: Any, without: Sequence[str] = ()) -> Any:
-    """Read the command line into one object for each config class, and set the threads it asks for.
+
+@dataclass(frozen=True)
+class ExperimentOptions(RunOptions):
+    """What both experiments are told. As many runs go on at once as there are threads."""
+
+    seed: int = option(
+        0,
+        "Of the world, of what is trained once, and of the intervals.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    seeds: int = option(3, "Runs with each setting, with the seeds 0, 1, ...", above=0)
+    kl_coefs: list[float] = field(
+        default_factory=lambda: [0.3, 0.1, 0.03], metadata={"help": "Of PPO, a curve for each."}
+    )
+    pairs: int | None = option(
+        None, "Preference pairs that are learned from. Default: all.", above=0
+    )
+    ppo_steps: int = option(60, "Rollouts of each PPO run.", above=0)
+    looks: int = option(6, "How often each run is measured, the last time at its end.", above=0)
+    test_prompts: int = option(600, "Test prompts that it is measured on.", at_least=2)
+
+
+def check_room(config: PPOConfig, max_response_tokens: int) -> None:
+    """Raise `BadInput` if PPO could write more than there is room for beside the prompt."""
+    require(
+        config.max_new_tokens <= max_response_tokens,
+        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
+        f"{max_response_tokens}; lower the first or raise the second",
+    )
+
+
+def parse(
+    description: str | None,
+    *config_classes: Any,
+    without: Sequence[str] = (),
+    instead: Mapping[str, str] | None = None,
+    started_from: str = "model",
+) -> Any:
+    """Read the command line into one object for each config class.
 
     Args:
         without: options of theirs that this command has no use for, so it does not know them.
+        instead: further ones, and what to say of each that is given.
+        started_from: the option of `RunOptions` that names the model which is trained. If it is a
+            pretrained one, the configs take what is published for those.
 
     Raises:
         SystemExit: with code 2 for an unknown option or a value that cannot be read.
         BadInput: for a value out of its range.
     """
-    parser = _Parser(config_classes, description=description)
-    parser.forget(without)
+    parser = Parser(description, instead=instead)
     for config_class in config_classes:
-        parser.add_recipes(pretrained_options(config_class))
-    for action in parser._actions:  # written for the option itself, it would say the opposite
-        if any(name.startswith("--no_") for name in action.option_strings):
-            action.help = f"Turns --{action.dest} off."
-    *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown option {unknown[0]}")
-    given = parser.given()
+        parser.add_fields(config_class, without)
+    given = vars(parser.parse_args())
+    configs: list[Any] = []
+    options = None
+    for config_class in config_classes:
+        values = {f.name: given[f.name] for f in fields(config_class) if f.name in given}
+        if isinstance(options, RunOptions) and options.resume is None:
+            values = published(config_class, getattr(options, started_from)) | values
+        configs.append(config_class(**values))
+        options = options or configs[0]
     run = next((c.resume for c in configs if isinstance(c, RunOptions)), None)
     if run is not None:
-        configs = continued(configs, given, Path(run))
-    for i, config in enumerate(configs):
-        for options in configs:
-            if isinstance(options, RunOptions) and isinstance(config, TrainingConfig) and not run:
-                recipe = recipe_for(type(config), options)
-                new = {name: value for name, value in recipe.items() if name not in given}
-                configs[i] = replace(config, **new)
+        configs = continued(configs, set(given), Path(run))
+    for config in configs:
         if isinstance(config, RunOptions):
-            config.torch_device("policy_device")  # refused here, before anything is read
-            config.torch_device("reward_device")
-            if config.threads is not None:
-                torch.set_num_threads(config.threads)
-    seed_all(configs)  # before a module of the user's is imported
+            config.check_models()
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 
-def recipe_for(config_class: Any, options: RunOptions) -> dict[str, Any]:
-    """The published settings for a pretrained model; none for a small one that was made here."""
-    name = options.reward_model if config_class is RewardConfig else options.model
-    if name is None:
+def published(config_class: Any, model: str | None) -> dict[str, Any]:
+    """What papers use for a pretrained model; nothing for a small one that was made here."""
+    if model is None:
         return {}
-    file = Path(name) / "config.json"
+    file = Path(model) / "config.json"
     try:
         made_here = "small_world" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, TypeError, ValueError):
         made_here = False  # a name, or a folder that loading will complain of
-    return {} if made_here else {k: v for k, (v, _) in pretrained_options(config_class).items()}
+    found = {f.name: f.metadata.get("pretrained") for f in fields(config_class)}
+    return {} if made_here else {name: value[0] for name, value in found.items() if value}
 
 
-def pretrained_options(config_class: Any) -> dict[str, tuple[Any, str]]:
-    """The published value and its source, of each option that has one."""
-    return {
-        f.name: f.metadata["pretrained"]
-        for f in fields(config_class)
-        if f.metadata.get("pretrained")
-    }
-
-
-def configured(config_class: type[Config], options: Any, **given: int | None) -> Config:
+def configured(
+    config_class: type[Config], options: Any, *, started_from: str = "model", **given: int | None
+) -> Config:
     """A stage's own defaults, or those for a pretrained model, with what the command line gives."""
-    values = recipe_for(config_class, options) | {k: v for k, v in given.items() if v is not None}
+    values = {name: value for name, value in given.items() if value is not None}
+    values = published(config_class, getattr(options, started_from)) | values
     return config_class(seed=options.seed, **values)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage of forty options before it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.allow_abbrev = False
-        # argparse would take -1e-3, -inf and the weight in "-0.3*brevity" for options.
-        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and end with code 2."""
-        if message.endswith(("expected one argument", "expected at least one argument")):
-            message += "; a value that begins with - is written --option=-VALUE"
-        _fail(f"{message}; --help explains all options", 2)
-
-
-class _Parser(Parser, HfArgumentParser):
-    """Options from the fields of configs."""
-
-    @staticmethod
-    def _parse_dataclass_field(parser: Any, field: Any) -> None:
-        plain = copy.copy(field)
-        plain.metadata = {"help": field.metadata["help"]}  # all of it would go to argparse
-        HfArgumentParser._parse_dataclass_field(parser, plain)
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Take these options for unknown."""
-        for action in [action for action in self._actions if action.dest in names]:
-            self._optionals._remove_action(action)
-            self.set_defaults(**{action.dest: action.default})
-            for option_string in action.option_strings:
-                del self._option_string_actions[option_string]
-
-    def add_recipes(self, pretrained: dict[str, tuple[Any, str]]) -> None:
-        """Say in the help what a field is for pretrained models, and who published it."""
-        for action in self._actions:
-            if action.dest in pretrained:
-                value, source = pretrained[action.dest]
-                action.help = f"{action.help} Pretrained models: {value} ({source})."
-
-    def given(self) -> set[str]:
-        """The options that stand on the command line."""
-        bare = copy.deepcopy(self)
-        for action in bare._actions:
-            action.default = argparse.SUPPRESS
-        return set(vars(bare.parse_known_args()[0]))
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -301,25 +291,25 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapped() -> None:
         outlive_terminal()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         try:
             with raising_signals():
                 main()
         except NotWritten as error:
-            _fail(f"{error}; {system_errors.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
+            fail(f"{error}; {system_errors.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
         except BadInput as error:
-            _fail(str(error), 2)
+            fail(str(error), 2)
         except (Diverged, NonFinite) as error:
-            _fail(str(error), 1)
+            fail(str(error), 1)
         except OSError as error:
-            _fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
+            fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
         except (MemoryError, RuntimeError) as error:
             told = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
             if told is None:
                 raise
-            _fail(f"{told}{how_to_go_on()}", 1)
+            fail(f"{told}{how_to_go_on()}", 1)
         except Stopped as stop:  # on request, so it is no error
+            from rlhf_min.harness.report import finish
+
             print(stop, file=sys.stderr)
             finish.show(stop.folder)
             sys.exit(stop.exit_code)
@@ -328,10 +318,3 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(getattr(stop, "exit_code", 130))
 
     return wrapped
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {BadInput(message)}", file=sys.stderr)  # on one line
-    # With no room or no descriptor left, libraries fail once more while Python ends.
-    atexit.register(setattr, sys, "unraisablehook", lambda _: None)
-    sys.exit(code)

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import dpo, ppo
-from rlhf_min.config import MAX_SEED, option
 from rlhf_min.encoding.codec import Codec
-from rlhf_min.errors import BadInput, NonFinite, require
+from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.estimates import (
     Estimate,
     best_of_n_bound,
@@ -27,7 +26,7 @@ from rlhf_min.estimates import (
     best_of_n_mean,
     mean_estimate,
 )
-from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.cli import ExperimentOptions
 from rlhf_min.harness.inputs import Inputs, load_inputs
 from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
 from rlhf_min.harness.report import results
@@ -50,34 +49,6 @@ Point = dict[str, Any]  # seed, step and what the columns' means are then, as JS
 Config = ppo.PPOConfig | dpo.DPOConfig
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class ExperimentOptions(RunOptions):
-    """What both experiments are told. As many runs go on at once as there are threads."""
-
-    seed: int = option(
-        0,
-        "Of the world, of what is trained once, and of the intervals.",
-        at_least=0,
-        at_most=MAX_SEED,
-    )
-    seeds: int = option(3, "Runs with each setting, with the seeds 0, 1, ...", above=0)
-    kl_coefs: list[float] = field(
-        default_factory=lambda: [0.3, 0.1, 0.03], metadata={"help": "Of PPO, a curve for each."}
-    )
-    pairs: int | None = option(
-        None, "Preference pairs that are learned from. Default: all.", above=0
-    )
-    ppo_steps: int = option(60, "Rollouts of each PPO run.", above=0)
-    looks: int = option(6, "How often each run is measured, the last time at its end.", above=0)
-    test_prompts: int = option(600, "Test prompts that it is measured on.", at_least=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.data is None, "--data has no true reward; leave it out for the world, which has"
-        )
 
 
 def load_world(options: ExperimentOptions) -> Inputs:

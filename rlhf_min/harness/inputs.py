@@ -181,6 +181,12 @@ def model_folders(models: str, run: str) -> dict[str, str]:
     return folders
 
 
+def reward_model_folder(named: str | None, run: str) -> str | None:
+    """The reward model that is named, else that of the run; None if there is neither."""
+    inside = Path(run) / "reward_model"
+    return named or (str(inside) if inside.is_dir() else None)
+
+
 def _distinct(rows: Sequence[Row]) -> list[Row]:
     """The first row of each prompt."""
     first: dict[str, Row] = {}

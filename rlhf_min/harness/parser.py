@@ -12,7 +12,8 @@ from typing import Any, Literal, NoReturn
 
 from rlhf_min.errors import BadInput
 
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
+TRUTH |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,14 +25,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self, description: str | None, *, instead: Mapping[str, str] = types.MappingProxyType({})
+        self, description: str | None, *, instead: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.instead = instead
+        self.instead = instead or {}
         # argparse would take -1e-3, -inf and the weight in "-0.3*brevity" for options.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
@@ -46,13 +47,15 @@ class Parser(argparse.ArgumentParser):
     def _add_field(self, field: "Field[Any]", hint: Any) -> None:
         if isinstance(hint, types.UnionType):  # X | None
             (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        kind: dict[str, Any] = {"type": hint}
-        if hint is bool:
-            kind = {"type": _truth, "nargs": "?", "const": True}
+        kind: dict[str, Any] = {"type": hint, "metavar": field.name.rpartition("_")[2].upper()}
+        if hint in (int, float):
+            kind["metavar"] = "N" if hint is int else "X"
+        elif hint is bool:
+            kind = {"type": _truth, "nargs": "?", "const": True, "metavar": "yes|no"}
         elif typing.get_origin(hint) is Literal:
             kind = {"choices": typing.get_args(hint)}
         elif typing.get_origin(hint) is list:
-            kind = {"type": typing.get_args(hint)[0], "nargs": "+"}
+            kind |= {"type": typing.get_args(hint)[0], "nargs": "+"}
         explained: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
         self.add_argument(*_spellings(field.name), **kind, **explained)
         if field.default is True:
@@ -60,18 +63,18 @@ class Parser(argparse.ArgumentParser):
             names = _spellings(f"no_{field.name}")
             self.add_argument(*names, dest=field.name, action="store_false", **explained)
 
-    def given(self) -> dict[str, Any]:
-        """What stands on the command line.
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What stands on the command line; of the fields of configs no more than that.
 
         Raises:
             SystemExit: with code 2, for an unknown option or a value that cannot be read.
         """
-        options, unknown = self.parse_known_args()
+        options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            cure = self.instead.get(name.removeprefix("--").replace("-", "_"))
+            name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
+            cure = self.instead.get(name)
             self.error(f"unknown option {unknown[0]}" + (f"; {cure}" if cure else ""))
-        return vars(options)
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end with code 2."""
@@ -86,9 +89,9 @@ def _spellings(name: str) -> list[str]:
 
 
 def _truth(word: str) -> bool:
-    if word.lower() not in WORDS:
+    if word.lower() not in TRUTH:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-    return WORDS[word.lower()]
+    return TRUTH[word.lower()]
 
 
 def _help(field: "Field[Any]") -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import datasets  # noqa: F401 (its logger keeps the stderr of when it was imported)
 import huggingface_hub
 import pandas as pd
 import pytest
@@ -409,7 +410,11 @@ DATA = [
 OPTIONS = [
     Case("an unknown option", "train_sft --epoch_number 1", "unknown option --epoch_number; …"),
     Case("an option of training", "chat --save_every 1", "unknown option --save_every; …"),
-    Case("one model of several", "chat --model sft", "give the models to talk to with --models …"),
+    Case(
+        "one model of several",
+        "chat --model sft",
+        "unknown option --model; give the models to talk to with --models …",
+    ),
     Case("an option where there is none", "pencil --foo", "unknown option --foo; …"),
     Case(
         "-1e-3", "train_sft --learning_rate -1e-3", "SFTConfig: learning_rate is -0.001; it must …"
@@ -421,12 +426,14 @@ OPTIONS = [
         "a word for a count", "train_sft --epochs many", "argument --epochs: invalid int value: …"
     ),
     Case(
-        "10^11 threads", "train_sft --threads 99999999999", "threads is 99999999999; it must be …"
+        "10^11 threads",
+        "train_sft --threads 99999999999",
+        "RunOptions: threads is 99999999999; it must be …",
     ),
     Case(
         "10^12 prompts",
         "train_ppo --batch_size 999999999999",
-        "PPOConfig: batch_size is 999999999999; it must be at most 1048576",
+        "PPOConfig: batch_size is 999999999999; it must be at least 2 and at most 1048576",
     ),
     Case("a fraction", "train_sft --epochs 1.5", "argument --epochs: invalid int value: '1.5'; …"),
     Case("none", "train_sft --epochs 0", "SFTConfig: epochs is 0; it must be above 0 and finite"),
@@ -435,12 +442,20 @@ OPTIONS = [
     Case("infinity", "train_dpo --beta inf", "DPOConfig: beta is inf; it must be above 0 and …"),
     Case("1e999", "train_sft --learning_rate 1e999", "SFTConfig: learning_rate is inf; it must …"),
     Case(
-        "a seed of 2^64", f"train_sft --seed {2**64}", "SFTConfig: seed is …; it must be between …"
+        "a seed of 2^64",
+        f"train_sft --seed {2**64}",
+        "SFTConfig: seed is …; it must be at least 0 and …",
     ),
     Case(
-        "10^12 tokens", "train_sft --max_length 1000000000000", "max_length is …; it must be at …"
+        "10^12 tokens",
+        "train_sft --max_length 1000000000000",
+        "RunOptions: max_length is …; it must be above 0 and at …",
     ),
-    Case("a share above 1", "train_sft --heldout_share 1.5", "heldout_share is 1.5; it must lie …"),
+    Case(
+        "a share above 1",
+        "train_sft --heldout_share 1.5",
+        "RunOptions: heldout_share is 1.5; it must be above 0 and below 1",
+    ),
     Case("temperature 0", "train_ppo --temperature 0", "PPOConfig: temperature is 0.0; it must …"),
     Case(
         "an unknown choice", "train_sft --precision int8", "argument --precision: invalid choice…"

@@ -2,26 +2,22 @@ import dataclasses
 import importlib.util
 import json
 import math
-import random
+import os
+import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from small import small_policy, small_reward_model
 
-from rlhf_min.dpo import DPOConfig
+from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.cli import RunOptions, parse
-from rlhf_min.harness.models import make_codec
+from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.run.folder import check_out, open_run
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
-from rlhf_min.ppo import PPOConfig
-from rlhf_min.reward import RewardConfig
-from rlhf_min.sft import SFTConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -44,6 +40,20 @@ COMMANDS = {
     "quickstart": [example("quickstart").QuickstartOptions],
     "evaluate_models": [example("evaluate_models").EvaluateOptions],
     "chat": [example("chat").ChatOptions],
+    "overoptimization": [example("overoptimization").OveroptimizationOptions],
+    "frontier": [example("frontier").FrontierOptions],
+}
+# What a command has no use for, and so does not know.
+OF_TRAINING = "allow_config_change save_every keep_last keep_best heldout_share "
+OF_TRAINING += "gradient_checkpointing skip_preflight report_to "
+OF_OWN_ROWS = "data columns split limit heldout_data heldout_split "
+UNKNOWN = {
+    "train_sft": "reward_model reward_device",
+    "train_dpo": "reward_model",
+    "evaluate_models": f"{OF_TRAINING} model resume heldout_data heldout_split",
+    "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
+    "overoptimization": f"{OF_OWN_ROWS} heldout_share",
+    "frontier": f"{OF_OWN_ROWS} heldout_share",
 }
 
 
@@ -232,15 +242,23 @@ def test_a_value_out_of_range_is_told_on_one_line(run, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_every_option(run, capsys, name):
     assert run(name, "--help") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert " ".join(example(name).__doc__.split()) in shown
-    unused = getattr(example(name), "UNUSED", ())
+    shown = capsys.readouterr().out
+    assert example(name).__doc__.strip() in shown  # with its line ends
+    assert "(default" not in shown
+    assert all(line.count("Default:") <= 1 for line in shown.splitlines())
     for config in COMMANDS[name]:
         for field in dataclasses.fields(config):
-            assert (f"--{field.name} " in shown) == (field.name not in unused)
-            if field.name in unused:
-                continue
-            assert " ".join(field.metadata["help"].split()) in shown
+            known = field.name not in UNKNOWN.get(name, "").split()
+            assert (f"--{field.name} " in shown) == known
+            assert (field.metadata["help"] in shown) or not known
+
+
+def test_the_help_says_each_default_once(run, capsys):
+    assert run("train_ppo", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "for one batch; 0: no limit. Default: 600.0. --" in shown
+    assert "of --data, drawn by the seed. --" in shown  # of which there is none
+    assert "of the run; must not exist. Default: the next free one. --" in shown
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "pencil", "frontier"])
@@ -271,12 +289,110 @@ def test_how_a_value_is_given_that_looks_like_an_option(run, capsys):
     assert capsys.readouterr().err.endswith(told)
 
 
-@pytest.mark.parametrize("name", ["chat", "evaluate_models"])
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_an_option_that_would_do_nothing_is_refused(run, capsys, name):
-    for option in example(name).UNUSED:
+    for option in UNKNOWN[name].split():
         assert run(name, f"--{option}", "1") == 2
-        told = f"error: unknown option --{option}; --help explains all options\n"
-        assert capsys.readouterr().err == told
+        instead = getattr(example(name), "INSTEAD", {}).get(option)
+        told = f"error: unknown option --{option}" + (f"; {instead}" if instead else "")
+        assert capsys.readouterr().err == f"{told}; --help explains all options\n"
+
+
+def test_a_command_without_options_says_so(run, capsys):
+    assert run("pencil", "--nonsense") == 2
+    assert capsys.readouterr().err == "error: unknown option --nonsense; give none\n"
+
+
+# What is imported for an answer
+
+NOT_FOR_AN_ANSWER = "torch transformers datasets pandas pyarrow matplotlib numpy".split()
+PROGRAM = """
+import contextlib, io, json, runpy, sys
+path, cases, heavy = json.loads(sys.argv[1])
+sys.path.insert(0, path.rpartition("/")[0])
+told = []
+for arguments in cases:
+    sys.argv = [path, *arguments]
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            told.append([end.code, err.getvalue(), [x for x in heavy if x in sys.modules]])
+print(json.dumps(told))
+"""
+REFUSED = {  # by what it says
+    "No such file or directory": ["--data", "missing.csv"],
+    "the format is unknown": ["--data", "rows.txt"],
+    "the file is empty": ["--data", "empty.csv"],
+    "broken JSON": ["--data", "broken.jsonl"],
+    "is not valid CSV": ["--data", "broken.csv"],
+    "needs the columns prompt,": ["--data", "columns.csv"],
+    "no such folder": ["--model", "/nowhere/at/all"],
+    "must be above 0": ["--max_length", "0"],
+    "--out mine exists": ["--out", "mine"],
+}
+OTHERS = {
+    "train_ppo": {
+        "give --model": ["--data", "rows.csv"],
+        "no such folder": ["--reward_model", "/nowhere/at/all"],
+        "max_new_tokens 9 exceeds": ["--max_new_tokens", "9", "--max_response_tokens", "8"],
+    },
+    "evaluate_models": {"no model 'sft' in runs/quickstart": [], "": ["--test_prompts", "0"]},
+    "chat": {"no model 'sft' in runs/quickstart": [], "temperature is 0": ["--temperature", "0"]},
+    "make_report": {"holds no run.json": ["mine"], ".html": ["mine", "--out", "report.txt"]},
+    "overoptimization": {"seeds is 0": ["--seeds", "0"]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "friendly_words")
+)
+def test_what_can_be_refused_is_refused_before_torch_is_imported(name, tmp_path):
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "broken.csv").write_text('a,b\n"1,2\n', encoding="utf-8")
+    (tmp_path / "broken.jsonl").write_text('{"prompt\n', encoding="utf-8")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").touch()
+    of_all = {"unknown option --nonsense": ["--nonsense", "1"]}
+    of_training = name.startswith(("train_sft", "train_reward", "train_dpo", "quickstart"))
+    cases = of_all | (REFUSED if of_training else {}) | OTHERS.get(name, {})
+    if name == "train_reward_model":
+        cases["no such folder"] = ["--reward_model", "/nowhere/at/all"]
+    given = json.dumps(
+        [str(EXAMPLES / f"{name}.py"), [["--help"], *cases.values()], NOT_FOR_AN_ANSWER]
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, given],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=True,
+    )
+    of_help, *of_cases = json.loads(run.stdout)
+    assert of_help == [0, "", []]
+    for says, (code, err, imported) in zip(cases, of_cases, strict=True):
+        assert (code, imported) == (2, []), err
+        assert says in our_line(err)
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, capsys):
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport torch\n"
+    (tmp_path / "imported_slowly.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    @command
+    def main():
+        importlib.import_module("imported_slowly")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped at once; what was saved before is as it was")
 
 
 def test_options_reach_their_configs(monkeypatch):
@@ -298,16 +414,16 @@ def made_here(folder):
 
 @pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig])
 def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, config):
+    name = "reward_model" if config is RewardConfig else "model"
+    option = f"--{name}"
+
     def parsed(*arguments):
         monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
-        return parse("", RunOptions, config)[1]
+        return parse("", RunOptions, config, started_from=name)[1]
 
-    published = {
-        field.name: field.metadata["pretrained"][0]
-        for field in fields(config)
-        if field.metadata["pretrained"]
-    }
-    option = "--reward_model" if config is RewardConfig else "--model"
+    found = {field.name: field.metadata["pretrained"] for field in dataclasses.fields(config)}
+    published = {name: told[0] for name, told in found.items() if told}
+    assert published
     assert parsed() == parsed(option, made_here(tmp_path / "small")) == config()
     assert parsed(option, "gpt2-medium") == dataclasses.replace(config(), **published)
     # What is given stands, however it is spelled.
@@ -325,23 +441,28 @@ def test_threads_are_set(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["x", "--threads", "2"])
     try:
-        parse("", RunOptions)
+        start_policy(parse("", RunOptions), ["red ball"], critic="none", seed=0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 
 
-def test_the_global_generators_are_seeded_before_a_users_module_is_imported(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--seed", "3"])
+def test_the_global_generators_are_seeded_before_a_users_module_is_imported(tmp_path):
+    code = "import random, numpy, torch\n"
+    code += "DRAWN = [random.random(), numpy.random.rand(), float(torch.rand(()))]\n"
+    code += "def f(prompts, responses): return DRAWN\n"
+    module = example("train_ppo")
 
-    def drawn():
-        parse("", RunOptions, SFTConfig)
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
+    def drawn(name, seed):
+        file = tmp_path / f"{name}.py"
+        file.write_text(code, encoding="utf-8")
+        options = module.PPOOptions(reward=[f"{file}:f"])
+        given = module.load_given_reward(options, PPOConfig(seed=seed))
+        return given([""] * 3, [""] * 3).tolist()
 
-    assert drawn() == drawn()
-    first = drawn()
-    monkeypatch.setattr(sys, "argv", ["x", "--seed", "4"])
-    assert not set(first) & set(drawn())
+    first = drawn("a", 3)
+    assert drawn("b", 3) == first
+    assert not set(first) & set(drawn("c", 4))
 
 
 def test_an_option_is_not_guessed_from_its_beginning(run, capsys):
@@ -452,7 +573,8 @@ def test_bad_input_beside_a_model_is_one_line_and_leaves_nothing(
 ):
     data = write_rows(tmp_path / "pairs.jsonl", pairs(12))
     room = ("--max_length", "16", "--max_response_tokens", "8")
-    given = ("--model", models / "sft", "--reward_model", models / "reward_model")
+    given = ["--model", models / "sft"]
+    given += ["--reward_model", models / "reward_model"] if name == "train_ppo" else []
     before = contents(tmp_path)
     assert run(name, "--data", data, *given, *room, *arguments) == 2
     found = capsys.readouterr().err

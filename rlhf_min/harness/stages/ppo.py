@@ -12,9 +12,8 @@ from torch import Tensor
 from rlhf_min import ppo
 from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
-from rlhf_min.errors import require
 from rlhf_min.harness import preflight
-from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.cli import RunOptions, check_room
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check, Row
 from rlhf_min.harness.report.curves import Curve, Range
@@ -193,15 +192,6 @@ def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
         "if that stays so, PPO has nothing to learn: look at the reward",
         told=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
         warning=True,
-    )
-
-
-def check_room(config: ppo.PPOConfig, max_response_tokens: int) -> None:
-    """Raise `BadInput` if PPO could write more than there is room for beside the prompt."""
-    require(
-        config.max_new_tokens <= max_response_tokens,
-        f"max_new_tokens {config.max_new_tokens} exceeds max_response_tokens "
-        f"{max_response_tokens}; lower the first or raise the second",
     )
 
 
