@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import small_policy
-from tiny import bert, bert_words, gpt2, gpt2_classifier, words
-from tolerances import FP32, FP64
+from strategies import assert_close
+from tiny import bert, bert_config, bert_words, gpt2, gpt2_classifier, policy, words
+from tolerances import EXACT, FP32, FP64
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -33,8 +36,8 @@ from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.models import start_policy, start_reward_model
-from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.policy import Policy
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
+from rlhf_min.policy import VALUE_FILE, Policy
 from rlhf_min.reward_model import RewardModel
 
 RECORDED = Path(__file__).parents[1] / "parity" / "recorded" / "trl_v_head"
@@ -95,8 +98,13 @@ def test_what_is_no_causal_language_model_is_refused_as_policy(make, named, kind
 def test_a_classifier_with_more_labels_is_refused_by_their_number(labels, tmp_path):
     save(tmp_path, bert(labels=labels), bert_words())
     for new_head in (False, True):
-        with pytest.raises(BadInput, match=f"BertForSequenceClassification has {labels} labels"):
+        with pytest.raises(
+            BadInput, match=f"BertForSequenceClassification has {labels} labels"
+        ) as got:
             RewardModel.from_pretrained(tmp_path, new_head=new_head)
+        assert str(tmp_path) in message(got)
+    with pytest.raises(BadInput, match="one label"):
+        RewardModel(bert(labels=labels), bert_words())
 
 
 def test_a_policy_is_no_reward_model_until_its_head_is_trained(tmp_path):
@@ -413,3 +421,190 @@ def test_a_name_is_looked_up_where_the_hub_was_downloaded_to(tmp_path, monkeypat
     with pytest.raises(BadInput, match="somebody/other") as raised:
         Policy.from_pretrained("somebody/other", critic="none")
     message(raised)
+
+
+# Policy.from_pretrained
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    gpt2(dropout=0.1).save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    bert().save_pretrained(folder)
+    bert_words().save_pretrained(folder)
+    return folder
+
+
+def test_a_missing_value_head_is_refused_unless_it_may_be_new(gpt2_folder):
+    for critic in ("shared", "separate"):
+        with pytest.raises(BadInput, match=VALUE_FILE) as raised:
+            Policy.from_pretrained(gpt2_folder, critic=critic)
+        assert str(gpt2_folder) in message(raised)
+        new = Policy.from_pretrained(gpt2_folder, critic=critic, new_head=True)
+        assert not new.value_head.weight.any()
+    assert Policy.from_pretrained(gpt2_folder, critic="none").value_head is None
+
+
+def test_a_saved_value_head_is_loaded_even_if_it_might_be_new(gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
+    saved = policy(gpt2(), critic="shared").critic_tensors()
+    save_file(saved, tmp_path / VALUE_FILE)
+    for new_head in (False, True):
+        loaded = Policy.from_pretrained(tmp_path, critic="shared", new_head=new_head)
+        assert_close(loaded.value_head.weight, saved["value_head.weight"], EXACT)
+        assert_close(loaded.value_head.bias, saved["value_head.bias"], EXACT)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("shared", "separate"), ("separate", "shared")])
+def test_a_value_head_of_the_other_kind_is_refused(saved, asked, gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
+    save_file(policy(gpt2(), critic=saved).critic_tensors(), tmp_path / VALUE_FILE)
+    with pytest.raises(BadInput, match=f"critic='{asked}'") as raised:
+        Policy.from_pretrained(tmp_path, critic=asked, new_head=True)
+    message(raised)
+
+
+def test_a_value_head_of_another_width_is_refused(gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
+    save_file(
+        {"value_head.weight": torch.zeros(1, 7), "value_head.bias": torch.zeros(1)},
+        tmp_path / VALUE_FILE,
+    )
+    with pytest.raises(BadInput):
+        Policy.from_pretrained(tmp_path, critic="shared")
+
+
+def test_weights_keep_float64_and_are_raised_from_half_precision(tmp_path):
+    words().save_pretrained(tmp_path)
+    for saved, loaded in [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ]:
+        lm = gpt2().to(saved)
+        lm.save_pretrained(tmp_path)
+        found = Policy.from_pretrained(tmp_path, critic="shared", new_head=True)
+        assert {p.dtype for p in found.parameters()} == {loaded}
+        state = lm.state_dict()
+        for name, tensor in found.lm.state_dict().items():
+            assert_close(tensor, state[name].to(loaded), EXACT)
+
+
+def spoil_nothing(folder):
+    """No file at all."""
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text("{", encoding="utf-8")
+
+
+def spoil_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def spoil_type(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = "no-such-model"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def cut_weights(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def drop_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("transformer.h.1.mlp.c_fc.weight", None)
+    weights.pop("bert.encoder.layer.1.output.dense.weight", None)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_nothing,
+        spoil_config,
+        spoil_weights,
+        spoil_type,
+        drop_weight,
+        cut_weights,
+        drop_tokenizer,
+    ],
+)
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+def test_a_folder_that_is_no_model_is_refused_in_message(
+    spoil, kind, gpt2_folder, bert_folder, tmp_path
+):
+    source, load = {
+        "policy": (gpt2_folder, lambda: Policy.from_pretrained(tmp_path, critic="none")),
+        "reward model": (bert_folder, lambda: RewardModel.from_pretrained(tmp_path)),
+    }[kind]
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path)
+    with pytest.raises(BadInput) as raised:
+        load()
+    assert str(tmp_path) in message(raised)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(BadInput) as raised:
+        Policy.from_pretrained(tmp_path / "nowhere", critic="none")
+    assert "nowhere" in message(raised)
+
+
+# RewardModel.from_pretrained
+
+
+def test_a_missing_classifier_is_refused_unless_it_may_be_new(tmp_path):
+    torch.manual_seed(0)
+    trunk = BertModel(bert_config()).double()
+    trunk.save_pretrained(tmp_path)
+    bert_words().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"classifier\.(bias|weight)") as raised:
+        RewardModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in message(raised)
+    found = RewardModel.from_pretrained(tmp_path, new_head=True)
+    assert found.model.config.num_labels == 1
+    for name, parameter in trunk.named_parameters():
+        assert_close(found.model.bert.get_parameter(name), parameter, EXACT)
+
+
+def test_max_length_is_handed_on(bert_folder):
+    assert RewardModel.from_pretrained(bert_folder, max_length=20).max_length == 20
+    assert isinstance(RewardModel.from_pretrained(bert_folder).model, BertForSequenceClassification)
+
+
+def test_loaded_models_have_no_dropout_until_they_are_trained(tmp_path):
+    save_policy(Policy(gpt2(dropout=0.1), words()), tmp_path / "policy")
+    loaded = Policy.from_pretrained(tmp_path / "policy", critic="none")
+    assert not any(module.training for module in loaded.modules())
+    save_reward_model(RewardModel(bert(dropout=0.1), bert_words()), tmp_path / "reward_model")
+    scorer = RewardModel.from_pretrained(tmp_path / "reward_model")
+    scores = scorer(["ba"], ["be"])
+    scorer.score(["bi"], ["bo"])
+    assert_close(scorer(["ba"], ["be"]), scores, EXACT)
+
+
+def test_a_language_model_with_an_unknown_head_is_refused():
+    # BERT's head transforms the hidden state before the vocabulary projection
+    config = bert_config()
+    config.is_decoder = True
+    lm = BertLMHeadModel(config).double()
+    with pytest.raises(BadInput, match="BertLMHeadModel makes its logits in a way"):
+        policy(lm)

@@ -14,8 +14,8 @@ TESTS = Path(__file__).parents[1]
 
 PAINS = {
     "1 a head is lost or drawn anew on loading": """
-        test_models.py::test_a_missing_value_head_is_refused_unless_it_may_be_new
-        test_models.py::test_a_missing_classifier_is_refused_unless_it_may_be_new
+        test_loading.py::test_a_missing_value_head_is_refused_unless_it_may_be_new
+        test_loading.py::test_a_missing_classifier_is_refused_unless_it_may_be_new
         test_loading.py::test_a_new_head_excuses_no_missing_trunk
         test_loading.py::test_a_new_head_is_told_and_drawn_by_the_seed
         test_loading.py::test_values_of_a_checkpoint_of_trl
@@ -53,7 +53,7 @@ PAINS = {
     "9 dropout is on while scoring": """
         test_ppo.py::test_dropout_is_off
         test_dpo.py::test_dropout_is_off
-        test_models.py::test_without_dropout_train_mode_is_eval_mode
+        test_policy.py::test_without_dropout_train_mode_is_eval_mode
         test_preflight.py::test_dropout_left_on""",
     "10 truncation takes the response away": """
         test_data.py::test_a_long_prompt_loses_its_beginning
@@ -68,7 +68,7 @@ PAINS = {
         parity/test_tables_of_readme.py::test_every_metric_of_both_trainers_is_told
         parity/test_ppo_0_11.py::test_a_run_ends_at_the_weights_and_statistics_of_trl""",
     "13 padding on the left shifts the positions": """
-        test_models.py::test_a_row_alone_is_the_row_in_a_batch
+        test_policy.py::test_a_row_alone_is_the_row_in_a_batch
         test_sampling.py::test_each_row_is_what_the_row_alone_draws_by_hand
         test_preflight.py::test_positions_counted_from_padding_on_the_left""",
     "14 the reward model does not learn, and nothing says why": """
@@ -83,7 +83,7 @@ PAINS = {
         test_evaluation.py::test_signatures""",
     "16 the reference is not what training starts from": """
         test_preflight.py::test_a_reference_of_other_weights_in_dpo
-        test_models.py::test_the_reference_is_frozen_and_stays_what_it_was""",
+        test_policy.py::test_the_reference_is_frozen_and_stays_what_it_was""",
     "17 half precision gives NaN": """
         test_precision.py::test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it
         test_edges.py::test_half_precision_is_only_how_the_inputs_are_stored

@@ -12,7 +12,7 @@ from small import (
     small_policy,
     small_reward_model,
 )
-from strategies import assert_close
+from strategies import assert_close, weighted
 from tiny import bert, bert_words, cohere, gemma2, gpt2, gpt2_classifier, granite, llama, words
 from tolerances import FP32, FP64
 from torch import nn
@@ -50,11 +50,6 @@ def both(make, critic="none"):
         if policy.value_head is not None:
             policy.value_head.weight.data[0] = torch.linspace(-1, 2, policy.value_head.in_features)
     return pair
-
-
-def weighted(*tensors):
-    """A sum to which each number contributes differently."""
-    return sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in tensors)
 
 
 @HEADS
