@@ -28,9 +28,9 @@ PAINS = {
         test_preflight.py::test_a_reference_of_other_weights_in_ppo""",
     "3 pad equals EOS, and EOS is never learned": """
         test_data.py::test_pad_equal_to_eos_changes_nothing
-        test_data.py::test_a_long_response_loses_its_end_and_keeps_eos
+        test_codec.py::test_a_long_response_loses_its_end_and_keeps_eos
         test_invariance.py::test_eos_is_as_good_a_pad_as_any
-        test_inputs.py::test_supervised_eos_is_measured
+        test_encoding_report.py::test_supervised_eos_is_measured
         test_preflight.py::test_eos_that_no_row_has""",
     "4 the score lands beside the last token, a penalty on the wrong rows": """
         test_kl.py::test_shape_rewards_closed
@@ -56,9 +56,9 @@ PAINS = {
         test_policy.py::test_without_dropout_train_mode_is_eval_mode
         test_preflight.py::test_dropout_left_on""",
     "10 truncation takes the response away": """
-        test_data.py::test_a_long_prompt_loses_its_beginning
-        test_data.py::test_encode_preferences_shares_the_prompt_and_drops_what_the_cut_made_equal
-        test_inputs.py::test_many_cut_responses_are_a_warning
+        test_codec.py::test_a_long_prompt_loses_its_beginning
+        test_codec.py::test_encode_preferences_shares_the_prompt_and_drops_what_the_cut_made_equal
+        test_encoding_report.py::test_many_cut_responses_are_a_warning
         test_preflight.py::test_rows_without_a_token""",
     "11 the logits of a whole batch fill the memory": """
         test_logprobs.py::test_lm_head_logprobs_definition
@@ -97,11 +97,11 @@ PAINS = {
         test_reward.py::test_length_rules_by_hand
         test_ppo.py::test_report_by_hand""",
     "20 tokens merge between prompt and response": """
-        test_data.py::test_encode_demonstrations
+        test_codec.py::test_encode_demonstrations
         test_data.py::test_collate_as_drawn""",
     "21 two BOS tokens": """
-        test_data.py::test_bos_of_a_chat_template_is_the_only_one_and_survives_the_cut
-        test_data.py::test_one_bos_where_the_tokenizer_starts_with_it""",
+        test_codec.py::test_bos_of_a_chat_template_is_the_only_one_and_survives_the_cut
+        test_codec.py::test_one_bos_where_the_tokenizer_starts_with_it""",
     "22 the loss of DPO stays where it was": """
         test_losses.py::test_dpo_loss_closed_equality
         test_preflight.py::test_the_first_loss_of_dpo_is_ln_2_with_label_smoothing
