@@ -13,7 +13,7 @@ from rlhf_min.harness.report import finish
 from rlhf_min.harness.report.findings import findings, summary
 from rlhf_min.harness.report.page import page
 from rlhf_min.harness.run.layout import NOTES
-from rlhf_min.harness.run.log import note, read_notes
+from rlhf_min.harness.run.log import note
 from rlhf_min.harness.run.reading import read_run
 from rlhf_min.harness.run.saved_models import save_policy
 
@@ -296,9 +296,9 @@ def test_notes_are_merged_by_stage_and_name(tmp_path, capsys):
     note(tmp_path, "dpo", rows=4)
     note(tmp_path, "sft", rows=5)
     expected = {"sft": {"rows": 5, "model": "GPT2"}, "dpo": {"rows": 4}}
-    assert read_notes(tmp_path / NOTES) == expected
+    assert json.loads((tmp_path / NOTES).read_text(encoding="utf-8")) == expected
     (tmp_path / NOTES).write_text('["damaged"', encoding="utf-8")
     note(tmp_path, "ppo", rows=1)
-    assert read_notes(tmp_path / NOTES) == {"ppo": {"rows": 1}}
+    assert json.loads((tmp_path / NOTES).read_text(encoding="utf-8")) == {"ppo": {"rows": 1}}
     note(tmp_path / "nowhere", "sft", rows=1)
     assert "nowhere/notes.json was not written (No such file" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import math
 import mmap
 import random
 import re
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -158,8 +157,14 @@ class Checkpoint:
             "models, or start a new run",
         )
         try:
-            self._compare(snapshot)
-            self._tell_changes(snapshot)
+            for name, now in snapshot.identities.items():
+                what = difference(self.record["models"][name], now)
+                require(
+                    what is None,
+                    f"{self.folder}: {name} is not what this was saved with: {what}; give the same "
+                    "models, or start a new run",
+                )
+            self._warn_of_changes(snapshot)
             _load_weights(snapshot.module, self.folder / WEIGHTS)
             # Copies: what `load_file` returns would hold the files, long after they are deleted.
             files = [load_file(self.folder / name) for name in STATES]
@@ -173,7 +178,7 @@ class Checkpoint:
         except _DAMAGED as error:
             raise BadInput(f"{self.folder}: cannot be restored ({_reason(error)})") from error
 
-    def _tell_changes(self, snapshot: Snapshot) -> None:
+    def _warn_of_changes(self, snapshot: Snapshot) -> None:
         """What a run may be continued with, but not to the bits of the one that was stopped."""
         if self.record.get("heldout", snapshot.measured_on) != snapshot.measured_on:
             print(
@@ -186,15 +191,6 @@ class Checkpoint:
                     f"{snapshot.stage}: the file of {name} was changed since step {self.step}, so "
                     "its rewards may be others from there on"
                 )
-
-    def _compare(self, snapshot: Snapshot) -> None:
-        for name, now in snapshot.identities.items():
-            what = difference(self.record["models"][name], now)
-            require(
-                what is None,
-                f"{self.folder}: {name} is not what this was saved with: {what}; give the same "
-                "models, or start a new run",
-            )
 
 
 class Writer:
@@ -287,13 +283,11 @@ def begin(
     weights = {name: x.detach().contiguous() for name, x in named_tensors(snapshot.module).items()}
     parts = {WEIGHTS: weights, **_shared_out(tensors)}
     with saving(folder) as new:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
         # They wait for the system's memory more than for us.
         in_threads(save_file, parts.values(), [new / name for name in parts])
 
     def complete() -> None:
-        with saving(folder) as new:
+        with saving(folder, begun=True) as new:
             record["files"] = {name: _identity(new / name) for name in (WEIGHTS, *STATES)}
             record["crc32"] = crc32_of(record)
             (new / RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")

@@ -21,15 +21,14 @@ class NotWritten(BadInput):
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name only when everything in it is on the disk."""
     with saving(folder) as new:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
         yield new
         publish(new, folder)
 
 
 @contextmanager
-def saving(folder: Path) -> Iterator[Path]:
-    """Where the folder is until it is complete. An error inside removes that.
+def saving(folder: Path, *, begun: bool = False) -> Iterator[Path]:
+    """Where the folder is until it is complete: empty, or as it was `begun`. An error inside
+    removes that.
 
     Raises:
         NotWritten: for what the disk refuses.
@@ -38,6 +37,9 @@ def saving(folder: Path) -> Iterator[Path]:
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     sound = False
     try:
+        if not begun:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
         yield new
         sound = True
     # A full disk is an OSError for us, a SafetensorError or a RuntimeError for the libraries.

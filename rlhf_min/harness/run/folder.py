@@ -190,18 +190,15 @@ def reopen_run(out: Path) -> Path:
         _lock(out)
         places = ("", f"{BEST}/", f"{LAST_GOOD}/", f"{CHECKPOINTS}/*/")
         for path in [path for place in places for path in out.glob(f"{place}.*")]:
-            left = left_over(path) if path.is_dir() else None
-            if left is None:
+            if not path.is_dir() or (left := left_over(path)) is None:
                 continue
-            if left[2] and not path.with_name(left[1]).exists():  # killed between two renames
+            whole, was_replaced = path.with_name(left[1]), left[2]
+            if was_replaced and not whole.exists():  # killed between two renames
                 print(f"put back, since what should have replaced it is not complete: {path}")
-                path.rename(path.with_name(left[1]))
+                path.rename(whole)
                 continue
             print(f"removed, since it was only half written: {path}")
-            if left[2]:
-                discard(path, path.with_name(left[1]))
-            else:
-                shutil.rmtree(path)
+            discard(path, whole) if was_replaced else shutil.rmtree(path)
         record, now = read_record(out), _circumstances()
         for name in now:
             if record.get(name) != now[name]:

@@ -38,13 +38,13 @@ DAMAGED = "damaged; put the file back as the run wrote it"
 
 
 class MetricsLog:
-    """Appends each step's metrics to ``metrics.jsonl`` and keeps them for the curves.
+    """Appends each step's metrics to ``metrics.jsonl``, and saves the stages on the way.
 
     Args:
         open_run: makes the run's folder and returns it. Called when the first stage starts to
             train, so that an input that is refused before leaves nothing behind.
         report_to: names of trackers that get the metrics too.
-        saving: of checkpoints, where `follow` is given what to save.
+        saving: when checkpoints are written.
         resumed: the folder is there already; `resuming` until the stages that it holds are back.
         on_resume: called when a resumed run goes on with other options.
         preflight: what a stage relies on is measured before it starts.
@@ -156,7 +156,9 @@ class MetricsLog:
         with (
             catching_signals() as request,
             faults.explained(folder, self.rows, snapshot),
-            self._saver(snapshot) as saver,
+            StageSaver(
+                folder, snapshot, self._saving, self._flushed_sizes, self._resumable
+            ) as saver,
         ):
             for step, metrics in enumerate(bar, start=first + 1):
                 last = metrics
@@ -173,7 +175,8 @@ class MetricsLog:
             if request.signal is not None:
                 raise self._stopped(snapshot, step, saver.saved, request)
         best = self._saving.keep_best or ""
-        if last and measures(stage, best) and not self.series(stage, best)[0]:
+        measured = any(best in row for row in self.rows if row["stage"] == stage)
+        if last and measures(stage, best) and not measured:
             print(f"--keep_best {best}: {stage} never measured it, so none was kept")
 
     def add_samples(
@@ -193,11 +196,6 @@ class MetricsLog:
                 raise BadInput(f"{file}: {DAMAGED}") from error
             write_file(file, "".join(others))
         self.append(SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
-
-    def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric of one stage, where it was measured."""
-        rows = [row for row in self.rows if row["stage"] == stage and name in row]
-        return [row["step"] for row in rows], [row[name] for row in rows]
 
     def _write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         row = {"stage": stage, "step": step, **metrics}
@@ -223,20 +221,12 @@ class MetricsLog:
         except OSError as error:
             raise NotWritten(f"{file}: could not be written: {error.strerror}") from error
 
-    def _saver(self, snapshot: Snapshot) -> StageSaver:
-        return StageSaver(
-            self.folder,
-            snapshot,
-            self._saving,
-            sizes=self._flushed_sizes,
-            resumable=self._resumable,
-        )
-
     def _flushed_sizes(self) -> dict[str, int]:
         """Bytes of the files of lines, when all that was written to them is on the disk."""
-        sizes = {name: _flushed_size(file) for name, file in self._growing() if file.exists()}
-        flush(self.folder)
-        return sizes
+        files = [file for file in self._growing() if file.exists()]
+        for path in (*files, self.folder):
+            flush(path)
+        return {file.name: file.stat().st_size for file in files}
 
     def _require_heldout(self, snapshot: Snapshot) -> None:
         """Nothing can be the best without held-out rows. Once other stages are trained this is
@@ -264,8 +254,8 @@ class MetricsLog:
     def _checkpoints(self, stage: str) -> Path:
         return self.folder / CHECKPOINTS / stage
 
-    def _growing(self) -> list[tuple[str, Path]]:
-        return [(name, self.folder / name) for name in (METRICS, SAMPLES, TOKENS)]
+    def _growing(self) -> list[Path]:
+        return [self.folder / name for name in (METRICS, SAMPLES, TOKENS)]
 
     def _require_nothing_later(self, stage: str) -> None:
         """A stage that goes on before its end would delete the checkpoints of those after it."""
@@ -289,8 +279,8 @@ class MetricsLog:
         )
 
     def _require_lines(self, newest: Checkpoint | None) -> None:
-        for name, file in self._growing():
-            size = self._sizes.get(name, 0)
+        for file in self._growing():
+            size = self._sizes.get(file.name, 0)
             require(
                 size == 0 or (file.exists() and file.stat().st_size >= size),
                 f"{file} is shorter than when {newest.folder if newest else 'the run'} was saved; "
@@ -299,9 +289,9 @@ class MetricsLog:
 
     def _forget_later(self) -> None:
         """Remove what was written after the step that the run goes on from."""
-        for name, file in self._growing():
+        for file in self._growing():
             if file.exists():
-                os.truncate(file, self._sizes.get(name, 0))
+                os.truncate(file, self._sizes.get(file.name, 0))
         for stage in set(stage_modules()) - self._restored:
             for later in checkpoints(self._checkpoints(stage)):
                 remove(later)
@@ -320,24 +310,16 @@ def note(folder: Path, stage: str, **facts: Any) -> None:
         facts: JSON values.
     """
     file = folder / NOTES
-    before = read_notes(file)
-    of_stage = before.get(stage)
-    now = {**before, stage: {**(of_stage if isinstance(of_stage, Mapping) else {}), **facts}}
-    if now == before:
-        return
     try:
-        write_file(file, json.dumps(now, indent=1) + "\n")
+        before = json.loads(file.read_text(encoding="utf-8"))
+        now = {**before, stage: {**before.get(stage, {}), **facts}}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # none, or damaged
+        before, now = None, {stage: facts}
+    try:
+        if now != before:
+            write_file(file, json.dumps(now, indent=1) + "\n")
     except OSError as error:
         print(f"warning: {file} was not written ({error.strerror})", file=sys.stderr)
-
-
-def read_notes(file: Path) -> dict[str, Any]:
-    """The facts by stage; none where there is no such file, or it is damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[str, float]]:
@@ -381,12 +363,6 @@ def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadInput(f"{file}: {DAMAGED}") from error
-
-
-def _flushed_size(file: Path) -> int:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        return os.fstat(opened.fileno()).st_size
 
 
 def _json_number(value: Any) -> Any:

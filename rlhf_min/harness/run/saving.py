@@ -51,7 +51,6 @@ class StageSaver:
         run: Path,
         snapshot: Snapshot,
         saving: Saving,
-        *,
         sizes: Callable[[], Mapping[str, int]],
         resumable: bool,
     ) -> None:
