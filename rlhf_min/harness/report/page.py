@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,7 +52,9 @@ def page(runs: Sequence[Run]) -> str:
         "title": ", ".join(run.name for run in runs),
         "palette": figures.PALETTE,
         "inks": figures.INKS,
-        "origin": _origin(alone) if alone else None,
+        "alone": alone,
+        "began": _began(alone.record) if alone else "",
+        "trained": _trained(alone) if alone else [],
         "summaries": [(run.name, *summary(run)) for run in runs],
         "measured": {name for record in records for name in record},
         "results": _results(runs),
@@ -107,29 +110,22 @@ def _prefix(run: Run, runs: Sequence[Run]) -> str:
 # What matters first
 
 
-def _origin(run: Run) -> Record:
-    """When and how a run began, and the models and rows of its stages."""
-    started, command = run.record.get("started"), run.record.get("command")
-    stages = []
-    for module in modules_of(run):
-        rows, size = run.noted(module.STAGE, "rows"), run.noted(module.STAGE, "parameters")
-        if rows is not None and size is not None:
-            stages.append(
-                f"{module.TITLE}: {run.noted(module.STAGE, 'model')}, {size:,} parameters, on "
-                f"{rows:,} {getattr(module, 'ROWS', 'rows')}, "
-                f"{run.noted(module.STAGE, 'held_out'):,} held out."
-            )
-    known = isinstance(started, str) and isinstance(command, str)
-    return {"date": _date(str(started)) if known else "", "command": command, "stages": stages}
-
-
-def _date(started: str) -> str:
-    """A date as it is read: "5 May 2026, 14:30 UTC"."""
+def _began(record: Record) -> str:
+    """When a run began, as it is read: "5 May 2026, 14:30 UTC"; nothing if that was not noted."""
+    started = record.get("started")
+    if not isinstance(started, str) or not isinstance(record.get("command"), str):
+        return ""
     try:
         then = datetime.fromisoformat(started).astimezone(timezone.utc)
     except ValueError:
         return started
     return f"{then.day} {then:%B %Y, %H:%M} UTC"
+
+
+def _trained(run: Run) -> list[tuple[ModuleType, Record]]:
+    """The stages that noted their model and their rows."""
+    facts = [(module, run.notes.get(module.STAGE)) for module in modules_of(run)]
+    return [(m, x) for m, x in facts if isinstance(x, dict) and {"rows", "parameters"} <= set(x)]
 
 
 def _results(runs: Sequence[Run]) -> Record | None:
@@ -139,34 +135,34 @@ def _results(runs: Sequence[Run]) -> Record | None:
         return None
     # Of several runs each has a colour; of one run, each model.
     inks = [i if len(runs) > 1 else j for i, run in enumerate(runs) for j in range(len(run.models))]
-    found = [run.results[model] for run, model in columns]
+    results = [run.results[model] for run, model in columns]
     names = [f"{_prefix(run, runs)}{model}" for run, model in columns]
     lines = [
         {
             "name": name.strip(),
             "part": name.startswith(" "),
-            "cells": [results.get(key) for results in found],
+            "cells": [x.get(key) for x in results],
             "digits": 1 if key in ("bleu", "response_length") else 3,
-            "figure": _intervals(key, name.strip(), inks, found),
+            "figure": _intervals(key, name.strip(), inks, results),
         }
         for key, name in (MEASURES | SHARES).items()
-        if any(results.get(key) is not None for results in found)
+        if any(x.get(key) is not None for x in results)
     ]
     return {
         "heads": list(zip(inks, names, strict=True)),
         "lines": lines,
-        "prompts": " or ".join(sorted({str(results["score"]["n"]) for results in found})),
+        "prompts": " or ".join(sorted({str(x["score"]["n"]) for x in results})),
         "baseline": columns[0][1],
-        "signatures": " ".join(found[0]["signatures"].values()),
+        "signatures": " ".join(results[0]["signatures"].values()),
         "notes": note_lines(
-            {name: results.get("notes", {}) for name, results in zip(names, found, strict=True)}
+            {name: x.get("notes", {}) for name, x in zip(names, results, strict=True)}
         ),
     }
 
 
-def _intervals(key: str, name: str, inks: Sequence[int], found: Sequence[Record]) -> Markup:
+def _intervals(key: str, name: str, inks: Sequence[int], results: Sequence[Record]) -> Markup:
     """The estimates of a measure as a figure, in the colours of their models, if there are any."""
-    cells = [(ink, results.get(key)) for ink, results in zip(inks, found, strict=True)]
+    cells = [(ink, x.get(key)) for ink, x in zip(inks, results, strict=True)]
     estimates = [(ink, x["mean"], *x["ci95"]) for ink, x in cells if isinstance(x, dict)]
     if not estimates:
         return Markup()

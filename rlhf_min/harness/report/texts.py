@@ -67,20 +67,13 @@ def _side_by_side(rows: Sequence[tuple[str, Record]]) -> list[Record]:
     return [{"prompt": prompt, "responses": _compared(found)} for prompt, found in prompts.items()]
 
 
-def _compared(found: Mapping[str, Record]) -> list[tuple[str, Pieces]]:
-    """Each response's heading, and its text with what has changed."""
+def _compared(found: Mapping[str, Record]) -> list[tuple[str, Record, Pieces]]:
+    """Each response with its name, and its text with what has changed."""
     responses = [row["response"] for row in found.values()]
     first, last = responses[0], responses[-1]
     pieces = [changed(first, response)[1] for response in responses]
     pieces[0] = changed(first, last)[0] if len(found) == 2 else [("", first)]
-    heads = [f"{name}: {_rewards(row)}" for name, row in found.items()]
-    return list(zip(heads, pieces, strict=True))
-
-
-def _rewards(row: Record) -> str:
-    gold = f", gold {row['gold_reward']:.2f}" if "gold_reward" in row else ""
-    kl = f", KL {row['kl']:.2f} nats" if "kl" in row else ""
-    return f"score {row['score']:+.2f}{gold}{kl}"
+    return list(zip(found, found.values(), pieces, strict=True))
 
 
 def changed(before: str, after: str) -> tuple[Pieces, Pieces]:
@@ -122,13 +115,13 @@ def tokens(run: Run) -> Record | None:
     ]
     records = steps[last[0]]
     return {
-        "columns": COLUMNS.values(),
+        "columns": COLUMNS,
         "last": last,
         "earlier": earlier,
+        "first": records[0],
         "by_hand": _by_hand(records[0]),
         "file": TOKENS,
         "n": len(records),
-        "total": records[0]["rows"],
         "means": _means(run, records),
     }
 
@@ -140,58 +133,36 @@ def _few(records: Sequence[Record]) -> Sequence[Record]:
 
 
 def _response(record: Record) -> Record:
-    """A response, and each of its tokens with its colour and its numbers."""
-    found = record["tokens"]
-    largest = max(abs(token["advantage"] or 0) for token in found) or 1
-    lines = [
-        {
-            "name": token["token"].replace("\n", "↵\n"),
-            "shade": _shade(token["advantage"], largest),
-            "cells": [(key, _signed(key, token[key])) for key in COLUMNS],
-            "clipped": token["clipped"],
-        }
-        for token in found
-    ]
-    return {"prompt": record["prompt"], "rewards": _rewards(record), "tokens": lines}
-
-
-def _shade(advantage: float | None, largest: float) -> dict[str, str]:
-    """The sign of the advantage is the colour, its size the strength."""
-    if advantage is None:
-        return {"class": "token"}
-    sign = "plus" if advantage >= 0 else "minus"
-    return {"class": f"token {sign}", "style": f"--a:{0.5 * abs(advantage) / largest:.2f}"}
-
-
-def _signed(key: str, value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    return f"{value:+.3f}" if key in ("advantage", "reward", "kl") else f"{value:.3f}"
+    """A response with the colour of each token: its advantage's sign, as strong as its size."""
+    largest = max(abs(token["advantage"] or 0) for token in record["tokens"]) or 1
+    shades = []
+    for advantage in (token["advantage"] for token in record["tokens"]):
+        if advantage is None:
+            shades.append({"class": "token"})
+            continue
+        strength = f"--a:{0.5 * abs(advantage) / largest:.2f}"
+        sign = "plus" if advantage >= 0 else "minus"
+        shades.append({"class": f"token {sign}", "style": strength})
+    return record | {"tokens": list(zip(record["tokens"], shades, strict=True))}
 
 
 def _by_hand(record: Record) -> Record | None:
-    """The advantage of one token as anyone can compute it from the table."""
+    """What the advantage of one token is made of, so that anyone can compute it from the table."""
     found = record["tokens"]
     place = max(len(found) - 2, 0)
     token, after = [*found, {"value": 0.0, "return": 0.0}][place : place + 2]
     if None in (*token.values(), *after.values()):
         return None
-    gamma, lam = record["gamma"], record["lam"]
-    delta = token["reward"] + gamma * after["value"] - token["value"]
-    next_advantage = after["return"] - after["value"]
-    advantage = delta + gamma * lam * next_advantage
-    equations = (
-        f"delta = reward + gamma * next value - value = {token['reward']:.4f} + {gamma:g} * "
-        f"{after['value']:.4f} - {token['value']:.4f} = {delta:.4f}",
-        f"A = delta + gamma * lambda * next A = {delta:.4f} + {gamma * lam:g} * "
-        f"{next_advantage:.4f} = {advantage:.4f}",
-        f"return = A + value = {advantage + token['value']:.4f}; the table has "
-        f"{token['return']:.4f}",
-        "advantage = (A - mean of all A of the rollout) / their standard deviation"
-        if record["whitened"]
-        else f"advantage = A; the table has {token['advantage']:.4f}",
-    )
-    return {"token": place + 1, "gamma": gamma, "lam": lam, "equations": equations}
+    delta = token["reward"] + record["gamma"] * after["value"] - token["value"]
+    following = after["return"] - after["value"]
+    return {
+        "place": place + 1,
+        "token": token,
+        "next": after,
+        "delta": delta,
+        "following": following,
+        "advantage": delta + record["gamma"] * record["lam"] * following,
+    }
 
 
 def _means(run: Run, records: Sequence[Record]) -> list[tuple[str, str, str]] | None:

@@ -46,12 +46,13 @@ def token_rows(
     lists["new_logprob"] = new.logprobs[0].tolist()
     rows = []
     for values in zip(*lists.values(), strict=True):
-        found = dict(zip(lists, values, strict=True))
-        ratio = math.exp(found["new_logprob"] - found["logprob"])
+        numbers = dict(zip(lists, values, strict=True))
+        ratio = math.exp(numbers["new_logprob"] - numbers["logprob"])
         near = min(max(ratio, 1 - config.clip), 1 + config.clip)
-        clipped = found["advantage"] * ratio > found["advantage"] * near  # as in the policy loss
-        token = policy.tokenizer.decode([found["id"]])
-        rows.append({"token": token, **found, "ratio": ratio, "clipped": clipped})
+        advantage = numbers["advantage"]
+        clipped = advantage * ratio > advantage * near  # as in the policy loss
+        token = policy.tokenizer.decode([numbers["id"]])
+        rows.append({"token": token, **numbers, "ratio": ratio, "clipped": clipped})
     return rows
 
 
