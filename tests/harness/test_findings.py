@@ -88,7 +88,7 @@ def test_what_goes_wrong_in_ppo(tmp_path):
     ]
     lines = found(tmp_path, metrics=rows, notes={"ppo": {"reward_notes": ["reward f: odd"]}})
     assert [line.partition(";")[0] for line in lines] == [
-        "PPO: 2 updates were skipped from step 39 on: numbers were not finite",
+        "PPO: 2 updates were skipped from step 39 on: gradients overflowed in fp16",
         "PPO: reward f: odd",
         "PPO: all responses of a rollout had the same score in 40 of 40 steps",
         "PPO: responses were cut in the last fifth of its steps: 50% of them did not end by "

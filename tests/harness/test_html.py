@@ -13,13 +13,14 @@ from html import unescape
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tolerances import FP64
 
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.report import figures
-from rlhf_min.harness.report.curves import Range, excursion
+from rlhf_min.harness.report import curves, figures
+from rlhf_min.harness.report.curves import Curve, Range, excursion
 from rlhf_min.harness.report.figures import printable
 from rlhf_min.harness.report.page import calibration, page, write_report
 from rlhf_min.harness.report.texts import changed
@@ -503,6 +504,21 @@ def test_every_curve_says_what_is_healthy_in_one_sentence(text):
         assert curve.healthy.endswith(".")
         assert ". " not in curve.healthy
         assert f"Healthy: {curve.healthy}" in unescape(text)
+
+
+def test_another_stage_is_shown_as_its_file_says(tmp_path, monkeypatch):
+    """Without a headline and findings of its own, which it may leave out."""
+    healthy = Curve("grpo", "Spread", "nats", (("spread", "spread"),), "Low.", Range(high=1), "do")
+    module = SimpleNamespace(STAGE="grpo", TITLE="GRPO", ROWS="prompts", CURVES=[healthy])
+    modules = stage_modules() | {"grpo": module}
+    monkeypatch.setattr(curves, "stage_modules", lambda: modules)
+    rows = [{"stage": "grpo", "step": step, "spread": float(step)} for step in range(1, 6)]
+    run = read_run(write_run(tmp_path / "r", metrics=rows, **NO_MORE))
+    text = page([run])
+    (svg,) = svgs(text)
+    assert svg.find("title").text == "GRPO: spread"
+    assert "<h2>GRPO, step by step</h2>" in text
+    assert "GRPO: the curve of spread left its range from step 2 to the end: 2.000" in text
 
 
 # Parts

@@ -221,7 +221,8 @@ def _mark(axes: "Axes", step: float, value: float) -> None:
     at_end = step > low + 0.6 * (high - low)
     share = (step - low) / (high - low) + (-5 if at_end else 5) / _INNER[0]
     style = {"color": INK["alarm"], "ha": "right" if at_end else "left", "weight": "bold"}
-    _text(axes, share, 1, f"step {step}", va="top", **style)
+    top = value < sum(axes.get_ylim()) / 2  # where the ring is not
+    _text(axes, share, 1 if top else 0.02, f"step {step}", va="top" if top else "bottom", **style)
 
 
 def _thinned(line: _Line) -> list[tuple[float, float, float, float]]:

@@ -158,8 +158,8 @@ def _skipped(run: Run, stage: str) -> Iterator[Finding]:
             stage,
             f"{counts[-1]:g} update{'s were' if counts[-1] > 1 else ' was'} skipped",
             f"from step {first} on",
-            "numbers were not finite",
-            "see which with --on_nonfinite stop; a lower --learning_rate may help",
+            "gradients overflowed in fp16",
+            "a few are usual; if there are more, use --precision bf16 or a lower --learning_rate",
         )
 
 
