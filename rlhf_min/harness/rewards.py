@@ -34,7 +34,7 @@ from rlhf_min.reward_model import RewardModel
 SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
 
-Tell = Callable[[str], None]
+Warn = Callable[[str], None]
 _Outcome = tuple[Any, BaseException | None]  # of a user's code: what it gave, or raised
 
 
@@ -75,7 +75,7 @@ class WeightedSum:
 
     Args:
         parts: name -> (weight, reward).
-        notes: what there is to tell of them; it may still grow.
+        notes: warnings about them; it may still grow.
 
     Each part's own mean can be watched by `monitors`, which does not score anything twice.
     """
@@ -154,16 +154,16 @@ def load_reward(
     parts: dict[str, tuple[float, RewardFunction]] = {}
     notes: list[str] = []
 
-    def tell(note: str) -> None:
-        if note not in notes:
-            notes.append(note)
-            print(note)
+    def warn(line: str) -> None:
+        if line not in notes:
+            notes.append(line)
+            print(line)
 
     for spec in specs:
         weight, name = _split_weight(spec)
         require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
-        reward = _function(name, timeout, tell) if ":" in name else load_model(name).score
+        reward = _function(name, timeout, warn) if ":" in name else load_model(name).score
         parts[name] = (weight, reward)
     require(bool(parts), f"--reward names nothing; {FORMS}")
     return WeightedSum(parts, notes)
@@ -203,7 +203,7 @@ def _split_weight(spec: str) -> tuple[float, str]:
 
 
 def guarded(
-    name: str, reward: RewardFunction, folder: Path, *, timeout: float, tell: Tell = print
+    name: str, reward: RewardFunction, folder: Path, *, timeout: float, warn: Warn = print
 ) -> RewardFunction:
     """The same reward, but what it raises is `BadInput` with the line of the user's that raised it.
 
@@ -214,7 +214,7 @@ def guarded(
         timeout: seconds until a call is given up. The call has a thread of its own then, since
             nothing else can be left behind while it hangs. With 0 there is no limit, and none of
             this: it is called in the main thread, which some libraries insist on.
-        tell: is called with a line when the function has changed what belongs to the whole process.
+        warn: is called with a line when the function has changed what belongs to the whole process.
     """
 
     @wraps(reward)
@@ -222,14 +222,14 @@ def guarded(
         n = len(texts[-1])  # the function may change its list
 
         def ask() -> Sequence[float] | BadInput:
-            found = reward(*texts, **columns)
+            given = reward(*texts, **columns)
             try:  # what is generated is generated only here
-                return as_scores(found, name, n)
+                return as_scores(given, name, n)
             except BadInput as refused:
                 return refused
 
         outcome: list[_Outcome] = []
-        with _process_unchanged(f"reward {name}", tell):
+        with _process_unchanged(f"reward {name}", warn):
             if timeout > 0:
                 thread = threading.Thread(target=lambda: outcome.append(_caught(ask)), daemon=True)
                 thread.start()
@@ -267,7 +267,7 @@ def _caught(function: Callable[[], Any]) -> _Outcome:
 
 
 @contextmanager
-def _process_unchanged(name: str, tell: Tell) -> Iterator[None]:
+def _process_unchanged(name: str, warn: Warn) -> Iterator[None]:
     """Inside runs a user's code; what belongs to the whole process is put back after it."""
     before = {}
     for what, (read, _) in _OF_THE_PROCESS.items():
@@ -283,7 +283,7 @@ def _process_unchanged(name: str, tell: Tell) -> Iterator[None]:
                     put_back(value)
                     simple = isinstance(now, (str, int, torch.dtype)) and not callable(value)
                     values = f" ({value} to {now})" if simple else ""
-                    tell(f"{name} has changed {what}{values}; this was put back")
+                    warn(f"{name} has changed {what}{values}; this was put back")
 
 
 def _described(error: BaseException, folder: Path) -> str:
@@ -295,14 +295,14 @@ def _described(error: BaseException, folder: Path) -> str:
     return f"{line} ({places[-1].filename}:{places[-1].lineno})" if places else line
 
 
-def _function(name: str, timeout: float, tell: Tell) -> RewardFunction:
+def _function(name: str, timeout: float, warn: Warn) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
-    with _process_unchanged(f"--reward {where}", tell):
+    with _process_unchanged(f"--reward {where}", warn):
         module = _module(where)
-    found: Any = getattr(module, attribute, None)
-    require(callable(found), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
+    function: Any = getattr(module, attribute, None)
+    require(callable(function), f"--reward {name}: {where} has no function {attribute!r}; {FORMS}")
     folder = Path(getattr(module, "__file__", None) or "").parent
-    return guarded(name, found, folder, timeout=timeout, tell=tell)
+    return guarded(name, function, folder, timeout=timeout, warn=warn)
 
 
 def _module(where: str) -> ModuleType:

@@ -72,7 +72,7 @@ class Snapshot:
         total: steps of the stage.
         heldout: what it is measured on, if that is known; a run may be continued with others, but
             what was measured before cannot be compared then.
-        sources: a number for the file of each reward function; another one is told.
+        sources: a number for the file of each reward function; a warning says if it is another one.
         alone: the tensors that the loss of each row of a batch is made of, with the row's number;
             only computed when a loss is not finite, to say which rows are at fault.
     """
@@ -146,7 +146,7 @@ class Checkpoint:
             raise BadInput(f"{folder}: not a complete checkpoint ({_reason(error)})") from error
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put weights, state and random states back, and look whether all models are the same.
+        """Put weights, state and random states back, if all models are the same.
 
         Raises:
             BadInput: if this is a checkpoint of another model, of other data, or damaged.
@@ -297,7 +297,7 @@ def begin(
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint in a folder; those that are not are told and passed over.
+    """The newest sound checkpoint in a folder; each that is not is passed over with a line.
 
     Raises:
         BadInput: if there are checkpoints and none is sound: to start anew is for the user to say.

@@ -26,10 +26,10 @@ LAST_METRICS = 20  # steps before the fault whose metrics are saved beside the b
 Decode = Callable[[Tensor], str]
 
 
-def require_kept(snapshot: Snapshot, metrics: Mapping[str, Any]) -> None:
+def require_sound(snapshot: Snapshot, metrics: Mapping[str, Any]) -> None:
     """Raise `Diverged` unless the model may be published, or replace one that was kept.
 
-    Every step looks at its loss and gradient before it changes the weights; this looks after it.
+    Every step looks at its loss and gradient before it changes the weights; this one is after it.
 
     Args:
         snapshot: of the stage.
@@ -128,15 +128,15 @@ def first_nonfinite(
         >>> first_nonfinite([(0, {"values": good}), (1, {"values": bad}), (2, {"values": bad})])
         ('values', [1, 2])
     """
-    found: dict[str, set[int]] = {}
+    at_fault: dict[str, set[int]] = {}
     for row, tensors in rows:
         for name, x in tensors.items():
             if not bool(torch.isfinite(x).all()):
-                found.setdefault(name, set()).add(row)
-    return next(((name, sorted(numbers)) for name, numbers in found.items()), None)
+                at_fault.setdefault(name, set()).add(row)
+    return next(((name, sorted(numbers)) for name, numbers in at_fault.items()), None)
 
 
-def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *told: str) -> Diverged:
+def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *details: str) -> Diverged:
     """The error, which also says what was kept of the stage before, and what to do."""
     saved = checkpoints(folder / CHECKPOINTS / snapshot.stage)[-1:]
     best = [path for path in [folder / BEST / snapshot.stage] if path.is_dir()]
@@ -147,7 +147,7 @@ def _with_earlier(error: Diverged, folder: Path, snapshot: Snapshot, *told: str)
         if saved
         else "start anew with a lower learning rate, and with --save_every"
     )
-    error.args = ("; ".join([str(error), *told, before, cure]),)
+    error.args = ("; ".join([str(error), *details, before, cure]),)
     return error
 
 

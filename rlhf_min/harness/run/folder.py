@@ -165,8 +165,8 @@ def open_run(out: Path, *configs: Any) -> Path:
             )
             require(not out.is_symlink(), f"--out {out} is a link to a run; give its own folder")
             _lock(out)
-            if kept := [path for path in clear(out) if path.name != LOCK]:
-                print(f"left in {out}, since no run wrote it: {', '.join(map(str, kept))}")
+            if left := [path for path in clear(out) if path.name != LOCK]:
+                print(f"left in {out}, since no run wrote it: {', '.join(map(str, left))}")
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
         begun = {
@@ -284,10 +284,10 @@ def how_to_go_on() -> str:
     """How the run that this process is at is taken up again, if it has a checkpoint; else ""."""
     for out in _held:
         try:
-            found = any(out.glob("checkpoints/*/step-*"))
-        except OSError:  # then nobody can tell
-            found = True
-        if found:
+            has_checkpoint = any(out.glob("checkpoints/*/step-*"))
+        except OSError:  # then nobody knows
+            has_checkpoint = True
+        if has_checkpoint:
             return f"; go on with: {to_resume(out)}"
     return ""
 

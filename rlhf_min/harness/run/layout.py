@@ -41,7 +41,7 @@ def stage_modules() -> dict[str, ModuleType]:
     """The files of `rlhf_min.harness.stages` that hold a stage, by the stage's name in a run.
 
     They are found in their folder, so that another one is known everywhere when it is put there.
-    What such a file says of its stage is told in the folder's ``__init__``.
+    What such a file says of its stage stands in the folder's ``__init__``.
     """
     names = [module.name for module in pkgutil.iter_modules(stages.__path__)]
     modules = [import_module(f"{stages.__name__}.{name}") for name in names]
@@ -58,27 +58,27 @@ def left_over(folder: Path) -> re.Match[str] | None:
     return _with_stages(rf"\.(STAGE|{STEP})-\d+({OLD})?").fullmatch(folder.name)
 
 
-def theirs(folder: Path) -> list[Path]:
+def users_files(folder: Path) -> list[Path]:
     """What lies in the folder of a model or of a checkpoint and is none of their files."""
     return [path for path in sorted(folder.iterdir()) if not re.fullmatch(_INSIDE, path.name)]
 
 
-def foreign(checkpoints: Path) -> list[Path]:
+def users_paths_below(checkpoints: Path) -> list[Path]:
     """What lies below ``checkpoints/`` and is no checkpoint, and no part of one."""
-    found = []
+    paths = []
     for stage in sorted(checkpoints.glob("*")):
         if stage.name not in stage_modules() or not stage.is_dir():
-            found.append(stage)
+            paths.append(stage)
             continue
         for step in sorted(stage.iterdir()):
             own = step.is_dir() and re.fullmatch(STEP, step.name)
-            found += theirs(step) if own else [step]
-    return found
+            paths += users_files(step) if own else [step]
+    return paths
 
 
 def remove(folder: Path) -> bool:
     """Delete the folder of a model or of a checkpoint, unless something of the user's is in it."""
-    if theirs(folder):
+    if users_files(folder):
         return False
     shutil.rmtree(folder)
     return True
@@ -87,7 +87,7 @@ def remove(folder: Path) -> bool:
 def discard(old: Path, folder: Path) -> None:
     """Delete what `folder` was before; what the user has put there moves on into the new one."""
     try:
-        for path in theirs(old):
+        for path in users_files(old):
             path.rename(folder / path.name)
     except OSError as error:
         print(f"warning: {old} stays, with files of yours: {error.strerror}", file=sys.stderr)

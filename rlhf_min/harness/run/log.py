@@ -23,9 +23,9 @@ from rlhf_min.harness.run.layout import (
     NOTES,
     SAMPLES,
     TOKENS,
-    foreign,
     remove,
     stage_modules,
+    users_paths_below,
 )
 from rlhf_min.harness.run.saving import Saving, StageSaver, measures
 from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
@@ -295,7 +295,7 @@ class MetricsLog:
         for stage in set(stage_modules()) - self._restored:
             for later in checkpoints(self._checkpoints(stage)):
                 remove(later)
-        for path in foreign(self.folder / CHECKPOINTS):
+        for path in users_paths_below(self.folder / CHECKPOINTS):
             print(f"left alone, since no run wrote it: {path}")
 
 

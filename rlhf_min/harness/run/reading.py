@@ -21,7 +21,7 @@ from rlhf_min.harness.run.layout import (
 Record = dict[str, Any]
 
 # What is missing where a file is.
-_HOLDS = {
+_CONTENTS = {
     RUN: "configuration and versions",
     METRICS: "curves and times",
     RESULTS: "results table",
@@ -78,13 +78,13 @@ class Run:
 
     def unfinished(self) -> list[str]:
         """Of each stage that has not reached its end, how far it came."""
-        told = []
+        lines = []
         for stage in self.stages:
             unit = "step" if "steps" in self.config(stage) else "epoch"
             wanted, (_, done) = self.config(stage).get(f"{unit}s"), self.series(stage, unit)
             if wanted and done and done[-1] < wanted and not self.too_far(stage):
-                told.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
-        return told
+                lines.append(f"{stage} is at {unit} {done[-1]:g} of {wanted}")
+        return lines
 
     def too_far(self, stage: str) -> tuple[int, float] | None:
         """The step at which a stage was ended by its ``max_kl``, and the KL that it had there."""
@@ -105,23 +105,25 @@ def read_run(folder: Path) -> Run:
         f"{folder} holds no {RUN}, {METRICS} or {RESULTS}, so it is not a run; give its folder",
     )
     left_out: list[str] = []
-    found = {name: list(_records(folder / name, left_out)) for name in _HOLDS}
+    contents = {name: list(_records(folder / name, left_out)) for name in _CONTENTS}
     # A run that was continued may have repeated some steps: the last word counts.
-    rows = list({(row["stage"], row["step"]): row for row in found[METRICS]}.values())
-    tokens = list({(record["step"], record["row"]): record for record in found[TOKENS]}.values())
+    rows = list({(row["stage"], row["step"]): row for row in contents[METRICS]}.values())
+    tokens = list({(record["step"], record["row"]): record for record in contents[TOKENS]}.values())
     modules = [stage_modules()[x] for x in {row["stage"] for row in rows} & stage_modules().keys()]
     of_stages = {name for module in modules for name in (NOTES, *module.WRITES)}
-    for name, holds in _HOLDS.items():
-        if not found[name] and name in {RUN, METRICS, RESULTS, *of_stages}:
+    for name, holds in _CONTENTS.items():
+        if not contents[name] and name in {RUN, METRICS, RESULTS, *of_stages}:
             left_out.append(f"No {holds}: there is no {name}.")
     record, results, reward_model, notes = (
-        next(iter(found[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL, NOTES)
+        next(iter(contents[name]), {}) for name in (RUN, RESULTS, REWARD_MODEL, NOTES)
     )
-    return Run(folder, record, rows, results, found[SAMPLES], tokens, reward_model, notes, left_out)
+    return Run(
+        folder, record, rows, results, contents[SAMPLES], tokens, reward_model, notes, left_out
+    )
 
 
 def _records(file: Path, left_out: list[str]) -> Iterator[Record]:
-    """The JSON objects in a file, one or one for each line; a line that was cut is told."""
+    """The JSON objects in a file, one or one for each line; a line that was cut is left out."""
     if not file.is_file():
         return
     try:

@@ -100,10 +100,10 @@ def _answers(module: nn.Module, texts: Sequence[str]) -> dict[str, Tensor]:
 def _policy_answers(policy: Policy, texts: Sequence[str]) -> dict[str, Tensor]:
     room = int(min(TOKENS, policy.positions)) - 1
     texts = list(texts)
-    found = (
+    ids = (
         policy.tokenizer(texts, split_special_tokens=True, verbose=False).input_ids if texts else []
     )
-    rows = [[i for i in row if i < policy.vocabulary][:room] for row in found]
+    rows = [[i for i in row if i < policy.vocabulary][:room] for row in ids]
     rows = [row for row in rows if row]
     if not rows:
         return {}

@@ -81,7 +81,7 @@ class StageSaver:
         self._writer.check()
         self._keep_best(metrics)
         if not ended and (self._is_due() or (stop and self._resumable)):
-            faults.require_kept(self._snapshot, {})
+            faults.require_sound(self._snapshot, {})
             self._save(finished=False)
             self.saved = self._snapshot.state.step
 
@@ -95,7 +95,7 @@ class StageSaver:
         Raises:
             Diverged: if the last update has broken the model.
         """
-        faults.require_kept(self._snapshot, metrics)
+        faults.require_sound(self._snapshot, metrics)
         if metrics and (self._saving.every != 0 or (stop and self._resumable)):
             try:
                 self._save(finished=True)
@@ -123,7 +123,7 @@ class StageSaver:
             return
         value = self._sign(name) * metrics[name]
         if self._best is None or value > self._best:
-            faults.require_kept(self._snapshot, {})
+            faults.require_sound(self._snapshot, {})
             self._snapshot.save_model(self._best_folder)
             best = {"metric": name, "step": self._snapshot.state.step, "value": metrics[name]}
             file = self._best_folder / BEST_FILE

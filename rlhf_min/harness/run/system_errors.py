@@ -19,7 +19,7 @@ def refused(error: OSError) -> str:
 
 
 def cure(error: BaseException | None) -> str:
-    """What helps against what the system refuses, be it told by Python or in Rust's words."""
+    """What helps against what the system refuses, be it said by Python or in Rust's words."""
     in_rust = re.search(r"os error (\d+)", str(error))
     number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
     return CURES.get(number, "look at this path and at its disk")
@@ -37,15 +37,15 @@ def out_of_threads(error: MemoryError | RuntimeError) -> str | None:
 
 def out_of_memory(error: MemoryError | RuntimeError) -> str | None:
     """A line with the options that help, if that is what the error is about."""
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if not (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # of torch
-        or "DefaultCPUAllocator" in told
-        or "can't allocate memory" in told
+        or "DefaultCPUAllocator" in message
+        or "can't allocate memory" in message
     ):
         return None
     return (
-        f"out of memory ({told[:100] or 'no more is told'}); lower --max_tokens, give "
+        f"out of memory ({message[:100] or 'no more is told'}); lower --max_tokens, give "
         "--gradient_checkpointing, or make --batch_size or --minibatch_size smaller"
     )
