@@ -1,7 +1,7 @@
-"""The tables of rlhf_min/README.md that follow from the source: places, equations, conventions.
+"""The tables of the READMEs that follow from the source: places, equations, conventions, files.
 
 python tests/tools/readme_tables.py            # prints them
-python tests/tools/readme_tables.py --write    # puts them between their marks in the README
+python tests/tools/readme_tables.py --write    # puts them between their marks in the READMEs
 """
 
 import argparse
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import find_helpers  # noqa: F401
 from test_conventions import CONVENTIONS, Convention, case
-from test_house import FLOORS, PACKAGE, ROOT, SOURCES, TAG, TESTS, definitions, module_name
+from test_house import FLOORS, PACKAGE, ROOT, SOURCES, TAG, TESTS, definitions, module_name, tree
 
-README = PACKAGE / "README.md"
+README, HARNESS = PACKAGE / "README.md", PACKAGE / "harness/README.md"
+ROOMS = ("rows", "run", "report", "stages")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -170,7 +171,29 @@ def cells(key: str, convention: Convention) -> tuple[str, ...]:
     return convention.title, here, "; ".join(others), convention.meaning, ", ".join(tests)
 
 
-SECTIONS = {"places": places, "equations": equations, "conventions": conventions}
+# Files
+
+
+def files(*folders: str) -> str:
+    """The files of some folders, with what their docstrings begin with."""
+    top = PACKAGE / Path(folders[0]).parent
+    rows = []
+    for path in SOURCES:
+        told = " ".join((ast.get_docstring(tree(path)) or "").partition("\n\n")[0].split())
+        if path.parent.relative_to(PACKAGE).as_posix() in folders and path.stem != "__init__":
+            name = path.relative_to(top).as_posix()
+            rows.append((f"[`{name}`]({name})", told.replace("``", "`")))
+    return table(("file", "what is in it"), rows)
+
+
+# The README that holds a section, and what makes it
+SECTIONS = {
+    "places": (README, places),
+    "equations": (README, equations),
+    "conventions": (README, conventions),
+    "beside": (README, lambda: files("encoding", "loading", "speed", "world")),
+    "files": (HARNESS, lambda: files(*(f"harness/{room}" for room in ROOMS))),
+}
 
 
 def put(text: str, name: str, content: str) -> str:
@@ -184,15 +207,14 @@ def put(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="Write them into rlhf_min/README.md.")
+    parser.add_argument("--write", action="store_true", help="Write them into the READMEs.")
     write = parser.parse_args().write
-    text = README.read_text(encoding="utf-8")
-    for name, make in SECTIONS.items():
-        text = put(text, name, make())
-        if not write:
+    for name, (readme, make) in SECTIONS.items():
+        if write:
+            text = put(readme.read_text(encoding="utf-8"), name, make())
+            readme.write_text(text, encoding="utf-8")
+        else:
             print(make(), end="\n\n")
-    if write:
-        README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
