@@ -199,12 +199,18 @@ def adamw(
 
 
 class BatchLoss(Protocol):
-    """What the losses return: a mean with gradient, over how many it is, and further means."""
+    """What each loss returns: these two, and further means beside them."""
 
     @property
-    def loss(self) -> Tensor: ...
+    def loss(self) -> Tensor:
+        """A mean, with gradient."""
+        ...
+
     @property
-    def count(self) -> Tensor: ...
+    def count(self) -> Tensor:
+        """Over how many tokens or pairs."""
+        ...
+
     def _asdict(self) -> dict[str, Tensor]: ...
 
 

@@ -229,7 +229,7 @@ def end_by_signal(_):
 
 def fail(number):
     if number == 1:
-        raise NonFinite(3, "scores", [number], batch=lambda: None)
+        raise NonFinite(3, "scores", lambda: None, [number])
     return number
 
 
@@ -387,7 +387,7 @@ def test_overoptimization(start, monkeypatch):
         ("frontier", ["--data", "mine.csv"], "--data has no true reward"),
         ("frontier", ["--betas", "-1"], "beta is -1.0; it must be above 0"),
         ("overoptimization", ["--kl_coefs", "-1"], "kl_coef is -1.0; it must be at least 0"),
-        ("overoptimization", ["--label_noise", "2"], "label_noise is 2.0; it must be between"),
+        ("overoptimization", ["--label_noise", "2"], "label_noise is 2.0; it must be at least 0"),
         ("overoptimization", ["--samples", "1"], "samples is 1; it must be at least 2"),
         ("overoptimization", ["--test_prompts", "1"], "test_prompts is 1; it must be at least 2"),
     ],

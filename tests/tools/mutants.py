@@ -1403,6 +1403,13 @@ MUTANTS = [
     Mutant('a row at fault is named twice', 'harness/run/faults.first_nonfinite',
            'sorted(numbers)', 'sorted(numbers) * 2',
            'unit/test_nonfinite.py::test_a_rollout_that_is_not_finite_is_named'),
+    Mutant('padding is learned from', 'ppo.minibatch_step',
+           'mask = sequences.mask', 'mask = torch.ones_like(sequences.mask)',
+           'unit/test_ppo.py::test_training_is_the_plain_loop[shared]'),
+    Mutant('the values of padding are learned', 'ppo.minibatch_step',
+           'mask,\n            clip=config.value_clip',
+           'torch.ones_like(mask),\n            clip=config.value_clip',
+           'unit/test_ppo.py::test_training_is_the_plain_loop[shared]'),
 ]
 # fmt: on
 
