@@ -581,71 +581,62 @@ def frozen(**others):
     return models | others
 
 
-def changed(model, change):
-    """The model, of which something was changed by hand."""
-    with torch.no_grad():
-        change(model)
-    return model
-
-
 def rare_row(reward_model):
     """A bit of a token that no text holds."""
     embeddings = reward_model.model.bert.embeddings.word_embeddings.weight
     embeddings[reward_model.tokenizer.convert_tokens_to_ids("[MASK]"), 3] *= 1 + 2**-20
 
 
-OTHERS = {
-    "another seed": ("ref_policy", lambda: small_policy(seed=2), "6 of its 16 weights differ"),
+CHANGES = {
+    "another seed": (
+        "ref_policy",
+        lambda policy: policy.load_state_dict(small_policy(seed=2).state_dict()),
+        "6 of its 16 weights differ",
+    ),
     "another head, by a ten-thousandth": (
         "reward_model",
-        lambda: changed(
-            small_reward_model(seed=1), lambda model: model.model.classifier.weight.mul_(1.0001)
-        ),
+        lambda model: model.model.classifier.weight.mul_(1.0001),
         "1 of its 25 weights differ, such as model.classifier.weight",
     ),
     "a rare token": (
         "reward_model",
-        lambda: changed(small_reward_model(seed=1), rare_row),
+        rare_row,
         "1 of its 25 weights differ, such as model.bert.embeddings.word_embeddings.weight",
     ),
     "more heads of the same shape": (
         "ref_policy",
-        lambda: changed(
-            small_policy(seed=1), lambda policy: setattr(policy.lm.config, "n_head", 4)
-        ),
+        lambda policy: setattr(policy.lm.config, "n_head", 4),
         "n_head in its config was 2, now 4",
     ),
     "fewer tokens": (
         "reward_model",
-        lambda: changed(small_reward_model(seed=1), lambda model: setattr(model, "max_length", 9)),
+        lambda model: setattr(model, "max_length", 9),
         "max_length in its config was 32, now 9",
     ),
     "another chat template": (
         "ref_policy",
-        lambda: changed(
-            small_policy(seed=1), lambda policy: setattr(policy.tokenizer, "chat_template", "x")
-        ),
+        lambda policy: setattr(policy.tokenizer, "chat_template", "x"),
         "its tokenizer or chat template is another",
     ),
     "a token more": (
         "reward_model",
-        lambda: changed(
-            small_reward_model(seed=1), lambda model: model.tokenizer.add_tokens(["red ball"])
-        ),
+        lambda model: model.tokenizer.add_tokens(["red ball"]),
         "its tokenizer or chat template is another",
     ),
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", CHANGES)
 def test_a_frozen_model_that_is_another_is_refused(case, tmp_path):
-    name, make, what = OTHERS[case]
+    name, change, what = CHANGES[case]
     path = saved(tmp_path, **frozen())
     models = frozen()
     models["reward_model"].score(["red"], ["one"])  # its tokenizer notes how it was called
     Checkpoint(path).restore(counting_stage(**models))
+    with torch.no_grad():
+        change(models[name])
     with pytest.raises(BadInput, match=f"{path}: {name} is not what this was saved with: {what}"):
-        Checkpoint(path).restore(counting_stage(**frozen(**{name: make()})))
+        Checkpoint(path).restore(counting_stage(**models))
 
 
 def rescaled(gain, seed=1):
@@ -796,35 +787,29 @@ def bytes_of(run):
     return {path.relative_to(run): path.read_bytes() for path in files}
 
 
-def of_another_version(out, _tmp_path):
-    for file in out.glob("checkpoints/*/*/checkpoint.json"):
-        file.write_text(file.read_text("utf-8").replace('"format": 4', '"format": 2'), "utf-8")
+def edited(pattern, change):
+    def edit(out, _):
+        for file in out.glob(pattern):
+            file.write_bytes(change(file.read_bytes()))
+
+    return edit
 
 
-def damaged_end_of_sft(out, _tmp_path):
+def with_damaged_end_of_sft(out, _):
     file = checkpoints(out / "checkpoints/sft")[-1] / WEIGHTS
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def damaged_metrics(out, _tmp_path):
-    file = out / "metrics.jsonl"
-    file.write_bytes(b"x" + file.read_bytes()[1:])
-
-
-def cut_metrics(out, _tmp_path):
-    file = out / "metrics.jsonl"
-    file.write_bytes(file.read_bytes()[:-5])
-
-
-def link_out_of_it(out, tmp_path):
+def with_a_link(out, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (out / "best").symlink_to(tmp_path / "elsewhere")
 
 
+ANOTHER_VERSION = (b'"format": 4', b'"format": 2')
 REFUSED = {
     "of another version": (
         "stopped",
-        of_another_version,
+        edited("checkpoints/*/*/checkpoint.json", lambda x: x.replace(*ANOTHER_VERSION)),
         "checkpoints/sft: none of its checkpoints can be used",
     ),
     "no checkpoint of its end": (
@@ -837,14 +822,22 @@ REFUSED = {
         lambda out, _: shutil.rmtree(out / "checkpoints"),
         "sft was finished and has no checkpoint",
     ),
-    "cut metrics": ("stopped", cut_metrics, "run/metrics.jsonl is shorter than when"),
-    "a link": ("finished", link_out_of_it, "run/best is a link, and no run writes any"),
+    "cut metrics": (
+        "stopped",
+        edited("metrics.jsonl", lambda lines: lines[:-5]),
+        "run/metrics.jsonl is shorter than when",
+    ),
+    "a link": ("finished", with_a_link, "run/best is a link, and no run writes any"),
     "a damaged checkpoint of an earlier stage": (
         "in_ppo",
-        damaged_end_of_sft,
+        with_damaged_end_of_sft,
         "sft has no checkpoint of its end, but there are some of ppo, reward_model",
     ),
-    "damaged metrics": ("in_ppo", damaged_metrics, "metrics.jsonl: damaged; put the file back"),
+    "damaged metrics": (
+        "in_ppo",
+        edited("metrics.jsonl", lambda lines: b"x" + lines[1:]),
+        "metrics.jsonl: damaged; put the file back",
+    ),
 }
 
 
@@ -1053,11 +1046,8 @@ def test_what_the_user_has_put_beside_a_model_survives_a_kill_while_it_is_replac
     with_files(stopped, [".sft-4711-old/README.md"])
     reopen_run(stopped)
     assert not (stopped / ".sft-4711-old").exists()
-    assert sorted(x.name for x in (stopped / "sft").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.pt",
-    ]
+    left = {path.name for path in (stopped / "sft").iterdir()}
+    assert left == {"README.md", "config.json", "model.pt"}
 
 
 def test_what_a_kill_left_is_removed(finished, capsys):

@@ -16,6 +16,7 @@ from rlhf_min.loading.reward_function import call_reward
 from rlhf_min.reward_model import RewardModel
 
 CODE = """
+import json, os, signal, sys, threading, time, torch
 calls = []
 def length(prompts, responses):
     calls.append(len(responses))
@@ -33,21 +34,18 @@ def helper(response):
 def quiet(prompts, responses):
     raise KeyError
 def leaves(prompts, responses):
-    import sys
     sys.exit(3)
 def long_told(prompts, responses):
     raise ValueError("line 1" + chr(10) + 300 * "x")
 def generated(prompts, responses):
     return (helper(r) for r in responses)
 def library(prompts, responses):
-    import json
     return json.loads("{")
 class Counts:
     def __call__(self, prompts, responses, wanted):
         return [float(len(w)) for w in wanted]
 counts = Counts()
 def hangs(prompts, responses):
-    import time
     time.sleep(60)
 def interrupts(prompts, responses):
     raise KeyboardInterrupt
@@ -66,26 +64,23 @@ def keyed(prompts, responses):
 def defaults(prompts, responses, wanted=None, *, weight=2.0, **columns):
     return [weight] * len(responses)
 def silences(prompts, responses):
-    import os, sys
     sys.stdout = sys.stderr = open(os.devnull, "w")
     return [0.0] * len(responses)
 async def later(prompts, responses):
     return [0.0] * len(responses)
 def bends(prompts, responses):
-    import os, torch
     os.chdir("/")
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("medium")
     torch.set_num_threads(torch.get_num_threads() + 1)
     return [0.0] * len(responses)
 def handles(prompts, responses):
-    import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return [0.0] * len(responses)
 def thread(prompts, responses):
-    import threading
     return [float(threading.current_thread() is threading.main_thread())] * len(responses)
 """
+BROKEN = {"typo": "def f(:", "stops": "raise SystemExit(1 / 0)", "leaves": "raise SystemExit(0)"}
 LINES = CODE.splitlines()
 PROMPTS, RESPONSES = ["p1", "p2"], ["abc", "a"]
 ROWS = [{"wanted": "b"}, {"wanted": "b"}]
@@ -94,9 +89,8 @@ ROWS = [{"wanted": "b"}, {"wanted": "b"}]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(CODE, encoding="utf-8")
-    (tmp_path / "typo.py").write_text("def f(:", encoding="utf-8")
-    (tmp_path / "stops.py").write_text("raise SystemExit(1 / 0)", encoding="utf-8")
-    (tmp_path / "leaves.py").write_text("raise SystemExit(0)", encoding="utf-8")
+    for name, code in BROKEN.items():
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
@@ -109,39 +103,37 @@ def model(name):
     return SimpleNamespace(score=lambda _, responses: [10.0] * len(responses))
 
 
+def scores(reward, rows=(), responses=RESPONSES, **options):
+    """Of a reward, or of what the command line calls so."""
+    if isinstance(reward, str):
+        reward = load_reward(reward.split(), model, **options)
+    return call_reward(reward, PROMPTS, responses, rows).tolist()
+
+
 @pytest.mark.parametrize("where", ["my_rewards", "my_rewards.py"])
 def test_one_function(where):
-    reward = load_reward([f"{where}:length"], model)
-    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [3, 1]
+    assert scores(f"{where}:length") == [3, 1]
 
 
 def test_a_weighted_sum_of_functions_and_a_model():
-    specs = ["2*my_rewards:length", "-1*my_rewards:hits", "0.5*runs/rm"]
-    reward = load_reward(specs, model)
     # 2 * [3, 1] - [1, 0] + 0.5 * [10, 10]; "abc" holds the wanted b, "a" does not
-    assert call_reward(reward, PROMPTS, RESPONSES, ROWS).tolist() == [10, 7]
+    assert scores("2*my_rewards:length -1*my_rewards:hits 0.5*runs/rm", ROWS) == [10, 7]
 
 
 def test_the_parts_are_watched_without_scoring_again():
     reward = load_reward(["my_rewards.py:length", "runs/rm"], model)
-    call_reward(reward, PROMPTS, RESPONSES, ROWS)
+    scores(reward, ROWS)
     calls = reward.parts["my_rewards.py:length"][1].__wrapped__.__globals__["calls"]
     assert calls == [2]
-    watched = {
-        name: call_reward(monitor, PROMPTS, RESPONSES, ROWS).tolist()
-        for name, monitor in reward.monitors.items()
-    }
+    watched = {name: scores(monitor, ROWS) for name, monitor in reward.monitors.items()}
     assert watched == {"reward/my_rewards.py:length": [3, 1], "reward/runs/rm": [10, 10]}
     assert calls == [2]
-    other = call_reward(
-        reward.monitors["reward/my_rewards.py:length"], PROMPTS, ["xxxx", "xxxxx"], ROWS
-    )
-    assert other.tolist() == [4, 5]
+    monitor = reward.monitors["reward/my_rewards.py:length"]
+    assert scores(monitor, ROWS, ["xxxx", "xxxxx"]) == [4, 5]
 
 
 def test_a_tensor_sums_like_a_list():
-    reward = WeightedSum({"t": (3.0, lambda _, r: torch.arange(len(r)))})
-    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [0, 3]
+    assert scores(WeightedSum({"t": (3.0, lambda _, r: torch.arange(len(r)))})) == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -175,9 +167,9 @@ def test_columns_may_be_called_like_the_arguments():
     # the file's own columns "prompts", "responses", "self" and "name" are not handed over twice
     rows = [{"wanted": "b", "prompts": 1, "responses": 2, "self": 3, "name": 4}] * 2
     reward = load_reward(["my_rewards:hits", "my_rewards:length"], model)
-    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [4, 1]
-    assert call_reward(reward.monitors["reward/my_rewards:hits"], PROMPTS, RESPONSES, rows)[0] == 1
-    assert call_reward(length, PROMPTS, RESPONSES, rows).tolist() == [3, 1]
+    assert scores(reward, rows) == [4, 1]
+    assert scores(reward.monitors["reward/my_rewards:hits"], rows)[0] == 1
+    assert scores(length, rows) == [3, 1]
 
 
 def length(prompts, responses, **_columns):
@@ -194,7 +186,7 @@ def length(prompts, responses, **_columns):
 )
 def test_a_reward_of_other_arguments_is_refused(reward, message):
     with pytest.raises(BadInput, match=message):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores(reward)
 
 
 def test_a_file_may_import_its_neighbours(folder):
@@ -202,7 +194,7 @@ def test_a_file_may_import_its_neighbours(folder):
     (folder / "sub/neighbour.py").write_text("factor = 2", encoding="utf-8")
     code = "import neighbour\ndef f(p, r): return [neighbour.factor] * len(r)"
     (folder / "sub/own.py").write_text(code, encoding="utf-8")
-    assert call_reward(load_reward(["sub/own.py:f"], model), PROMPTS, RESPONSES).tolist() == [2, 2]
+    assert scores("sub/own.py:f") == [2, 2]
 
 
 def test_the_models_among_the_parts():
@@ -213,10 +205,9 @@ def test_the_models_among_the_parts():
 
 
 def test_nan_names_the_function_and_the_prompt():
-    reward = load_reward(["my_rewards:length", "my_rewards:broken"], model)
     message = "reward broken gave nan for the prompt 'p2' in row 1 of the batch"
     with pytest.raises(BadInput, match=message):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores("my_rewards:length my_rewards:broken")
 
 
 @pytest.mark.parametrize("timeout", [0, 60])
@@ -233,9 +224,8 @@ def test_nan_names_the_function_and_the_prompt():
     ],
 )
 def test_what_a_reward_raises_is_told_with_its_line(folder, name, says, line, timeout):
-    reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
     with pytest.raises(BadInput) as caught:
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores(f"my_rewards.py:{name}", timeout=timeout)
     told = str(caught.value)
     assert told.startswith(f"reward my_rewards.py:{name} {says}")
     (number,) = [i for i, text in enumerate(LINES, start=1) if text.startswith(line)]
@@ -250,17 +240,15 @@ def test_what_cannot_be_a_score_is_told_with_the_name_of_the_command_line(timeou
         ("odd", "; row 0 of the batch: division by zero"),
         ("keyed", ", in their order, as a list; it returned a dict"),
     ]:
-        reward = load_reward([f"my_rewards.py:{name}"], model, timeout=timeout)
         with pytest.raises(BadInput) as caught:
-            call_reward(reward, PROMPTS, RESPONSES)
+            scores(f"my_rewards.py:{name}", timeout=timeout)
         wanted = f"reward my_rewards.py:{name} must return one number per response"
         assert str(caught.value) == wanted + told
 
 
 def test_an_interrupt_of_its_own_is_the_rewards_fault(capsys):
-    reward = load_reward(["my_rewards.py:interrupts"], model)
     with pytest.raises(BadInput, match=r"interrupts raised KeyboardInterrupt \("):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores("my_rewards.py:interrupts")
     assert capsys.readouterr().err == ""
 
 
@@ -268,7 +256,7 @@ def test_what_belongs_to_the_process_is_put_back_and_told_once(folder, capsys):
     reward = load_reward(["my_rewards:bends"], model, timeout=0)
     threads = torch.get_num_threads()
     for _ in range(2):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores(reward)
         assert Path.cwd() == folder
         assert torch.get_default_dtype() == torch.float32
         assert torch.get_float32_matmul_precision() == "highest"
@@ -288,14 +276,14 @@ def test_what_belongs_to_the_process_is_put_back_and_told_once(folder, capsys):
 
 
 def test_a_reward_cannot_silence_the_run(capsys):
-    call_reward(load_reward(["my_rewards:silences"], model), PROMPTS, RESPONSES)
+    scores("my_rewards:silences")
     told = [f"reward my_rewards:silences has changed sys.{x}" for x in ("stdout", "stderr")]
     assert capsys.readouterr().out.splitlines() == [f"{x}; this was put back" for x in told]
 
 
 def test_an_async_reward_is_refused_before_it_is_called(recwarn):
     with pytest.raises(BadInput, match="reward later is async"):
-        call_reward(load_reward(["my_rewards:later"], model), PROMPTS, RESPONSES)
+        scores("my_rewards:later")
     assert not recwarn.list
 
 
@@ -316,7 +304,7 @@ def keeps(p, r, further=Mute()): return [0.0] * len(r)
         ("gives", f"row 0 of the batch: {shown}"),
     ]:
         with pytest.raises(BadInput, match=says):
-            call_reward(load_reward([f"mute.py:{name}"], model), PROMPTS, RESPONSES)
+            scores(f"mute.py:{name}")
     (line,) = unserved(load_reward(["mute.py:keeps"], model), ["prompt"])
     assert f"keeps its default {shown}" in line
     with pytest.raises(BadInput, match=rf"cannot be imported \({shown}"):
@@ -327,8 +315,7 @@ def keeps(p, r, further=Mute()): return [0.0] * len(r)
 def test_a_reward_may_empty_its_responses(folder, timeout):
     code = "def f(p, r): return [float(len(r.pop())) for _ in range(len(r))][::-1]"
     (folder / "pops.py").write_text(code, encoding="utf-8")
-    reward = load_reward(["pops.py:f"], model, timeout=timeout)
-    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [len(x) for x in RESPONSES]
+    assert scores("pops.py:f", timeout=timeout) == [len(x) for x in RESPONSES]
 
 
 def test_a_reward_model_in_a_sum_gets_no_columns():
@@ -336,9 +323,8 @@ def test_a_reward_model_in_a_sum_gets_no_columns():
     reward = WeightedSum({"bert": (1.0, reward_model.score)})
     assert unserved(reward, ["prompt"]) == []
     columns = [{"max_tokens": "many"}] * len(PROMPTS)
-    scores = call_reward(reward, PROMPTS, RESPONSES, columns)
-    assert scores.equal(reward_model.score(PROMPTS, RESPONSES))
-    assert call_reward(reward_model.score, PROMPTS, RESPONSES, columns).equal(scores)
+    expected = reward_model.score(PROMPTS, RESPONSES).tolist()
+    assert scores(reward, columns) == scores(reward_model.score, columns) == expected
 
 
 def test_the_handlers_of_signals_are_put_back():
@@ -346,13 +332,13 @@ def test_the_handlers_of_signals_are_put_back():
     before = signal.default_int_handler
     signal.signal(signal.SIGINT, before)
     reward = load_reward(["my_rewards:handles"], model, timeout=0)
-    call_reward(reward, PROMPTS, RESPONSES)
+    scores(reward)
     assert signal.getsignal(signal.SIGINT) is before
     assert reward.notes == [
         "reward my_rewards:handles has changed what SIGINT does; this was put back"
     ]
     with pytest.raises(BadInput, match=r"main thread.*; --reward_timeout 0 calls it in the main t"):
-        call_reward(load_reward(["my_rewards:handles"], model), PROMPTS, RESPONSES)
+        scores("my_rewards:handles")
     signal.signal(signal.SIGINT, at_start)
 
 
@@ -394,28 +380,24 @@ def f(p, r):
     return [Weight(late_neighbour.factor).value] * len(r)
 """
     (folder / "sub/data_reward.py").write_text(code, encoding="utf-8")
-    reward = load_reward(["sub/data_reward.py:f"], model)
-    assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [3, 3]
+    assert scores("sub/data_reward.py:f") == [3, 3]
 
 
 def test_a_reward_that_hangs_is_given_up():
-    reward = load_reward(["my_rewards:hangs"], model, timeout=0.05)
     with pytest.raises(BadInput, match=r"reward my_rewards:hangs has not returned after 0\.05 s"):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores("my_rewards:hangs", timeout=0.05)
 
 
 def test_without_a_limit_a_reward_has_no_thread_of_its_own():
     for timeout, found in ((60, 0.0), (0, 1.0)):
-        reward = load_reward(["my_rewards:thread"], model, timeout=timeout)
-        assert call_reward(reward, PROMPTS, RESPONSES).tolist() == [found] * 2
+        assert scores("my_rewards:thread", timeout=timeout) == [found] * 2
 
 
 def test_an_object_that_is_called_gets_its_columns():
-    reward = load_reward(["my_rewards:counts"], model)
     rows = [{"wanted": "bb", "other": 1}, {"wanted": "", "other": 2}]
-    assert call_reward(reward, PROMPTS, RESPONSES, rows).tolist() == [2, 0]
+    assert scores("my_rewards:counts", rows) == [2, 0]
     with pytest.raises(BadInput, match=r"raised TypeError: .*wanted"):
-        call_reward(reward, PROMPTS, RESPONSES)
+        scores("my_rewards:counts")
 
 
 def test_ctrl_c_is_no_fault_of_the_reward():
