@@ -30,7 +30,7 @@ def main() -> None:
     # Only now, since it takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.report import figures, page
     from rlhf_min.harness.report.findings import FINDINGS, summary, write_findings
-    from rlhf_min.harness.report.finish import Spared
+    from rlhf_min.harness.report.finish import WarnOnly
 
     alone = len(runs) == 1
     out = options.out or (runs[0].folder if alone else Path()) / page.REPORT
@@ -40,10 +40,10 @@ def main() -> None:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     if alone and runs[0].rows:
         curves = out.with_name(figures.CURVES)
-        with Spared(curves, f"{out} has its own"):
+        with WarnOnly(curves, f"{out} has its own"):
             figures.write_curves(curves, runs[0])
     if alone and options.out is None:
-        with Spared(runs[0].folder / FINDINGS, f"{out} begins with them"):
+        with WarnOnly(runs[0].folder / FINDINGS, f"{out} begins with them"):
             write_findings(runs[0])
     print(f"{', '.join(str(run.folder) for run in runs)}: {out}")
     for run in runs:

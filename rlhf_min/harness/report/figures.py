@@ -4,7 +4,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,10 +70,17 @@ def curve(drawn: Curve, runs: Sequence[Run], description: str) -> Markup:
 
 
 def write_curves(file: Path, run: Run) -> None:
-    """All curves of a run in one picture, and beside it the same as SVG."""
+    """All curves of a run in one picture, and beside it the same as SVG; or nothing."""
     curves = [c for module in modules_of(run) for c in module.CURVES if c.checked(run)[0]]
-    if not curves:
-        return
+    if curves:
+        with style():
+            figure = _picture(curves, run)
+            write_file(file, _bytes(figure, "png"))
+            write_file(file.with_suffix(".svg"), _bytes(figure, "svg"))
+
+
+def _picture(curves: Sequence[Curve], run: Run) -> "Figure":
+    """A panel for each curve."""
     columns, height = min(PANELS, len(curves)), HEIGHT + HEADING
     rows = -(-len(curves) // columns)
     figure = _figure(columns * WIDTH, rows * height)
@@ -81,8 +89,7 @@ def write_curves(file: Path, run: Run) -> None:
         _draw(axes, curve, [run])
         heading, top = f"{title(curve.stage)}: {curve.name}", 1 + (TOP + 4) / _INNER[1]
         _text(axes, 0, top, heading, color=INK["text"], weight="bold")
-    write_file(file, _bytes(figure, "png"))
-    write_file(file.with_suffix(".svg"), _bytes(figure, "svg"))
+    return figure
 
 
 def histogram(key: str, title: str, description: str, values: Sequence[float]) -> Markup:
@@ -239,6 +246,14 @@ def _thinned(line: _Line) -> list[tuple[float, float, float, float]]:
 # With matplotlib
 
 _INNER = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+_STYLE = {
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
+    **{"grid.color": INK["rule"], "grid.linewidth": 1, "figure.facecolor": INK["paper"]},
+    **{"xtick.bottom": False, "ytick.left": False, "xtick.major.pad": 9, "ytick.major.pad": 9},
+    **{"xtick.labelcolor": INK["muted"], "ytick.labelcolor": INK["muted"]},
+    **{"svg.fonttype": "none", "savefig.dpi": 96},
+}
 _LINE: dict[str, Any] = {"linewidth": 1.8}
 _DOT: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgewidth": 0}
 _LIMIT: dict[str, Any] = {
@@ -246,12 +261,19 @@ _LIMIT: dict[str, Any] = {
 }  # fmt: skip
 
 
+def style() -> AbstractContextManager[None]:
+    """The style of all figures, whatever the user's own settings of matplotlib are."""
+    # Not before: a run that has no working matplotlib lacks its figures, and no more.
+    from matplotlib.style import context
+
+    return context(_STYLE, after_reset=True)
+
+
 def _figure(width: int = WIDTH, height: int = HEIGHT) -> "Figure":
     """A figure of this size in points."""
-    # Not before: a run that has no working matplotlib lacks its figures, and no more.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / 72, height / 72), facecolor=INK["paper"])
+    return Figure(figsize=(width / 72, height / 72))
 
 
 def _axes(figure: "Figure", left: int = 0, bottom: int = 0) -> "Axes":
@@ -268,11 +290,7 @@ def _scale(
 ) -> None:
     """What the axes span, with a few round numbers, and what they measure."""
     axes.set(xlim=ends[:2], ylim=ends[2:])
-    axes.grid(axis="y", color=INK["rule"], linewidth=1)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
     axes.axhline(ends[2], color=INK["rule"], linewidth=1)
-    axes.tick_params(left=False, bottom=False, labelcolor=INK["muted"], pad=6)
     whole: dict[str, Any] = {"integer": True, "min_n_ticks": 1} if x_label == "step" else {}
     axes.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10], **whole)
     axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
@@ -321,13 +339,9 @@ def _bytes(figure: "Figure", form: str, salt: str = "curves") -> bytes:
     import matplotlib
 
     file = io.BytesIO()
-    options: Mapping[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 96}
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}),
-    ):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": salt}):
         warnings.simplefilter("ignore")  # letters that its own font lacks; the page's may have them
-        figure.savefig(file, format=form, **options)
+        figure.savefig(file, format=form, metadata={"Date": None} if form == "svg" else None)
     return file.getvalue()
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import TracebackType
 
 
-class Spared(AbstractContextManager[None]):
-    """Inside, a file to look at is written. What fails, be it the disk or a library, is a warning.
+class WarnOnly(AbstractContextManager[None]):
+    """Inside, a file is written that a run can do without: what fails is a warning, no error.
 
-    So is Ctrl-C, which ends this file and no more.
+    Be it the disk, a library, or Ctrl-C, which ends this file and no more.
 
     Args:
         file: for the warning.
@@ -22,12 +22,12 @@ class Spared(AbstractContextManager[None]):
     def __exit__(
         self, _: type | None, error: BaseException | None, __: TracebackType | None
     ) -> bool:
-        spared = isinstance(error, (Exception, KeyboardInterrupt))
-        if spared:
+        handled = isinstance(error, (Exception, KeyboardInterrupt))
+        if handled:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             kind = ": ".join(filter(None, [type(error).__name__, reason]))
             print(f"warning: {self.file} was not written ({kind}); {self.then}", file=sys.stderr)
-        return spared
+        return handled
 
 
 def show(folder: Path) -> list[str]:
@@ -42,10 +42,10 @@ def show(folder: Path) -> list[str]:
 
     files = [folder / page.REPORT, folder / figures.CURVES]
     again = f"examples/make_report.py {folder} makes it again"
-    with Spared(folder / findings.FINDINGS, again):
+    with WarnOnly(folder / findings.FINDINGS, again):
         findings.print_summary(folder)
-    with Spared(files[0], again):
+    with WarnOnly(files[0], again):
         page.write_report(folder)
-    with Spared(files[1], again):
+    with WarnOnly(files[1], again):
         figures.write_curves(files[1], read_run(folder))
     return [file.name for file in files if file.is_file()]

@@ -97,7 +97,8 @@ def unbroken(text: str) -> Markup:
 def _drawn(draw: Callable[..., Markup], *arguments: object) -> Markup:
     """A figure; without a working matplotlib, the reason why there is none."""
     try:
-        return draw(*arguments)
+        with figures.style():
+            return draw(*arguments)
     except ImportError as error:
         return Markup("<p>No figure: {}</p>").format(error)
 

@@ -6,7 +6,7 @@ from rlhf_min.encoding.codec import Codec
 from rlhf_min.evaluation import Evaluation, evaluate_policies
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.report import results
-from rlhf_min.harness.report.finish import Spared
+from rlhf_min.harness.report.finish import WarnOnly
 from rlhf_min.harness.rows.encoding_report import require_some, summary
 from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.log import MetricsLog
@@ -47,9 +47,9 @@ def run(
         seed=seed,
     )
     texts = [prompt.text for prompt in prompts]
-    with Spared(log.folder / "samples.md", "evaluate_models.py writes one too"):
+    with WarnOnly(log.folder / "samples.md", "evaluate_models.py writes one too"):
         results.write_samples(log.folder / "samples.md", evaluations, texts)
     gold = inputs.monitors.get("gold_reward")
-    with Spared(log.folder / layout.SAMPLES, "the page will lack the samples of the test"):
+    with WarnOnly(log.folder / layout.SAMPLES, "the page will lack the samples of the test"):
         log.add_samples("test", 0, results.sample_rows(evaluations, texts, gold=gold), anew=True)
     return evaluations

@@ -25,7 +25,7 @@ from rlhf_min.harness.report.findings import (
     interval,
     last_fifth,
 )
-from rlhf_min.harness.report.finish import Spared
+from rlhf_min.harness.report.finish import WarnOnly
 from rlhf_min.harness.rows.encoding_report import encoded_pairs
 from rlhf_min.harness.run import faults, layout
 from rlhf_min.harness.run.checkpoint import Snapshot
@@ -209,7 +209,7 @@ def run(
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
     chosen, rejected = reward.pair_scores(reward_model, pairs)
     faults.require_finite(STAGE, {"a held-out score": float((chosen + rejected).sum())})
-    with Spared(log.folder / layout.REWARD_MODEL, "the page will lack calibration and margins"):
+    with WarnOnly(log.folder / layout.REWARD_MODEL, "the page will lack calibration and margins"):
         results.write_json(log.folder / layout.REWARD_MODEL, results.pairs_json(chosen, rejected))
     scale = "scores as trained, not normalised"
     if config.normalise and sft_policy is not None and codec is not None:
