@@ -52,7 +52,7 @@ def main() -> None:
     dpo_config = configured(DPOConfig, options, epochs=options.dpo_epochs)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
-    from rlhf_min.harness.report import finish, results
+    from rlhf_min.harness.report import finish
     from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft
 
     sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
@@ -73,19 +73,17 @@ def main() -> None:
     device = reward_model.device
     dpo_policy = dpo.run(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
 
-    evaluations = evaluation.run(
+    evaluation.run(
         {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
         reward_model,
         codec,
         inputs,
         log,
+        pairs=learned.estimates,
         n=options.test_prompts,
         max_tokens=ppo_config.max_tokens,
         seed=options.seed,
     )
-    found = results.results_json(evaluations, reward_model=learned.estimates, seed=options.seed)
-    print(results.results_table(evaluations, baseline="sft"))
-    results.write_json(out / "results.json", found)
     shown = finish.show(out)
     seconds = time.perf_counter() - started
     print(f"\n{seconds:.0f} s; {', '.join([*shown, 'models'])} are in {out}")

@@ -9,17 +9,12 @@ With --data give --model and --reward_model or --reward. The model and its value
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from rlhf_min.config import PPOConfig, RewardConfig, SFTConfig, option
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions, check_room, command, parse
 from rlhf_min.harness.inputs import load_inputs
-from rlhf_min.harness.run.folder import check_out, seed_all, start_log
-
-if TYPE_CHECKING:
-    from rlhf_min.harness.rewards import WeightedSum
-    from rlhf_min.reward_model import RewardModel
+from rlhf_min.harness.run.folder import check_out, start_log
 
 
 @dataclass(frozen=True)
@@ -57,14 +52,14 @@ def main() -> None:
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
     from rlhf_min.harness.report import finish
-    from rlhf_min.harness.rewards import WeightedSum
+    from rlhf_min.harness.rewards import WeightedSum, given_reward
     from rlhf_min.harness.stages import ppo, reward, sft
 
     policy = start_policy(
         options, inputs.texts, critic=config.critic if options.model else "none", seed=config.seed
     )
     codec = make_codec(policy, options)
-    given = load_given_reward(options, config)
+    given = given_reward(options, config)
     if isinstance(given, WeightedSum) and len(given.parts) > 1:
         inputs.monitors |= given.monitors
 
@@ -78,21 +73,6 @@ def main() -> None:
     device = options.torch_device("reward_device")
     ppo.run(policy, codec, given, inputs, config, log, ref_device=device)
     print(f"{', '.join(['model', *finish.show(out)])} and metrics.jsonl are in {out}")
-
-
-def load_given_reward(options: PPOOptions, config: PPOConfig) -> "RewardModel | WeightedSum | None":
-    """What --reward_model or --reward names; None if neither was given."""
-    from rlhf_min.harness.rewards import load_reward
-    from rlhf_min.reward_model import RewardModel
-
-    def load_model(name: str) -> RewardModel:
-        device = options.torch_device("reward_device")
-        return RewardModel.from_pretrained(name, plain=options.plain).to(device)
-
-    seed_all((options, config))  # a module of yours may draw when it is imported
-    if options.reward:
-        return load_reward(options.reward, load_model, timeout=options.reward_timeout)
-    return None if options.reward_model is None else load_model(options.reward_model)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min import dpo, ppo
+from rlhf_min import dpo, estimates, ppo
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.estimates import (
-    Estimate,
-    best_of_n_bound,
-    best_of_n_kl,
-    best_of_n_mean,
-    mean_estimate,
-)
+from rlhf_min.estimates import Estimate, mean_estimate
 from rlhf_min.harness.cli import ExperimentOptions
 from rlhf_min.harness.inputs import Inputs, load_inputs
 from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
@@ -104,22 +98,25 @@ def run_all(options: ExperimentOptions, out: Path, runs: Mapping[str, Sequence[C
     jobs = [(name, config) for name, configs in runs.items() for config in configs]
     processes = min(torch.get_num_threads(), len(jobs))
     print(f"{len(jobs)} runs, {processes} at once", flush=True)
-    results = at_once(
-        partial(run, options, out), [config for _, config in jobs], processes=processes
-    )
-    found: Looks = {name: [] for name in runs}
+    configs = [config for _, config in jobs]
+    done: Looks = {name: [] for name in runs}
+    results = at_once(partial(run, options, out), configs, processes=processes)
     for (name, config), looks in zip(jobs, results, strict=True):
-        found[name].append(looks)
+        done[name].append(looks)
         kl, gold = (looks[max(looks)][key].mean() for key in ("kl", "gold_reward"))
         print(f"  {name}, seed {config.seed}: KL {kl:.2f}, gold reward {gold:.2f}", flush=True)
-    return found
+    return done
 
 
 def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Columns]:
     """Train a copy of the SFT model by PPO or DPO, and look at it before, now and then, and after.
 
+    A look samples the test prompts, with the same random numbers each time, and measures the
+    responses. ``kl`` adds up the exact KL at each token: as unbiased as adding the log-ratios, but
+    less noisy and never negative.
+
     Returns:
-        What `look` saw, by the number of steps before it (PPO: rollouts).
+        The looks, by the number of steps before each (PPO: rollouts).
     """
     inputs = load_world(options)
     sft_options = replace(options, model=str(out / "sft"), threads=None)  # each job has one
@@ -137,44 +134,25 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
         state = dpo.new_state(policy, ref_policy, codec.encode_preferences(inputs.pairs)[0], config)
         steps = dpo.train(policy, ref_policy, config, state)
         total = dpo.total(state.cursor, config)
+    prompts = codec.encode_prompts(inputs.test[: options.test_prompts])[0]
+    exact = ppo.PPOConfig(
+        max_new_tokens=options.max_response_tokens, kl="full", max_tokens=LOOK_TOKENS
+    )
+
+    def look() -> Columns:
+        rng = torch.Generator().manual_seed(config.seed)
+        rollout = collect(policy, ref_policy, reward_model.score, prompts, exact, rng=rng)
+        columns = {"kl": rollout.kl.sum(1), "score": rollout.scores}
+        for name, monitor in inputs.monitors.items():
+            columns[name] = call_reward(monitor, rollout.prompts, rollout.responses)
+        return {name: column.cpu().double().numpy() for name, column in columns.items()}
+
     at = {round(total * i / options.looks) for i in range(1, options.looks + 1)}
-    see = partial(look, policy, ref_policy, reward_model, codec, inputs, options, seed=config.seed)
-    found = {0: see()}
+    looks = {0: look()}
     for step, _ in enumerate(steps, start=1):
         if step in at:
-            found[step] = see()
-    return found
-
-
-def look(
-    policy: Policy,
-    ref_policy: Policy,
-    reward_model: RewardModel,
-    codec: Codec,
-    inputs: Inputs,
-    options: ExperimentOptions,
-    *,
-    seed: int,
-) -> Columns:
-    """Sample the test prompts, with the random numbers of this seed, and measure the responses.
-
-    ``kl`` adds up the exact KL at each token of a response: as unbiased as adding the log-ratios,
-    but less noisy and never negative.
-    """
-    rollout = collect(
-        policy,
-        ref_policy,
-        reward_model.score,
-        codec.encode_prompts(inputs.test[: options.test_prompts])[0],
-        ppo.PPOConfig(
-            max_new_tokens=options.max_response_tokens, kl="full", max_tokens=LOOK_TOKENS
-        ),
-        rng=torch.Generator().manual_seed(seed),
-    )
-    columns = {"kl": rollout.kl.sum(1), "score": rollout.scores}
-    for name, monitor in inputs.monitors.items():
-        columns[name] = call_reward(monitor, rollout.prompts, rollout.responses)
-    return {name: column.cpu().double().numpy() for name, column in columns.items()}
+            looks[step] = look()
+    return looks
 
 
 def best_of_n(
@@ -194,16 +172,17 @@ def best_of_n(
     rows = [row for row in inputs.test[: options.test_prompts] for _ in range(samples)]
     texts = list(zip(*sample_texts(policy, codec, rows, seed=options.seed), strict=True))
     prompts, responses = zip(*dict.fromkeys(texts), strict=True)  # equal texts are scored once
-    found = {}
+    values = {}  # (N, samples) each
     for name, reward_function in ({"score": reward_model.score} | inputs.monitors).items():
-        values = call_reward(reward_function, prompts, responses).tolist()
-        of_text = dict(zip(zip(prompts, responses, strict=True), values, strict=True))
-        found[name] = np.array([of_text[text] for text in texts]).reshape(-1, samples)
+        once = call_reward(reward_function, prompts, responses).tolist()
+        of_text = dict(zip(zip(prompts, responses, strict=True), once, strict=True))
+        values[name] = np.array([of_text[text] for text in texts]).reshape(-1, samples)
+    scores = values["score"]
     return {
         n: {
-            "kl": best_of_n_kl(found["score"], n),
-            "kl_bound": np.full(len(found["score"]), best_of_n_bound(n)),
-            **{name: best_of_n_mean(found["score"], x, n) for name, x in found.items()},
+            "kl": estimates.best_of_n_kl(scores, n),
+            "kl_bound": np.full(len(scores), estimates.best_of_n_bound(n)),
+            **{name: estimates.best_of_n_mean(scores, x, n) for name, x in values.items()},
         }
         for n in [2**i for i in range(samples.bit_length() - 1)]
     }
@@ -264,8 +243,9 @@ def _call(function: Callable[[Job], Result], job: Job) -> Result:
 def verdict(runs: Sequence[Mapping[int, Columns]], *, seed: int) -> str:
     """Whether the gold reward turns down on the way, by how much, and what the score does then.
 
-    A peak is too high on the prompts that it is found on. So the fall of every other prompt is
-    measured from the peak of the rest, and the other way round; intervals are over prompts.
+    Cross-fitted, since a peak is too high on the prompts that it is found on: it is found on one
+    half of the prompts and the fall is measured on the other half, and the other way round.
+    Intervals are over prompts.
 
     Args:
         runs: the looks of each seed, in order.
@@ -275,9 +255,9 @@ def verdict(runs: Sequence[Mapping[int, Columns]], *, seed: int) -> str:
         np.mean([[columns[key] for columns in looks.values()] for looks in runs], axis=0)
         for key in ("gold_reward", "score", "kl")
     )  # (looks, N) each
-    of_the_rest = [gold[:, 1::2].mean(1).argmax(), gold[:, ::2].mean(1).argmax()]
+    of_other_half = [gold[:, 1::2].mean(1).argmax(), gold[:, ::2].mean(1).argmax()]
     prompts = np.arange(gold.shape[1])
-    peaks = np.array(of_the_rest)[prompts % 2]  # (N,)
+    peaks = np.array(of_other_half)[prompts % 2]  # (N,)
     fall = mean_estimate(gold[peaks, prompts] - gold[-1], seed=seed)
     climb = mean_estimate(score[-1] - score[peaks, prompts], seed=seed)
     nats, peak = kl.mean(1), gold.mean(1).argmax()
@@ -334,16 +314,8 @@ def spread(values: np.ndarray) -> str:
 def draw_curve(axes: Axes, points: Sequence[Point], x: str, y: str, **style: Any) -> None:
     """The means over the seeds, step by step, with bars from the lowest to the highest seed."""
     xs, ys = _by_step(points, x), _by_step(points, y)
-    axes.errorbar(
-        xs.mean(1),
-        ys.mean(1),
-        xerr=_reach(xs),
-        yerr=_reach(ys),
-        marker="o",
-        markersize=3,
-        elinewidth=0.7,
-        **style,
-    )
+    style |= {"marker": "o", "markersize": 3, "elinewidth": 0.7}
+    axes.errorbar(xs.mean(1), ys.mean(1), xerr=_reach(xs), yerr=_reach(ys), **style)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.run.folder import seed_all
 from rlhf_min.harness.run.signals import SIGNALS
 from rlhf_min.loading.reward_function import (
     RewardFunction,
@@ -132,6 +133,19 @@ def sources(reward: RewardModel | RewardFunction) -> dict[str, int]:
         if code is not None and not models_in(part) and Path(code.co_filename).is_file():
             files[name] = Path(code.co_filename)
     return {name: zlib.crc32(file.read_bytes()) for name, file in files.items()}
+
+
+def given_reward(options: Any, config: Any) -> RewardModel | WeightedSum | None:
+    """What ``--reward_model`` or ``--reward`` names; None if neither was given."""
+
+    def load_model(name: str) -> RewardModel:
+        reward_model = RewardModel.from_pretrained(name, plain=options.plain)
+        return reward_model.to(options.torch_device("reward_device"))
+
+    seed_all((options, config))  # a module of the user's may draw when it is imported
+    if options.reward:
+        return load_reward(options.reward, load_model, timeout=options.reward_timeout)
+    return None if options.reward_model is None else load_model(options.reward_model)
 
 
 def load_reward(

@@ -15,6 +15,7 @@ from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import RunOptions, command, parse
 from rlhf_min.harness.models import make_codec, start_policy
+from rlhf_min.harness.rewards import given_reward
 from rlhf_min.harness.run.folder import check_out, open_run
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
@@ -457,7 +458,7 @@ def test_the_global_generators_are_seeded_before_a_users_module_is_imported(tmp_
         file = tmp_path / f"{name}.py"
         file.write_text(code, encoding="utf-8")
         options = module.PPOOptions(reward=[f"{file}:f"])
-        given = module.load_given_reward(options, PPOConfig(seed=seed))
+        given = given_reward(options, PPOConfig(seed=seed))
         return given([""] * 3, [""] * 3).tolist()
 
     first = drawn("a", 3)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from rlhf_min.encoding.codec import Codec
-from rlhf_min.evaluation import Evaluation, evaluate_policies
+from rlhf_min.estimates import Estimate
+from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.report import results
 from rlhf_min.harness.report.finish import WarnOnly
@@ -21,13 +22,18 @@ def run(
     inputs: Inputs,
     log: MetricsLog,
     *,
+    pairs: Mapping[str, Estimate],
     n: int,
     max_tokens: int,
     seed: int,
-) -> dict[str, Evaluation]:
+) -> None:
     """Compare models on the first n test prompts; the first model is baseline and reference.
 
-    Some responses of each are written into the run's folder.
+    The table is printed. It, and some responses of each model, are left in the run's folder.
+
+    Args:
+        pairs: how well the reward model ranks held-out pairs.
+        max_tokens: padded tokens in one forward pass.
     """
     log.note_changes()
     prompts, cut = codec.encode_prompts(inputs.test[:n])
@@ -52,4 +58,6 @@ def run(
     gold = inputs.monitors.get("gold_reward")
     with WarnOnly(log.folder / layout.SAMPLES, "the page will lack the samples of the test"):
         log.add_samples("test", 0, results.sample_rows(evaluations, texts, gold=gold), anew=True)
-    return evaluations
+    print(results.results_table(evaluations, baseline=baseline))
+    found = results.results_json(evaluations, reward_model=pairs, seed=seed)
+    results.write_json(log.folder / layout.RESULTS, found)
