@@ -81,7 +81,8 @@ class Parser(argparse.ArgumentParser):
         if message.endswith(("expected one argument", "expected at least one argument")):
             message += "; a value that begins with - is written --option=-VALUE"
         has_options = len(self._actions) > 1  # beside --help
-        fail(f"{message}; {'--help explains all options' if has_options else 'give none'}", 2)
+        where = "--help explains all options" if has_options else "this command has none"
+        fail(f"{message}; {where}", 2)
 
 
 def _spellings(name: str) -> list[str]:

@@ -301,7 +301,7 @@ def test_an_option_that_would_do_nothing_is_refused(run, capsys, name):
 
 def test_a_command_without_options_says_so(run, capsys):
     assert run("pencil", "--nonsense") == 2
-    assert capsys.readouterr().err == "error: unknown option --nonsense; give none\n"
+    assert capsys.readouterr().err == "error: unknown option --nonsense; this command has none\n"
 
 
 # What is imported for an answer
