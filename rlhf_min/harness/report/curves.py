@@ -5,7 +5,7 @@ rules of thumb, wide enough for small models on the embedded world and for pretr
 text. Leaving one is a reason to look, not yet a proof that something is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import inf
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Literal
 
 from rlhf_min.harness.run.layout import stage_modules
-from rlhf_min.harness.run.reading import Run
+from rlhf_min.harness.run.reading import Record, Run
 
 IN_A_ROW = 3  # steps outside before a curve has left its range, unless the run ends there
 
@@ -112,7 +112,7 @@ class Curve:
         lines: metrics with their labels. The first that was measured is checked against the range;
             the figure is left out if none was.
         healthy: a sentence on how it should look.
-        range: that it should keep to.
+        range: that it should keep to, or a function that gives it for the options of the stage.
         cure: what to do where it left its range.
         instead: a finding of the stage that says the same, and better.
     """
@@ -122,7 +122,7 @@ class Curve:
     unit: str
     lines: tuple[tuple[str, str], ...]
     healthy: str
-    range: Range
+    range: Range | Callable[[Record], Range]
     cure: str
     instead: str = ""
 
@@ -145,12 +145,13 @@ class Curve:
         """Steps and values of that line; empty if none was measured."""
         return run.series(self.stage, self.checked_line(run)[0])
 
+    def range_in(self, run: Run) -> Range:
+        """The range that it should keep to in this run."""
+        return self.range if isinstance(self.range, Range) else self.range(run.config(self.stage))
+
     def limits(self, run: Run) -> tuple[float, float]:
         """The lowest and the highest healthy value in this run."""
-        config = run.config(self.stage)
-        if self.lines[0][0] == "k1" and config.get("kl_control") == "adaptive":
-            return Range(-1, 2 * config["kl_target"]).limits([])
-        return self.range.limits(self.checked(run)[1])
+        return self.range_in(run).limits(self.checked(run)[1])
 
     def status(self, run: Run) -> Status | None:
         """Whether it kept to its range in this run; None if it was not measured."""
@@ -163,7 +164,7 @@ class Curve:
             course = f"From {course[:-1]} to {number(values[-1])} at step {steps[-1]}."
         if self.checked_line(run)[1] == "held out":  # and not the line of training beside it
             course = f"Held out: {course}"
-        words, outside = self.range.words(low, high), excursion(values, low, high)
+        words, outside = self.range_in(run).words(low, high), excursion(values, low, high)
         if outside is None:
             return Status(course, "It stayed in its range.", words)
         first, end = outside

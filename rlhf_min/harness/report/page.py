@@ -49,7 +49,6 @@ def page(runs: Sequence[Run]) -> str:
     records = [row for run in runs for row in run.rows]
     records += [run.results[model] for run in runs for model in run.models]
     sections = {
-        "title": ", ".join(run.name for run in runs),
         "palette": figures.PALETTE,
         "inks": figures.INKS,
         "alone": alone,
@@ -65,7 +64,8 @@ def page(runs: Sequence[Run]) -> str:
         "tokens": texts.tokens(alone) if alone else None,
         "data": _data(alone) if alone else [],
         "costs": _costs(runs),
-        "configuration": _configuration(runs),
+        "names": [run.name for run in runs],
+        "different": _different(runs),
         "left_out": left_out,
     }
     return figures.printable(_environment().get_template("page.html").render(sections))
@@ -81,7 +81,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = unbroken
+    environment.filters |= {"unbroken": unbroken, "as_text": as_text}
     return environment
 
 
@@ -294,24 +294,15 @@ def _cost(run: Run, stage: str) -> dict[str, str]:
     return cost | {name.partition("/")[2]: f"{most:.2f}" for name, most in memory.items()}
 
 
-def _configuration(runs: Sequence[Run]) -> Record:
-    """The options and versions of a run; of several, those that differ."""
+def _different(runs: Sequence[Run]) -> list[list[str]]:
+    """The options and versions in which runs differ, a line for each."""
     records = [_flat(run.record) for run in runs]
-    names = list(dict.fromkeys(name for record in records for name in record))
-    if len(runs) > 1:
-        lines = [
-            [name.removeprefix("config."), *[_value(record.get(name, "")) for record in records]]
-            for name in names
-        ]
-        different = [line for line in lines if len({*line[1:]}) > 1]
-        return {"names": names, "heads": ["", *[run.name for run in runs]], "different": different}
-    groups: dict[str, list[list[str]]] = {}
-    for name in names:
-        path, _, option = name.rpartition(".")
-        groups.setdefault(path, []).append([option, _value(records[0][name])])
-    others = [line for path in groups if path[:7] != "config." for line in groups[path]]
-    configs = {path[7:]: lines for path, lines in groups.items() if path[:7] == "config."}
-    return {"names": names, "different": None, "configs": configs, "others": others}
+    names = dict.fromkeys(name for record in records for name in record)
+    lines = [
+        [name.removeprefix("config."), *[as_text(record.get(name, "")) for record in records]]
+        for name in names
+    ]
+    return [line for line in lines if len({*line[1:]}) > 1]
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> Record:
@@ -323,5 +314,10 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Record:
     return flat
 
 
-def _value(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A text as it is, and everything else as JSON.
+
+    >>> as_text("fixed"), as_text(None)
+    ('fixed', 'null')
+    """
     return value if isinstance(value, str) else json.dumps(value)

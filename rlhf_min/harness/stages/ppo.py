@@ -438,6 +438,13 @@ RATIO_LIMIT = 10.0  # a policy so far from the one that sampled learns little fr
 SURE = 2.0  # standard errors
 FEW_ENDED = 0.9  # of the responses: what is cut was not meant to end there
 STEPS_NAMED = 5  # of those that something happened in
+
+
+def kl_range(config: Mapping[str, Any]) -> Range:
+    """Of the KL to the reference: an adaptive coefficient lets it swing around its target."""
+    return Range(-1, 2 * config["kl_target"] if config.get("kl_control") == "adaptive" else 15)
+
+
 CURVES = (
     Curve(
         STAGE,
@@ -465,7 +472,7 @@ CURVES = (
         (("k1", "k1"), ("k3", "k3")),
         "It grows from 0 and levels off, with both estimates together; far above 0 the scores are "
         "of texts that the reward model has never seen, below 0 sampling and scoring disagree.",
-        Range(-1, 15),
+        kl_range,
         "raise --kl_coef or lower --learning_rate",
     ),
     Curve(
