@@ -1,10 +1,21 @@
-"""What the stages tell and write beside what their preflight checks."""
+"""What the stages tell and write beside what their preflight checks, and how they are found."""
+
+import sys
+from functools import partial
 
 import pytest
 from small import PROMPTS, small_policy
 from tolerances import FP64
 
 from rlhf_min import ppo
+from rlhf_min.errors import BadInput
+from rlhf_min.harness import stages
+from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.report.curves import title
+from rlhf_min.harness.run.folder import start_log
+from rlhf_min.harness.run.layout import clear, stage_modules, users_paths_below
+from rlhf_min.harness.run.reading import read_run
+from rlhf_min.harness.run.saving import measures
 from rlhf_min.harness.stages.ppo import too_far
 from rlhf_min.harness.stages.run_stage import copy_policy
 
@@ -58,3 +69,67 @@ def test_a_copy_to_train_is_as_plain_as_its_original():
     plain = small_policy()
     plain.plain = True
     assert copy_policy(plain, critic="shared").plain
+
+
+GRPO = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    steps: int = 3
+
+STAGE, TITLE, ROWS, CONFIG = "grpo", "GRPO", "prompts", GRPOConfig
+MEASURED = {"score": "higher", "surprise": "lower"}
+MONITORS, WRITES, CURVES = True, (), ()
+
+def trained_before(options):
+    return ["sft"]
+"""
+
+
+@pytest.fixture
+def grpo(monkeypatch, tmp_path):
+    """A stage whose file lies beside the others."""
+    (tmp_path / "grpo.py").write_text(GRPO, encoding="utf-8")
+    monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
+    stage_modules.cache_clear()
+    yield stage_modules()["grpo"]
+    stage_modules.cache_clear()
+    del sys.modules["rlhf_min.harness.stages.grpo"]
+
+
+def test_another_stage_is_known_where_its_file_is_put(grpo, tmp_path):
+    run = tmp_path / "run"
+    start = partial(start_log, run, monitors=["gold_reward"])
+    for name in ("eval/surprise", "eval/gold_reward", "eval/perplexity"):
+        start(RunOptions(keep_best=name), grpo.CONFIG())
+    with pytest.raises(BadInput, match="--keep_best eval/ties is measured by no stage"):
+        start(RunOptions(keep_best="eval/ties"), grpo.CONFIG())
+    assert measures("grpo", "eval/surprise")
+    assert not measures("sft", "eval/surprise")
+
+    log = start(RunOptions(), grpo.CONFIG())
+    log._write("grpo", 2, {"epoch": 1.0})
+    assert read_run(run).unfinished() == ["grpo is at step 2 of 3"]
+    assert title("grpo") == "GRPO"
+    ours = ["grpo/config.json", "checkpoints/grpo/step-000001/weights.safetensors"]
+    for name in (*ours, "mine/config.json"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+    assert users_paths_below(run / "checkpoints") == []
+    assert [path.parent.name for path in clear(run) if path.parent != run] == ["mine"]
+
+
+def test_every_stage_says_what_is_asked_of_it():
+    modules = stage_modules()
+    assert set(modules) >= {"sft", "reward_model", "ppo", "dpo"}
+    for stage, module in modules.items():
+        assert stage == module.STAGE
+        assert module.TITLE
+        assert module.ROWS
+        assert set(module.MEASURED.values()) <= {"higher", "lower"}
+        assert isinstance(module.MONITORS, bool)
+        assert isinstance(module.WRITES, tuple)
+        assert all(curve.stage == stage for curve in module.CURVES)
+        assert module.checks
+        assert module.run

@@ -178,6 +178,7 @@ def test_a_cached_start_is_a_tie_but_for_rounding():
     state = dpo.new_state(policy, ref_policy, PREFERENCES, CONFIG)
     metrics = next(dpo.train(policy, ref_policy, CONFIG, state))
     assert metrics["loss"] == pytest.approx(LN2, abs=FP64)
+    assert dpo.first_loss(CONFIG) == (LN2, "ln 2")
     assert metrics["margin"] == pytest.approx(0.0, abs=FP64)
 
 
