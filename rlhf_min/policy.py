@@ -140,10 +140,7 @@ class Policy(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """The id that fills padding; no result depends on it.
-
-        It is EOS where there is no pad token, or one that the model has no embedding for.
-        """
+        """Fills padding; no result depends on it. EOS where the model knows no pad token."""
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < self.vocabulary
         return pad if known else self.tokenizer.eos_token_id
