@@ -11,11 +11,11 @@ import threading
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ SECONDS = 600.0  # that a function may take for one batch
 FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
 
 Warn = Callable[[str], None]
-_Outcome = tuple[Any, BaseException | None]  # of a user's code: what it gave, or raised
 
 
 def _in_main_thread() -> bool:
@@ -232,7 +231,7 @@ def guarded(
     """
 
     @wraps(reward)
-    def call(*texts: list[str], **columns: list[Any]) -> Sequence[float]:
+    def call(*texts: list[str], **columns: list[Any]) -> Any:
         n = len(texts[-1])  # the function may change its list
 
         def ask() -> Sequence[float] | BadInput:
@@ -242,10 +241,10 @@ def guarded(
             except BadInput as refused:
                 return refused
 
-        outcome: list[_Outcome] = []
+        outcome = _Outcome()
         with _process_unchanged(f"reward {name}", warn):
             if timeout > 0:
-                thread = threading.Thread(target=lambda: outcome.append(_caught(ask)), daemon=True)
+                thread = threading.Thread(target=outcome.of, args=[ask], daemon=True)
                 thread.start()
                 thread.join(min(timeout, threading.TIMEOUT_MAX))
                 require(
@@ -254,30 +253,36 @@ def guarded(
                     "it a longer --reward_timeout (0: no limit)",
                 )
             else:
-                outcome.append(_caught(ask))
-        ((scores, error),) = outcome
-        if error is not None:
-            raised = _described(error, folder)
-            if timeout > 0 and isinstance(error, ValueError) and "main thread" in raised:
+                outcome.of(ask)
+        if outcome.error is not None:
+            raised = _described(outcome.error, folder)
+            if timeout > 0 and isinstance(outcome.error, ValueError) and "main thread" in raised:
                 raised += "; --reward_timeout 0 calls it in the main thread"
-            raise BadInput(f"reward {name} raised {raised}") from error
-        if isinstance(scores, BadInput):
-            raise scores
-        return scores
+            raise BadInput(f"reward {name} raised {raised}") from outcome.error
+        if isinstance(outcome.result, BadInput):
+            raise outcome.result
+        return outcome.result
 
     call.__name__ = getattr(reward, "__name__", type(reward).__name__)
     return call
 
 
-def _caught(function: Callable[[], Any]) -> _Outcome:
-    """What a user's code gives, and what it raises, which may be anything."""
-    try:
-        return function(), None
-    except BaseException as error:
+class _Outcome(AbstractContextManager[None]):
+    """What a user's code gave, or raised, which may be anything."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+    def of(self, function: Callable[[], Any]) -> "_Outcome":
+        """Call the function, and keep what comes of it."""
+        with self:
+            self.result = function()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        self.error = error
         # Ctrl-C arrives in the main thread; anywhere else it is the user's code that raised it.
-        if isinstance(error, KeyboardInterrupt) and _in_main_thread():
-            raise
-        return None, error
+        return not (isinstance(error, KeyboardInterrupt) and _in_main_thread())
 
 
 @contextmanager
@@ -319,24 +324,27 @@ def _function(name: str, timeout: float, warn: Warn) -> RewardFunction:
     return guarded(name, function, folder, timeout=timeout, warn=warn)
 
 
-def _module(where: str) -> ModuleType:
+def _module(where: str) -> Any:
     file = Path(where)
     is_file = file.suffix == ".py"
     require(not is_file or file.is_file(), f"--reward {where}: no such file; {FORMS}")
     # As if it were imported by a script that lies there: it may import its neighbours.
     beside = str(file.parent.resolve() if is_file else Path.cwd())
     sys.path.insert(0, beside)
-    module, error = _caught(lambda: _from_file(file) if is_file else importlib.import_module(where))
+    read = partial(_from_file, file) if is_file else partial(importlib.import_module, where)
+    imported = _Outcome().of(read)
     with suppress(ValueError):  # the module may have done so
         sys.path.remove(beside)
     if beside not in sys.path:
         sys.path.append(beside)  # a function may import a neighbour when it is called
-    if error is not None:
-        reason = one_line(error)
-        if isinstance(error, SystemExit):
-            reason = f"it ends the process: {_described(error, Path(beside))}"
-        raise BadInput(f"--reward {where}: cannot be imported ({reason}); {FORMS}") from error
-    return cast(ModuleType, module)
+    if imported.error is not None:
+        reason = one_line(imported.error)
+        if isinstance(imported.error, SystemExit):
+            reason = f"it ends the process: {_described(imported.error, Path(beside))}"
+        raise BadInput(
+            f"--reward {where}: cannot be imported ({reason}); {FORMS}"
+        ) from imported.error
+    return imported.result
 
 
 def _from_file(file: Path) -> ModuleType:

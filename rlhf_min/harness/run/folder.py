@@ -68,14 +68,12 @@ def check_out(options: Any, default: str) -> Path:
         "another folder",
     )
     try:
-        out.exists()
+        exists = out.exists()
     except OSError as error:
-        raise BadInput(
-            f"--out {options.out[:60]}: {error.strerror}; give another folder"
-        ) from error
-    if out.exists() and not (
-        out.is_dir() and {path.name for path in out.iterdir()} <= {_NEW, LOCK}
-    ):
+        message = f"--out {options.out[:60]}: {error.strerror}; give another folder"
+        raise BadInput(message) from error
+    is_new = out.is_dir() and {path.name for path in out.iterdir()} <= {_NEW, LOCK}
+    if exists and not is_new:
         require(
             options.overwrite,
             f"--out {out} exists; give another folder, --overwrite, or --resume to go on with it",
@@ -309,11 +307,7 @@ def _lock(out: Path) -> None:
 
 
 def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> dict[str, Any] | None:
-    """The run's record with what has changed, if anything has.
-
-    Raises:
-        BadInput: if something has, without ``--allow_config_change``.
-    """
+    """The run's record with what has changed, if anything has; by permission only."""
     record, now = read_record(out), _config_values((options, *configs))
     changed = {}
     for name, values in now.items():

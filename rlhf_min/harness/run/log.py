@@ -349,11 +349,7 @@ def _last_rows(file: Path) -> dict[str, int]:
 
 
 def _read_rows(file: Path, size: int) -> list[dict[str, Any]]:
-    """The rows in the first `size` bytes of a file; null is NaN again.
-
-    Raises:
-        BadInput: if they are not what `MetricsLog` writes.
-    """
+    """The rows in the first `size` bytes of a file; null is NaN again."""
     if size == 0:
         return []
     try:
