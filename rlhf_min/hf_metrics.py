@@ -23,13 +23,12 @@ class _TextMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         texts = datasets.Value("string")
+        features = {"predictions": texts, "references": datasets.Sequence(texts)}
         return evaluate.MetricInfo(
             description=self.__doc__ or "",
             citation="",
             inputs_description="predictions: texts; references: a list of texts for each.",
-            features=datasets.Features(
-                {"predictions": texts, "references": datasets.Sequence(texts)}
-            ),
+            features=datasets.Features(features),
         )
 
 
@@ -43,11 +42,8 @@ class Bleu(_TextMetric):
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
         total = bleu_statistics(predictions, references).sum(axis=0)
-        return {
-            "bleu": float(bleu_from_statistics(total)),
-            "signature": signatures(references)["bleu"],
-            **_note(predictions, references, "bleu"),
-        }
+        found = {"bleu": float(bleu_from_statistics(total))}
+        return found | _about(predictions, references, "bleu", "bleu")
 
 
 class Rouge(_TextMetric):
@@ -61,16 +57,14 @@ class Rouge(_TextMetric):
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
         scores = rouge_scores(predictions, references)
-        return {
-            **{name: float(values.mean()) for name, values in scores.items()},
-            "signature": signatures(references)["rouge"],
-            **_note(predictions, references, "rouge1", "rouge2"),
-        }
+        found = {name: float(values.mean()) for name, values in scores.items()}
+        return found | _about(predictions, references, "rouge", "rouge1", "rouge2")
 
 
-def _note(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *names: str
+def _about(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metric: str, *measures: str
 ) -> dict[str, str]:
+    """The signature, and the note if there is something to note."""
     blind = blind_spots(predictions, references)
-    reasons = [blind[name].reason for name in names if name in blind]
-    return {"note": ". ".join(reasons)} if reasons else {}
+    note = ". ".join(blind[name].reason for name in measures if name in blind)
+    return {"signature": signatures(references)[metric]} | ({"note": note} if note else {})

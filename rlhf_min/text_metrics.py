@@ -181,19 +181,16 @@ def blind_spots(
         ref_short = [all(len(words(text)) < least for text in row) for row in references]
         # Of BLEU, which counts all rows together, only the responses' own runs can be missing.
         wholly = all(short) if name == "bleu" else all(map(max, short, ref_short))
-        reasons = []
+        reasons, end = [], ""
         if wholly or any(ref_short):
             less = "fewer" if least > 1 else "none"
             refs = f"{sum(ref_short)} of {n} references"
             reasons.append(f"{refs} and {sum(short)} of {n} responses have {less}")
+            zero = "match no run of 4" if name == "bleu" else "count as 0"
+            end = "; not measured" if wholly else f"; such rows {zero}"
         parted = sum(any(map(_other_letters, row)) for row in references)
         if name == "rouge1" and parted:
             reasons.append(f"{parted} of {n} references have other letters, which part words")
-        end = ""
-        if wholly:
-            end = "; not measured"
-        elif any(ref_short):
-            end = f"; such rows {'match no run of 4' if name == 'bleu' else 'count as 0'}"
         if reasons:
             found[name] = Blind(f"{title}: {', '.join(reasons)}{end}", wholly)
     return found

@@ -33,6 +33,7 @@ def test_each_public_name_is_there():
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
+        ("import rlhf_min.config, rlhf_min.errors", set()),
         ("from rlhf_min import gae", {"torch"}),
         ("import rlhf_min.ppo", {"torch", "transformers"}),
     ],
