@@ -11,7 +11,8 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     """Inside, modes may change and the global generators be drawn from; all is as before
     afterwards. What the reward models count as cut is not counted."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    scorers = [(model, replace(model.cuts)) for model in models if isinstance(model, RewardModel)]
+    scorers = [(model, deepcopy(model.cuts)) for model in models if isinstance(model, RewardModel)]
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
     drawn = random.getstate(), np.random.get_state()  # by a reward function of the user's
     try:

@@ -32,6 +32,7 @@ from torch import nn
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min import policy as policy_file
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
+from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
@@ -592,7 +593,8 @@ def test_modes_gradients_counts_and_generators_stay(name):
     assert str(stage.state.state_dict()) == before
     for model in everything:
         if isinstance(model, RewardModel):
-            assert model.cuts.prompts == 0
+            assert model.cuts == CutReport()
+            assert model.cuts.prompt_lengths == model.cuts.response_lengths == []
 
 
 def test_what_a_reward_function_draws_is_put_back():
