@@ -46,7 +46,7 @@ Row = tuple[Tensor, Tensor]  # ids of a prompt and of its response
 class Check:
     """A number, the largest value that passes, and what to say of a larger one or of NaN.
 
-    `told` is the value in words, where a bare number says too little. A `warning` does not end
+    `words` say the value, where a bare number says too little. A `warning` does not end
     the run.
     """
 
@@ -55,12 +55,12 @@ class Check:
     limit: float
     cause: str
     cure: str
-    told: str = ""
+    words: str = ""
     warning: bool = False
 
     def __post_init__(self) -> None:
-        if not self.told:
-            object.__setattr__(self, "told", f"{self.value:.2g}, at most {self.limit:.2g}")
+        if not self.words:
+            object.__setattr__(self, "words", f"{self.value:.2g}, at most {self.limit:.2g}")
 
     @property
     def passed(self) -> bool:
@@ -69,7 +69,7 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "warning" if self.warning else "FAILED"
-        return f"  {verdict:<7}  {self.name:<40}  {self.told}"
+        return f"  {verdict:<7}  {self.name:<40}  {self.words}"
 
 
 # The framework
@@ -88,7 +88,7 @@ def run(stage: str, checks: Iterator[Check], optimizer: Optimizer, *models: nn.M
                 done.append(check)
                 if not check.passed and not check.warning:
                     raise BadInput(
-                        f"preflight of {stage}: {check.name}: {check.told}; {check.cause}; "
+                        f"preflight of {stage}: {check.name}: {check.words}; {check.cause}; "
                         f"{check.cure} (--skip_preflight starts all the same)"
                     )
     finally:
@@ -170,7 +170,7 @@ def eos_supervised(rows: Sequence[Row], policy: Policy) -> Check:
         0,
         f"{'no' if share == 0 else 'not every'} row teaches where a response ends",
         f"end each response with the tokenizer's {policy.tokenizer.eos_token}",
-        told=f"in {share:.1%} of {len(some)} rows",
+        words=f"in {share:.1%} of {len(some)} rows",
         warning=share > 0,
     )
 
@@ -190,7 +190,7 @@ def half_precision(precision: str, device: torch.device) -> Iterator[Check]:
         1.0,
         "this processor has no instructions for it",
         "--precision fp32 is faster here",
-        told=f"a matrix product takes {half / full:.1f} times as long",
+        words=f"a matrix product takes {half / full:.1f} times as long",
         warning=True,
     )
 
@@ -321,7 +321,7 @@ def memory(
             SHARE_OF_MEMORY,
             f"most goes to {largest}",
             MEMORY_CURES.get(largest, "use a smaller model"),
-            told=f"needs about {total / GB:.2f} of {room / GB:.2f} GB: "
+            words=f"needs about {total / GB:.2f} of {room / GB:.2f} GB: "
             + ", ".join(f"{name} {part / GB:.2f}" for name, part in need.items()),
         )
 
@@ -336,8 +336,8 @@ MEMORY_CURES = {
 def kept_bytes(model: nn.Module, forward: Callable[[int], Any], tokens: int) -> tuple[float, float]:
     """What autograd keeps of a forward pass beside the weights: bytes at all, and for each token.
 
-    Measured with one row and with two, so that autocast's copies of the weights are told from what
-    grows with the tokens.
+    Measured with one row and with two: autocast's copies of the weights do not grow with the
+    tokens.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -494,7 +494,7 @@ def test_memory_is_the_sum_of_its_parts(monkeypatch):
     )
     total, room = 5 * trained + 5000, 10_000_000 + 2 * trained
     assert check.value == total / room
-    assert check.told == (
+    assert check.words == (
         f"needs about {total}.00 of {room}.00 GB: weights {2 * trained}.00, Adam {2 * trained}.00, "
         f"gradients {trained}.00, activations 5000.00"
     )
@@ -691,8 +691,10 @@ def test_the_commands_stop_with_nothing_written_or_skip_it(monkeypatch, capsys, 
     save_policy(small_policy(dtype=torch.float32), tmp_path / "sft")
     save_reward_model(small_reward_model(dtype=torch.float32), tmp_path / "reward_model")
     write_rows(tmp_path / "pairs.jsonl", pairs(12))
-    options = "--data pairs.jsonl --model sft --reward_model reward_model --max_length 16 "
-    options += "--max_response_tokens 8 --batch_size 4 "
+    options = "--data pairs.jsonl --model sft --max_length 16 --max_response_tokens 8 "
+    options += "--batch_size 4 "
+    if name in ("train_reward_model", "train_ppo"):
+        options += "--reward_model reward_model "
     steps = {"train_ppo": "--steps 1 --minibatch_size 4 --max_new_tokens 4"}
     options += steps.get(name, "--epochs 1")
     monkeypatch.setattr(sys, "argv", [name, *options.split()])

@@ -24,7 +24,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, tell
+from rlhf_min.harness.stages.run_stage import copy_policy, print_report, run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
@@ -109,7 +109,7 @@ def first_loss(
         tolerance,
         "policy and reference differ before training",
         "start both from the same weights",
-        told=f"{loss:.6f}, within {tolerance:.2g} of {expected:.6f}",
+        words=f"{loss:.6f}, within {tolerance:.2g} of {expected:.6f}",
     )
 
 
@@ -145,7 +145,7 @@ def run(
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
     encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
-    told = tell(f"DPO on {len(examples)} pairs; {encoding}")
+    report = print_report(f"DPO on {len(examples)} pairs; {encoding}")
     require(
         len(examples) > 0,
         "no pair is left to train on: all are equal as tokens or equal after the cut; raise "
@@ -172,7 +172,7 @@ def run(
         inputs,
         log,
         title=TITLE,
-        told=told,
+        report=report,
         show=("loss", "eval/accuracy"),
     )
     accuracy = {}

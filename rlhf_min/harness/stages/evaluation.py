@@ -59,5 +59,5 @@ def run(
     with WarnOnly(log.folder / layout.SAMPLES, "the page will lack the samples of the test"):
         log.add_samples("test", 0, results.sample_rows(evaluations, texts, gold=gold), anew=True)
     print(results.results_table(evaluations, baseline=baseline))
-    found = results.results_json(evaluations, reward_model=pairs, seed=seed)
-    results.write_json(log.folder / layout.RESULTS, found)
+    values = results.results_json(evaluations, reward_model=pairs, seed=seed)
+    results.write_json(log.folder / layout.RESULTS, values)

@@ -26,7 +26,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, sample_responses, tell
+from rlhf_min.harness.stages.run_stage import copy_policy, print_report, run_stage, sample_responses
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Policy
@@ -46,7 +46,7 @@ MEASURED = {
 }
 MONITORS = True
 WRITES = (layout.SAMPLES, layout.TOKENS)
-EVAL_PROMPTS = 128  # fixed prompts that PPO looks at now and then
+EVAL_PROMPTS = 128  # fixed prompts that are answered now and then
 SAMPLES = 8  # of these, written down as texts each time
 ROLLOUT_PARTS = ("scores", "logprobs", "ref_logprobs", "kl", "values")
 TOO_FAR = 3  # shown where the KL is too large
@@ -119,7 +119,7 @@ def eos_is_known(policy: Policy) -> Check:
         0,
         f"EOS is id {eos_id}, and the model has {len(vocabulary)} tokens, so no response could end",
         "give the model's own tokenizer, with an EOS token",
-        told=f"EOS is id {eos_id} of {len(vocabulary)}",
+        words=f"EOS is id {eos_id} of {len(vocabulary)}",
     )
 
 
@@ -132,7 +132,7 @@ def not_all_empty(response_ids: Sequence[Tensor], eos_id: int) -> Check:
         len(response_ids) - 1,
         "the policy writes nothing that a reward could score",
         "fine-tune it on demonstrations first, or look at --template",
-        told=f"{empty} of {len(response_ids)}",
+        words=f"{empty} of {len(response_ids)}",
     )
 
 
@@ -190,7 +190,7 @@ def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
         0,
         f"{len(set(responses))} different responses all score {float(scores[0]):.4g}",
         "if that stays so, PPO has nothing to learn: look at the reward",
-        told=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
+        words=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
         warning=True,
     )
 
@@ -220,7 +220,7 @@ def run(
     prompts, cut = codec.encode_prompts(inputs.prompts)
     eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
     encoding = encoded(cut, codec) + encoded_heldout(eval_cut, len(eval_prompts))
-    told = tell(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
+    report = print_report(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)
     scorers = {f"reward_model_{i}": x for i, x in enumerate(models_in(reward_model))}
@@ -237,7 +237,8 @@ def run(
         total=config.steps,
         alone=partial(alone, policy, config),
     )
-    looks = _Looks(start, policy, reward, eval_prompts, config, inputs.monitors.get("gold_reward"))
+    gold = inputs.monitors.get("gold_reward")
+    samples = _Samples(start, policy, reward, eval_prompts, config, gold)
     steps = ppo.train(
         policy,
         ref_policy,
@@ -246,20 +247,20 @@ def run(
         state,
         monitors=inputs.monitors,
         eval_prompts=eval_prompts,
-        on_rollout=looks.keep,
+        on_rollout=samples.keep,
     )
     run_stage(
         snapshot,
         checks(policy, ref_policy, reward_model, config, state),
-        looks.write_down(steps, log, state),
+        samples.write_down(steps, log, state),
         inputs,
         log,
         title=TITLE,
-        told=told,
+        report=report,
         show=("score", "kl", "gold_reward"),
     )
     snapshot.save_model(log.folder / STAGE)
-    _conclude(looks, state, log, reward_model, unused)
+    _conclude(samples, state, log, reward_model, unused)
     return policy
 
 
@@ -320,7 +321,7 @@ def too_far(
 
 
 def _conclude(
-    looks: "_Looks",
+    samples: "_Samples",
     state: ppo.State,
     log: MetricsLog,
     reward_model: RewardModel | RewardFunction,
@@ -328,11 +329,12 @@ def _conclude(
 ) -> None:
     """What has changed, what ended the run before its last step, and what there is to tell of the
     reward."""
-    if looks.prompts:
-        note(log.folder, STAGE, change=change(looks.before[0], looks.look(looks.policy)[0]))
-    if far := too_far(state, looks.last, looks.config.max_kl):
+    if samples.prompts:
+        after = samples.respond(samples.policy)[0]
+        note(log.folder, STAGE, change=change(samples.before[0], after))
+    if far := too_far(state, samples.last, samples.config.max_kl):
         print(far[0])
-    if state.too_far and looks.last is None and state.step < looks.config.steps:
+    if state.too_far and samples.last is None and state.step < samples.config.steps:
         print("PPO was ended by --max_kl before; another one does not take it up again")
     notes = reward_model.notes if isinstance(reward_model, WeightedSum) else ()
     note(log.folder, STAGE, reward_notes=[*unserved, *notes])
@@ -341,8 +343,9 @@ def _conclude(
 
 
 @dataclass
-class _Looks:
-    """Looks at fixed prompts, with the same random numbers each time."""
+class _Samples:
+    """The responses that are written down: to fixed prompts, sampled with the same random numbers
+    each time, and of the last rollout."""
 
     start: Policy
     policy: Policy
@@ -356,7 +359,7 @@ class _Looks:
         """Called with each rollout when it has been learned from."""
         self.last = buffer
 
-    def look(self, policy: Policy, n: int | None = None) -> tuple[Tensor, list[str]]:
+    def respond(self, policy: Policy, n: int | None = None) -> tuple[Tensor, list[str]]:
         """Scores, ``(n,)``, and texts of responses to the first n prompts, or to all."""
         prompts, config = self.prompts[:n], self.config
         responses = sample_responses(
@@ -372,9 +375,9 @@ class _Looks:
     @cached_property
     def before(self) -> tuple[Tensor, list[str]]:
         """The same before training."""
-        return self.look(self.start) if self.prompts else (torch.empty(0), [])
+        return self.respond(self.start) if self.prompts else (torch.empty(0), [])
 
-    def samples(self, scores: Tensor, responses: Sequence[str]) -> list[dict[str, Any]]:
+    def rows(self, scores: Tensor, responses: Sequence[str]) -> list[dict[str, Any]]:
         """Rows for ``samples.jsonl``, one for each response."""
         prompts = [prompt.text for prompt in self.prompts[: len(responses)]]
         rows = [
@@ -393,11 +396,11 @@ class _Looks:
         a few responses of the rollout token by token (of the last rollout: all)."""
         if state.step == 0:
             scores, responses = self.before
-            log.add_samples(STAGE, 0, self.samples(scores[:SAMPLES], responses[:SAMPLES]))
+            log.add_samples(STAGE, 0, self.rows(scores[:SAMPLES], responses[:SAMPLES]))
         for metrics in steps:
             if self.prompts and "eval/score" in metrics:
-                samples = self.samples(*self.look(self.policy, SAMPLES))
-                log.add_samples(STAGE, state.step, samples)
+                rows = self.rows(*self.respond(self.policy, SAMPLES))
+                log.add_samples(STAGE, state.step, rows)
             if far := too_far(state, self.last, self.config.max_kl):
                 log.add_samples(STAGE, state.step, far[1])
             over = state.step == self.config.steps or state.too_far

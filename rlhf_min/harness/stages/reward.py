@@ -32,7 +32,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_reward_model
-from rlhf_min.harness.stages.run_stage import run_stage, sample_texts, tell
+from rlhf_min.harness.stages.run_stage import print_report, run_stage, sample_texts
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.policy import Policy, evaluating
@@ -85,7 +85,7 @@ def scores_differ(chosen: Tensor, rejected: Tensor) -> Check:
         len(chosen) - 1,
         "the score does not depend on the response, so nothing can be learned",
         "look at where the score is read: pad token, max_length, classifier",
-        told=f"{equal} of {len(chosen)}, largest margin {margin:.2g}",
+        words=f"{equal} of {len(chosen)}, largest margin {margin:.2g}",
     )
 
 
@@ -116,15 +116,15 @@ def head_is_trainable(
     """The loss has a gradient in the classifier's last layer."""
     weight, norm = reward_model._last_layer.weight, 0.0
     if weight.requires_grad:
-        found = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef)
-        norm = float(torch.autograd.grad(found.loss, weight)[0].norm())
+        loss = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef).loss
+        norm = float(torch.autograd.grad(loss, weight)[0].norm())
     return Check(
         "classifier without gradient",
         0 if 0 < norm < math.inf else 1,
         0,
         "the loss cannot change the reward model's last layer",
         "let it require a gradient",
-        told=f"gradient of length {norm:.2g}",
+        words=f"gradient of length {norm:.2g}",
     )
 
 
@@ -182,7 +182,7 @@ def run(
             the training responses.
     """
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
-    examples, heldout, told = _prepared(reward_model, inputs)
+    examples, heldout, report = _prepared(reward_model, inputs)
     state = reward.new_state(reward_model, examples, config)
     snapshot = Snapshot(
         STAGE,
@@ -203,7 +203,7 @@ def run(
         inputs,
         log,
         title="the reward model",
-        told=told,
+        report=report,
         show=("loss", "eval/accuracy"),
     )
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
@@ -222,8 +222,8 @@ def run(
     snapshot.save_model(log.folder / STAGE)
     gold = inputs.monitors.get("gold_reward")
     estimates = measure_reward(chosen, rejected, pairs, gold=gold, seed=config.seed)
-    found = {name: estimate.as_json() for name, estimate in estimates.items()}
-    note(log.folder, STAGE, estimates=found, scale=scale)
+    values = {name: estimate.as_json() for name, estimate in estimates.items()}
+    note(log.folder, STAGE, estimates=values, scale=scale)
     return RewardReport(estimates, scale)
 
 
@@ -234,10 +234,12 @@ def _prepared(
     what was said of them."""
     examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
     heldout, heldout_cut = reward.prepare_pairs(reward_model, inputs.heldout_pairs)
-    told = tell(f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}")
+    report = print_report(
+        f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}"
+    )
     if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
         n = len(inputs.heldout_pairs)
-        told += tell(f"  {equal} of {n} held-out pairs are left out likewise")
+        report += print_report(f"  {equal} of {n} held-out pairs are left out likewise")
     alike = "after the cut or because its tokenizer tells them not apart"
     require(
         len(examples) > 0,
@@ -251,7 +253,7 @@ def _prepared(
         f"{len(inputs.heldout_pairs)} held out, {alike}; give another --seed, a larger "
         "--heldout_share, or other pairs as --heldout_data",
     )
-    return examples, heldout, told
+    return examples, heldout, report
 
 
 def _normalised(
@@ -261,10 +263,10 @@ def _normalised(
         mean, std = reward.normalise(reward_model, prompts, responses)
     except BadInput as error:  # the trained model is worth more than its scale
         return f"scores as trained, not normalised: {error}"
-    told = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
+    scale = f"normalised on {len(prompts)} {source} (was {mean:.3f} +- {std:.3f})"
     if not reward_model.has_bias:
-        told += "; the mean stays, since the last layer has no bias"
-    return told
+        scale += "; the mean stays, since the last layer has no bias"
+    return scale
 
 
 def measure_reward(

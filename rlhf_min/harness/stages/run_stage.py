@@ -17,8 +17,8 @@ from rlhf_min.policy import Critic, Policy
 from rlhf_min.sampling import sample
 
 
-def tell(*texts: str) -> list[str]:
-    """Print texts; return their lines."""
+def print_report(*texts: str) -> list[str]:
+    """Print texts, and return their lines for the run's notes."""
     print(*texts, sep="\n")
     return [line for text in texts for line in text.splitlines()]
 
@@ -31,7 +31,7 @@ def run_stage(
     log: MetricsLog,
     *,
     title: str,
-    told: Sequence[str],
+    report: Sequence[str],
     show: tuple[str, ...],
 ) -> None:
     """Make the checks, take up what a resumed run has, note the rows and the model, and train.
@@ -41,7 +41,7 @@ def run_stage(
         checks: of the preflight; none are made where the stage goes on from a checkpoint.
         steps: of the algorithm's ``train``, or what passes them on. Begun after all else.
         title: of the stage, for the preflight.
-        told: of the rows, when they were encoded.
+        report: what was said of the rows when they were encoded.
         show: metrics in the bar.
     """
     stage, module = snapshot.stage, snapshot.module
@@ -52,7 +52,7 @@ def run_stage(
     note(
         log.folder,
         stage,
-        report=told,
+        report=report,
         rows=len(snapshot.examples),
         held_out=len(snapshot.heldout or ()),
         model=type(module.lm if isinstance(module, Policy) else module.model).__name__,

@@ -18,7 +18,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import run_stage, tell
+from rlhf_min.harness.stages.run_stage import print_report, run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
@@ -60,7 +60,7 @@ def run(
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
     encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
-    told = tell(f"SFT on {len(examples)} demonstrations; {encoding}")
+    report = print_report(f"SFT on {len(examples)} demonstrations; {encoding}")
     state = sft.new_state(policy, examples, config)
     snapshot = Snapshot(
         STAGE,
@@ -81,7 +81,7 @@ def run(
         inputs,
         log,
         title=TITLE,
-        told=told,
+        report=report,
         show=("loss", "eval/perplexity"),
     )
     snapshot.save_model(log.folder / STAGE)
