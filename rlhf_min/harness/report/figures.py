@@ -250,7 +250,7 @@ _STYLE = {
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
     **{"grid.color": INK["rule"], "grid.linewidth": 1, "figure.facecolor": INK["paper"]},
-    **{"xtick.bottom": False, "ytick.left": False, "xtick.major.pad": 9, "ytick.major.pad": 9},
+    **{"xtick.bottom": False, "ytick.left": False, "xtick.major.pad": 6, "ytick.major.pad": 9},
     **{"xtick.labelcolor": INK["muted"], "ytick.labelcolor": INK["muted"]},
     **{"svg.fonttype": "none", "savefig.dpi": 96},
 }
