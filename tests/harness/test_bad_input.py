@@ -250,6 +250,12 @@ DATA = [
     data("a row without end", "a.csv", "a,b\nc\n", "a.csv: row 1 has 1 field, but the header …"),
     data("a quote without end", "a.csv", 'a,b\n"c,d\n', "a.csv: row 1 is not valid CSV (…); …"),
     data("no response", "a.csv", "prompt\na\n", "a.csv: SFT needs the columns prompt, response; …"),
+    Case(
+        "no pairs for all stages",
+        "quickstart --data a.csv",
+        "a.csv: reward training needs the columns prompt, chosen, rejected; found prompt, …",
+        file("a.csv", "prompt,response\na,b\n"),
+    ),
     data(
         "no pairs", "a.csv", "prompt\na\n", "a.csv: DPO needs the columns …; found prompt; …", "dpo"
     ),
@@ -465,6 +471,16 @@ OPTIONS = [
         "a minibatch above the batch",
         "train_ppo --batch_size 8 --minibatch_size 16",
         "…16 exceeds …",
+    ),
+    Case(
+        "room for EOS alone",
+        f"train_dpo{ROOM} --model sft --max_response_tokens 1",
+        "no pair is left to train on: all are equal as tokens or equal after the cut; …",
+    ),
+    Case(
+        "responses without room",
+        f"{PPO} --reward_model bert --max_new_tokens 9",
+        "max_new_tokens 9 exceeds max_response_tokens 8; …",
     ),
     Case("two rewards", f"{PPO} --reward_model bert --reward bert", "give --reward_model or …"),
     Case(
@@ -779,6 +795,12 @@ REWARDS = [
 
 OUT = [
     Case("a file", f"{SFT} --out mine", "--out mine exists; …", file("mine")),
+    Case(
+        "a file with --overwrite",
+        f"{SFT} --out mine --overwrite",
+        "--out mine holds no run.json, …",
+        file("mine"),
+    ),
     Case("a place in a file", f"{SFT} --out mine/a", "--out mine/a: …", file("mine")),
     Case("what is no run", f"{SFT} --out mine", "--out mine exists; …", folder("mine", "diary")),
     Case(
