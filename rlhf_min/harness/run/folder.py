@@ -125,11 +125,8 @@ def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = 
 
 def _stages(options: Any, configs: Sequence[Any]) -> set[str]:
     """The stages that a command trains."""
-    modules = [
-        module
-        for module in stage_modules().values()
-        if any(isinstance(config, module.CONFIG) for config in configs)
-    ]
+    classes = {type(config) for config in configs}
+    modules = [module for module in stage_modules().values() if module.CONFIG in classes]
     before = [x.trained_before(options) for x in modules if hasattr(x, "trained_before")]
     return {x.STAGE for x in modules}.union(*before)
 
