@@ -9,6 +9,7 @@ but for times, and its samples. Small models; every run is a process of its own.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -54,68 +55,49 @@ def die() -> NoReturn:
 # Named points: each replaces a function of saving, in the process that is to die at its n-th call.
 
 
-def before(module: Any, name: str, n: int) -> None:
+def at_call(module: Any, name: str, n: int, death: Callable[..., Any]) -> None:
+    """At the n-th call, `death` gets the function and its arguments."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        dies = next(calls) == n
+        return death(function, *args, **kwargs) if dies else function(*args, **kwargs)
+
+    setattr(module, name, patched)
+
+
+def before(*_: Any, **__: Any) -> None:
     """Die when the function is called."""
-    function, calls = getattr(module, name), Counter()
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        calls[name] += 1
-        return die() if calls[name] == n else function(*args, **kwargs)
-
-    setattr(module, name, patched)
+    die()
 
 
-def after(module: Any, name: str, n: int) -> None:
+def after(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Die when the function has done its work."""
-    function, calls = getattr(module, name), Counter()
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        found = function(*args, **kwargs)
-        calls[name] += 1
-        return die() if calls[name] == n else found
-
-    setattr(module, name, patched)
+    function(*args, **kwargs)
+    die()
 
 
-def half_a_file(n: int) -> None:
+def half_a_file(save: Callable[..., Any], tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Die when half of a file is written."""
-
-    def patched(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        save_file(tensors, file)
-        os.truncate(file, file.stat().st_size // 2)
-        die()
-
-    save_file, calls = checkpoint.save_file, Counter()
-
-    def counted(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        calls["file"] += 1
-        (patched if calls["file"] == n else save_file)(tensors, file)
-
-    checkpoint.save_file = counted
+    save(tensors, file)
+    os.truncate(file, file.stat().st_size // 2)
+    die()
 
 
-def half_deleted(n: int) -> None:
+def half_deleted(_: Callable[..., Any], checkpoint: Path) -> None:
     """Die when an old checkpoint has lost a file and still has others."""
-    rmtree, calls = checkpoint.shutil.rmtree, Counter()
-
-    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
-        calls["rmtree"] += Path(path).name.startswith("step-")
-        if calls["rmtree"] == n:
-            next(path.glob("*.safetensors")).unlink()
-            die()
-        rmtree(path, *args, **kwargs)
-
-    checkpoint.shutil.rmtree = patched
+    next(checkpoint.glob("*.safetensors")).unlink()
+    die()
 
 
 POINTS: dict[str, Callable[[int], None]] = {
-    "before writing": lambda n: before(checkpoint, "begin", n),
-    "in the middle of a file": half_a_file,
-    "before fsync": lambda n: before(files, "flush", 2 * n),
-    "before the rename": lambda n: before(files.os, "rename", n),
-    "after the rename": lambda n: after(files.os, "rename", n),
-    "before deleting the old": lambda n: before(checkpoint, "keep", n),
-    "while deleting the old": half_deleted,
+    "before writing": lambda n: at_call(checkpoint, "begin", n, before),
+    "in the middle of a file": lambda n: at_call(checkpoint, "save_file", n, half_a_file),
+    "before fsync": lambda n: at_call(files, "flush", 2 * n, before),
+    "before the rename": lambda n: at_call(files.os, "rename", n, before),
+    "after the rename": lambda n: at_call(files.os, "rename", n, after),
+    "before deleting the old": lambda n: at_call(checkpoint, "keep", n, before),
+    "while deleting the old": lambda n: at_call(checkpoint, "remove", n, half_deleted),
 }
 
 
