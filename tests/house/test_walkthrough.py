@@ -41,10 +41,14 @@ def executed(tmp_path_factory):
     return run(tmp_path_factory.mktemp("walkthrough"), cut=CUT)
 
 
+def printed_by(cell):
+    """What a cell wrote, bars aside; it may have come in several parts."""
+    return "".join(o.text for o in cell.get("outputs", ()) if o.get("name") == "stdout")
+
+
 def printed(notebook):
-    """What the code cells wrote, bars aside."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return "".join(o.text for o in outputs if o.get("name") == "stdout")
+    """What all cells wrote."""
+    return "".join(map(printed_by, notebook.cells))
 
 
 def compared(notebook):
@@ -76,12 +80,7 @@ def test_at_its_full_size_both_algorithms_help(tmp_path):
 
 
 def test_the_first_kl_and_values_are_zero(executed):
-    (table,) = [
-        output.text
-        for cell in executed.cells
-        for output in cell.get("outputs", ())
-        if "advantage" in output.get("text", "")
-    ]
+    (table,) = [text for text in map(printed_by, executed.cells) if "advantage" in text]
     rows = [line.split()[-4:] for line in table.splitlines()[3:] if line.strip()]
     assert rows
     for kl, _, value, _ in rows:
