@@ -231,12 +231,6 @@ def words_of(annotation):
     return set(getattr(annotation, "__name__", str(annotation)).replace("|", " ").split())
 
 
-def test_a_value_out_of_range_is_told_on_one_line(run, capsys):
-    assert run("train_dpo", "--label_smoothing", "0.7") == 2
-    found = capsys.readouterr()
-    assert our_line(found.err).startswith("DPOConfig: label_smoothing is 0.7")
-
-
 # Options
 
 
@@ -260,21 +254,6 @@ def test_the_help_says_each_default_once(run, capsys):
     assert "for one batch; 0: no limit. Default: 600.0. --" in shown
     assert "of --data, drawn by the seed. --" in shown  # of which there is none
     assert "of the run; must not exist. Default: the next free one. --" in shown
-
-
-@pytest.mark.parametrize("name", [*COMMANDS, "pencil", "frontier"])
-def test_an_unknown_option_is_refused(run, capsys, tmp_path, name):
-    assert run(name, "--nonsense", "1") == 2
-    assert "unknown option --nonsense" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "arguments", [("--epochs", "many"), ("--schedule", "steep"), ("--learning_rate",)]
-)
-def test_a_value_that_cannot_be_read_is_refused(run, capsys, arguments):
-    assert run("train_sft", *arguments) == 2
-    assert arguments[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["-1e-3", "-.5", "-1E9", "-inf", "-Infinity", "-nan", "-1_0."])
