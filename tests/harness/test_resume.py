@@ -897,6 +897,14 @@ def test_a_refused_change_is_not_written_down(stopped, tmp_path, capsys):
     assert resume("sft", stopped) == 0
 
 
+def test_an_option_that_the_run_did_not_know_had_its_default(stopped):
+    record = read_record(stopped)
+    del record["config"]["RunOptions"]["plain"]
+    (stopped / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert resume("sft", stopped, "--plain") == 2
+    assert resume("sft", stopped) == 0
+
+
 def test_other_rates_are_used_and_not_only_told(stopped):
     other = ["--learning_rate", "1e-7", "--weight_decay", "0.25", "--allow_config_change"]
     assert resume("sft", stopped, *other) == 0

@@ -306,12 +306,14 @@ def _lock(out: Path) -> None:
 def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> dict[str, Any] | None:
     """The run's record with what has changed, if anything has; by permission only."""
     record, now = read_record(out), _config_values((options, *configs))
+    # An option that did not exist when the run was started had what is now its default.
+    defaults = _config_values([type(config)() for config in (options, *configs)])
     changed = {}
     for name, values in now.items():
-        was = record["config"].get(name, {})
+        was = {**defaults[name], **record["config"].get(name, {})}
         for key in values:
-            if key not in FREE and was.get(key) != values[key]:
-                changed[f"{name}.{key}"] = [was.get(key), values[key]]
+            if key not in FREE and was[key] != values[key]:
+                changed[f"{name}.{key}"] = [was[key], values[key]]
     if not changed:
         return None
     differences = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in changed.items())
@@ -339,7 +341,7 @@ def _circumstances() -> dict[str, Any]:
     }
 
 
-def _config_values(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
+def _config_values(configs: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """As JSON, which has no infinity: it becomes the word that the command line understands."""
     return {
         type(config).__name__: {
