@@ -52,7 +52,7 @@ def main() -> None:
     from rlhf_min.evaluation import evaluate_policies
     from rlhf_min.harness.models import make_codec, start_policy
     from rlhf_min.harness.report import finish, results
-    from rlhf_min.harness.rows.encoding_report import encoded
+    from rlhf_min.harness.rows.encoding_report import describe
     from rlhf_min.reward_model import RewardModel
 
     policies = {
@@ -70,7 +70,7 @@ def main() -> None:
             f"{codecs[baseline].template!r}; --template gives all of them one",
         )
     prompts, cut = codecs[baseline].encode_prompts(inputs.test[: options.test_prompts])
-    told = encoded(cut, codecs[baseline])
+    told = describe(cut, codecs[baseline])
     print(f"{len(prompts)} prompts from {options.data or 'the world'}; {told}")
 
     open_run(out, options)

@@ -15,9 +15,9 @@ from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.encoding_report import (
-    encoded,
-    encoded_heldout,
-    encoded_pairs,
+    describe,
+    describe_heldout,
+    describe_pairs,
     lengths,
     notes,
     summary,
@@ -157,7 +157,7 @@ def test_percentiles_have_their_share_below_them(found):
 
 def test_report_of_demonstrations():
     codec = small_codec(room=4)
-    assert encoded(codec.encode_demonstrations(DEMONSTRATIONS)[1], codec) == (
+    assert describe(codec.encode_demonstrations(DEMONSTRATIONS)[1], codec) == (
         "1 of 5 prompts cut (1 tokens lost); 0 of 5 responses cut (0 tokens lost)\n"
         "  tokens before the cut (median, p95, max): prompts 1, 4, 4; responses 2, 4, 4; "
         "EOS is supervised in 100.0% of the responses"
@@ -167,10 +167,12 @@ def test_report_of_demonstrations():
 def test_many_cut_responses_are_a_warning():
     # a fifth is none yet; two of five are
     assert (
-        encoded(small_codec(3).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(3)).count("\n")
+        describe(small_codec(3).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(3)).count(
+            "\n"
+        )
         == 1
     )
-    told = encoded(small_codec(2).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(2))
+    told = describe(small_codec(2).encode_demonstrations(DEMONSTRATIONS)[1], small_codec(2))
     assert told.splitlines()[2:] == [
         "  warning: 40% of the responses lose their end; raise --max_response_tokens, now 2, "
         "and --max_length with it"
@@ -179,7 +181,7 @@ def test_many_cut_responses_are_a_warning():
 
 def test_report_of_prompts_tells_nothing_of_responses():
     codec = small_codec(4)
-    assert encoded(codec.encode_prompts(DEMONSTRATIONS)[1], codec) == (
+    assert describe(codec.encode_prompts(DEMONSTRATIONS)[1], codec) == (
         "1 of 5 prompts cut (1 tokens lost)\n"
         "  tokens before the cut (median, p95, max): prompts 1, 4, 4"
     )
@@ -189,9 +191,9 @@ def test_supervised_eos_is_measured():
     codec = small_codec(4)
     report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
     report.responses_with_eos = 2
-    assert "EOS is supervised in 40.0% of the responses" in encoded(report, codec)
+    assert "EOS is supervised in 40.0% of the responses" in describe(report, codec)
     with pytest.raises(BadInput, match="none of the 5 responses ends with EOS") as caught:
-        encoded(CutReport(responses=5), codec)
+        describe(CutReport(responses=5), codec)
     assert str(caught.value).isprintable()
 
 
@@ -202,7 +204,7 @@ def test_report_of_pairs_for_the_reward_model():
         {"prompt": "red ball", "chosen": words, "rejected": "one"},
         {"prompt": "red ball two", "chosen": "one two", "rejected": "two one"},
     ]
-    told = encoded_pairs(reward.prepare_pairs(reward_model, pairs)[1], reward_model).splitlines()
+    told = describe_pairs(reward.prepare_pairs(reward_model, pairs)[1], reward_model).splitlines()
     assert told[1:] == [
         "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 25, 25",
         "  warning: 25% of the responses lose their end; the reward model reads 32 tokens of "
@@ -215,29 +217,29 @@ def test_report_of_pairs_for_the_reward_model():
 def test_a_report_names_what_was_dropped_and_refuses_if_nothing_is_left():
     codec = small_codec(4)
     report = codec.encode_demonstrations([*DEMONSTRATIONS, {"prompt": "", "response": "one"}])[1]
-    lines = encoded(report, codec).splitlines()
+    lines = describe(report, codec).splitlines()
     assert lines[0].endswith(
         "; 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
     )
-    assert encoded_heldout(report, 5) == (
+    assert describe_heldout(report, 5) == (
         "\n  held out: 1 rows dropped: the tokenizer makes no token of the prompt (1: row 6)"
     )
-    assert encoded_heldout(CutReport(prompts=3), 3) == encoded_heldout(CutReport(), 0) == ""
+    assert describe_heldout(CutReport(prompts=3), 3) == describe_heldout(CutReport(), 0) == ""
     nothing = "\n  warning: no held-out row is left, so nothing is measured on such rows"
-    assert encoded_heldout(report, 0) == encoded_heldout(report, 5) + nothing
+    assert describe_heldout(report, 0) == describe_heldout(report, 5) + nothing
     equal = CutReport(prompts=3, equal_after_cut=2, equal_tokens=1)
     assert (
-        encoded_heldout(equal, 0) == "\n  held out: 3 pairs dropped: equal to the model" + nothing
+        describe_heldout(equal, 0) == "\n  held out: 3 pairs dropped: equal to the model" + nothing
     )
     report = codec.encode_prompts([{"prompt": ""}])[1]
     with pytest.raises(BadInput, match=r"no row is left: the tokenizer .*\(1: row 1\); change"):
-        encoded(report, codec)
+        describe(report, codec)
 
 
 def test_a_report_has_the_notes_of_its_codec():
     codec = small_codec(4)
     report = codec.encode_demonstrations([{"prompt": "red <end>", "response": "one"}])[1]
-    assert encoded(report, codec).splitlines()[2:] == [
+    assert describe(report, codec).splitlines()[2:] == [
         "  warning: 1 of 1 prompts spell special tokens (<end>; row 1), which are read as text; "
         "--template as_is reads rows that went through a template before"
     ]
@@ -247,6 +249,6 @@ def test_texts_as_they_are_without_an_end():
     codec = Codec(small_policy().tokenizer, 3, 4, "as_is")
     report = codec.encode_demonstrations(DEMONSTRATIONS)[1]
     with pytest.raises(BadInput, match=r"end them with the tokenizer's <end> .* adds none"):
-        encoded(report, codec)
+        describe(report, codec)
     ended = [{**row, "response": f"{row['response']} <end>"} for row in DEMONSTRATIONS]
-    assert "EOS is supervised in 100.0%" in encoded(codec.encode_demonstrations(ended)[1], codec)
+    assert "EOS is supervised in 100.0%" in describe(codec.encode_demonstrations(ended)[1], codec)

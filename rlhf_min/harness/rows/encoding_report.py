@@ -19,7 +19,7 @@ MANY_UNKNOWN = 0.05  # of the tokens: a warning is due
 MOST_NAMED = 5  # of rows, reasons and special tokens
 
 
-def encoded(cut: CutReport, codec: "Codec") -> str:
+def describe(cut: CutReport, codec: "Codec") -> str:
     """What was cut, how long prompts and responses are, and how many end with EOS; a warning if
     much is lost.
 
@@ -27,7 +27,7 @@ def encoded(cut: CutReport, codec: "Codec") -> str:
         BadInput: if no response ends with EOS, so that none could be learned to end.
     """
     cure = f"raise --max_response_tokens, now {codec.max_response_tokens}, and --max_length with it"
-    require_some(cut)
+    require_rows(cut)
     if not cut.responses:
         return _with_lengths(cut, "", cure, notes(cut, codec))
     share = cut.responses_with_eos / cut.responses
@@ -43,7 +43,7 @@ def encoded(cut: CutReport, codec: "Codec") -> str:
     return _with_lengths(cut, supervised, cure, notes(cut, codec))
 
 
-def encoded_heldout(cut: CutReport, left: int) -> str:
+def describe_heldout(cut: CutReport, left: int) -> str:
     """A line on the held-out rows if some are dropped, else nothing; a warning if none is left."""
     told = ""
     if cut.dropped:
@@ -55,7 +55,7 @@ def encoded_heldout(cut: CutReport, left: int) -> str:
     return told
 
 
-def require_some(cut: CutReport) -> None:
+def require_rows(cut: CutReport) -> None:
     """Raise `BadInput` if no row is left.
 
     A row that is dropped was counted nowhere else.
@@ -66,7 +66,7 @@ def require_some(cut: CutReport) -> None:
     )
 
 
-def encoded_pairs(cut: CutReport, reward_model: "RewardModel") -> str:
+def describe_pairs(cut: CutReport, reward_model: "RewardModel") -> str:
     """The same for the reward model, which has no EOS to learn."""
     cure = (
         f"the reward model reads {reward_model.max_length} tokens of prompt and response; give a "

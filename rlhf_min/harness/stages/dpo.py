@@ -18,7 +18,7 @@ from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report.curves import Curve, Range
 from rlhf_min.harness.report.findings import Estimated, Finding, by_heart, interval
-from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
+from rlhf_min.harness.rows.encoding_report import describe, describe_heldout
 from rlhf_min.harness.run import faults
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
@@ -144,7 +144,7 @@ def run(
     """
     examples, cut = codec.encode_preferences(inputs.pairs)
     heldout, heldout_cut = codec.encode_preferences(inputs.heldout_pairs[:HELDOUT_ROWS])
-    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
+    encoding = describe(cut, codec) + describe_heldout(heldout_cut, len(heldout))
     report = print_report(f"DPO on {len(examples)} pairs; {encoding}")
     require(
         len(examples) > 0,

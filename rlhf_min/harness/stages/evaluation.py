@@ -8,7 +8,7 @@ from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.report import results
 from rlhf_min.harness.report.finish import WarnOnly
-from rlhf_min.harness.rows.encoding_report import require_some, summary
+from rlhf_min.harness.rows.encoding_report import require_rows, summary
 from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.policy import Policy
@@ -37,7 +37,7 @@ def run(
     """
     log.note_changes()
     prompts, cut = codec.encode_prompts(inputs.test[:n])
-    require_some(cut)
+    require_rows(cut)
     print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {summary(cut)}")
     baseline, first = next(iter(policies.items()))
     evaluations = evaluate_policies(

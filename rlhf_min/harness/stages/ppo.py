@@ -20,7 +20,7 @@ from rlhf_min.harness.report.curves import Curve, Range
 from rlhf_min.harness.report.findings import Finding, last_fifth
 from rlhf_min.harness.report.tokens import token_records
 from rlhf_min.harness.rewards import WeightedSum, models_in, sources, unserved
-from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout, summary
+from rlhf_min.harness.rows.encoding_report import describe, describe_heldout, summary
 from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
@@ -219,7 +219,7 @@ def run(
     unused = unserved(reward_model, list(inputs.prompts[0]))
     prompts, cut = codec.encode_prompts(inputs.prompts)
     eval_prompts, eval_cut = codec.encode_prompts(inputs.eval_prompts[:EVAL_PROMPTS])
-    encoding = encoded(cut, codec) + encoded_heldout(eval_cut, len(eval_prompts))
+    encoding = describe(cut, codec) + describe_heldout(eval_cut, len(eval_prompts))
     report = print_report(*unused, f"PPO on {len(prompts)} prompts; {encoding}")
     policy, ref_policy = copy_policy(start, critic=config.critic), start.reference(ref_device)
     state = ppo.new_state(policy, prompts, config)

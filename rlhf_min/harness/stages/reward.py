@@ -26,7 +26,7 @@ from rlhf_min.harness.report.findings import (
     last_fifth,
 )
 from rlhf_min.harness.report.finish import WarnOnly
-from rlhf_min.harness.rows.encoding_report import encoded_pairs
+from rlhf_min.harness.rows.encoding_report import describe_pairs
 from rlhf_min.harness.run import faults, layout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
@@ -235,7 +235,7 @@ def _prepared(
     examples, cut = reward.prepare_pairs(reward_model, inputs.pairs)
     heldout, heldout_cut = reward.prepare_pairs(reward_model, inputs.heldout_pairs)
     report = print_report(
-        f"reward model on {len(examples)} pairs; {encoded_pairs(cut, reward_model)}"
+        f"reward model on {len(examples)} pairs; {describe_pairs(cut, reward_model)}"
     )
     if equal := heldout_cut.equal_after_cut + heldout_cut.equal_tokens:
         n = len(inputs.heldout_pairs)

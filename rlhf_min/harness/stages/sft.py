@@ -13,7 +13,7 @@ from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report.curves import Curve, Range, number
 from rlhf_min.harness.report.findings import Finding
-from rlhf_min.harness.rows.encoding_report import encoded, encoded_heldout
+from rlhf_min.harness.rows.encoding_report import describe, describe_heldout
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.reading import Run
@@ -59,7 +59,7 @@ def run(
     """Fine-tune the policy on the demonstrations, and save it in the run's folder."""
     examples, cut = codec.encode_demonstrations(inputs.demonstrations)
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
-    encoding = encoded(cut, codec) + encoded_heldout(heldout_cut, len(heldout))
+    encoding = describe(cut, codec) + describe_heldout(heldout_cut, len(heldout))
     report = print_report(f"SFT on {len(examples)} demonstrations; {encoding}")
     state = sft.new_state(policy, examples, config)
     snapshot = Snapshot(
