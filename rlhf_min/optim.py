@@ -241,8 +241,9 @@ def accumulate(
             optimizer.backward(found.loss * found.count / total)
         for name, value in found._asdict().items():
             if name != "count":
-                share = float(value.detach().mean() * found.count / total)
-                means[name] = means.get(name, 0.0) + share
+                # In double, or a share of 0.65 would be 0.6499999980.
+                mean = float(value.detach().to("cpu", torch.float64).mean())
+                means[name] = means.get(name, 0.0) + mean * int(found.count) / total
     return means
 
 

@@ -927,7 +927,7 @@ MUTANTS = [
            'found.loss * found.count / total', 'found.loss',
            'unit/test_sft.py::test_micro_batches_leave_the_gradient_as_it_is'),
     Mutant('micro-batches weigh alike', 'optim.accumulate',
-           'value.detach().mean() * found.count / total', 'value.detach().mean()',
+           'mean * int(found.count) / total', 'mean',
            'unit/test_sft.py::test_evaluate_by_hand'),
     Mutant("looks with dropout", "sft.evaluate",
            "evaluating(policy)", "evaluating()",
@@ -983,7 +983,7 @@ MUTANTS = [
            "-mean / std", "-mean",
            "unit/test_reward.py::test_normalised_scores_survive_saving"),
     Mutant('pairs of a small micro-batch weigh more', 'optim.accumulate',
-           'value.detach().mean() * found.count / total', 'value.detach().mean()',
+           'mean * int(found.count) / total', 'mean',
            'unit/test_reward.py::test_evaluate_is_over_all_pairs_and_without_dropout'),
 
     Mutant("the same dropout in each step", "reward.train",
@@ -1033,7 +1033,7 @@ MUTANTS = [
            "evaluating(ref_policy)", "evaluating()",
            "unit/test_dpo.py::test_a_reference_left_in_train_mode_has_no_dropout[False]"),
     Mutant("DPO's micro-batches weigh alike", 'optim.accumulate',
-           'value.detach().mean() * found.count / total', 'value.detach().mean()',
+           'mean * int(found.count) / total', 'mean',
            'unit/test_dpo.py::test_micro_batches_leave_the_gradient_as_it_is'),
 
     Mutant("a partly cached reference is a whole one", "dpo._reference",
