@@ -55,6 +55,9 @@ def trained_before(options: RunOptions) -> list[str]:
     return ["sft"] if options.model is None else []
 
 
+# What its preflight checks
+
+
 def checks(
     policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State
 ) -> Iterator[Check]:
@@ -117,16 +120,7 @@ def _length(pair: PreferenceExample) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def alone(
-    policy: Policy,
-    ref_policy: Policy,
-    config: dpo.DPOConfig,
-    pairs: Sequence[PreferenceExample],
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
-    for row, pair in enumerate(pairs):
-        loss = dpo.batch_loss(policy, ref_policy, [pair], config)
-        yield row, {name: x for name, x in loss._asdict().items() if name != "loss"}
+# How it is run
 
 
 def run(
@@ -186,6 +180,18 @@ def run(
     snapshot.save_model(log.folder / STAGE)
     note(log.folder, STAGE, accuracy=accuracy)
     return policy
+
+
+def alone(
+    policy: Policy,
+    ref_policy: Policy,
+    config: dpo.DPOConfig,
+    pairs: Sequence[PreferenceExample],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
+    for row, pair in enumerate(pairs):
+        loss = dpo.batch_loss(policy, ref_policy, [pair], config)
+        yield row, {name: x for name, x in loss._asdict().items() if name != "loss"}
 
 
 # What a report shows

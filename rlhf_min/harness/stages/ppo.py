@@ -58,6 +58,9 @@ def trained_before(options: RunOptions) -> list[str]:
     return ["sft"] * (options.model is None) + ["reward_model"] * (not given)
 
 
+# What its preflight checks
+
+
 def checks(
     policy: Policy,
     ref_policy: Policy,
@@ -193,6 +196,9 @@ def reward_varies(scores: Tensor, responses: Sequence[str]) -> Check:
         words=f"{float(scores.min()):.3g} to {float(scores.max()):.3g} on {len(scores)} responses",
         warning=True,
     )
+
+
+# How it is run
 
 
 def run(

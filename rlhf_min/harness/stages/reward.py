@@ -47,6 +47,9 @@ WRITES = (layout.REWARD_MODEL,)
 NORMALISE_ON = 512  # responses that the scores' mean and variance are taken from
 
 
+# What its preflight checks
+
+
 def checks(reward_model: RewardModel, config: reward.RewardConfig, state: State) -> Iterator[Check]:
     """What reward training relies on."""
     examples: Sequence[reward.RewardExample] = state.cursor.examples
@@ -143,6 +146,9 @@ def memory(
     )
 
 
+# How it is run
+
+
 @dataclass(frozen=True)
 class RewardReport:
     """How well a reward model ranks held-out pairs, beside two rules that only look at length."""
@@ -153,17 +159,6 @@ class RewardReport:
     def __str__(self) -> str:
         lines = [f"  {name:<14} {estimate}" for name, estimate in self.estimates.items()]
         return "\n".join(["reward model on held-out pairs:", *lines, f"  {self.normalised_on}"])
-
-
-def alone(
-    reward_model: RewardModel,
-    config: reward.RewardConfig,
-    pairs: Sequence[reward.RewardExample],
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
-    for row, pair in enumerate(pairs):
-        loss = reward.batch_loss(reward_model, [pair], center_coef=config.center_coef)
-        yield row, loss._asdict()
 
 
 def run(
@@ -225,6 +220,17 @@ def run(
     values = {name: estimate.as_json() for name, estimate in estimates.items()}
     note(log.folder, STAGE, estimates=values, scale=scale)
     return RewardReport(estimates, scale)
+
+
+def alone(
+    reward_model: RewardModel,
+    config: reward.RewardConfig,
+    pairs: Sequence[reward.RewardExample],
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
+    for row, pair in enumerate(pairs):
+        loss = reward.batch_loss(reward_model, [pair], center_coef=config.center_coef)
+        yield row, loss._asdict()
 
 
 def _prepared(

@@ -30,6 +30,9 @@ MONITORS = False
 WRITES = ()
 
 
+# What its preflight checks
+
+
 def checks(policy: Policy, config: sft.SFTConfig, state: State) -> Iterator[Check]:
     """What SFT relies on; a state of `sft.new_state` is left as it is."""
     rows = [(x.prompt_ids, x.response_ids) for x in state.cursor.examples]
@@ -45,12 +48,7 @@ def checks(policy: Policy, config: sft.SFTConfig, state: State) -> Iterator[Chec
     yield preflight.row_alone_equals_batch(policy, short[-1], tolerance)
 
 
-def alone(
-    policy: Policy, examples: Sequence[SFTExample]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The loss of each row, to find the ones at fault where it is not finite."""
-    for row, example in enumerate(examples):
-        yield row, sft.batch_loss(policy, [example])._asdict()
+# How it is run
 
 
 def run(
@@ -85,6 +83,14 @@ def run(
         show=("loss", "eval/perplexity"),
     )
     snapshot.save_model(log.folder / STAGE)
+
+
+def alone(
+    policy: Policy, examples: Sequence[SFTExample]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The loss of each row, to find the ones at fault where it is not finite."""
+    for row, example in enumerate(examples):
+        yield row, sft.batch_loss(policy, [example])._asdict()
 
 
 # What a report shows
