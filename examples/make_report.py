@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.reading import read_run
 
 

@@ -17,7 +17,7 @@ from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.parser import Parser, fail
 from rlhf_min.harness.rows.columns import parse_columns
 from rlhf_min.harness.run import system_errors
-from rlhf_min.harness.run.files import NotWritten
+from rlhf_min.harness.run.atomic import NotWritten
 from rlhf_min.harness.run.folder import continued, how_to_go_on
 from rlhf_min.harness.run.signals import Stopped, raising_signals
 from rlhf_min.harness.run.terminal import outlive_terminal

@@ -18,8 +18,8 @@ from rlhf_min import ppo, reward, sft
 from rlhf_min.encoding.pairs import TextPair
 from rlhf_min.errors import NonFinite
 from rlhf_min.harness.cli import command
+from rlhf_min.harness.run.atomic import saving
 from rlhf_min.harness.run.faults import LAST_METRICS, explained, save_nonfinite
-from rlhf_min.harness.run.files import saving
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.run.system_errors import out_of_memory
 from rlhf_min.harness.stages import sft as sft_stage

@@ -7,7 +7,7 @@ import pytest
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import command
 from rlhf_min.harness.report import figures, finish, page
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.signals import Stopped
 
 

@@ -32,6 +32,7 @@ from rlhf_min.encoding.pairs import TextPair
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.cli import RunOptions, command
 from rlhf_min.harness.run import checkpoint, faults, folder
+from rlhf_min.harness.run.atomic import NotWritten
 from rlhf_min.harness.run.checkpoint import (
     RECORD,
     STATES,
@@ -44,7 +45,6 @@ from rlhf_min.harness.run.checkpoint import (
     keep,
     latest,
 )
-from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.folder import read_record, reopen_run
 from rlhf_min.harness.run.identity import fingerprint, weight_digests
 from rlhf_min.harness.run.layout import clear, stage_modules

@@ -29,7 +29,7 @@ import torch
 from small import small_policy, small_reward_model
 from tqdm.auto import tqdm
 
-from rlhf_min.harness.run import checkpoint, files
+from rlhf_min.harness.run import atomic, checkpoint
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -93,9 +93,9 @@ def half_deleted(_: Callable[..., Any], checkpoint: Path) -> None:
 POINTS: dict[str, Callable[[int], None]] = {
     "before writing": lambda n: at_call(checkpoint, "begin", n, before),
     "in the middle of a file": lambda n: at_call(checkpoint, "save_file", n, half_a_file),
-    "before fsync": lambda n: at_call(files, "flush", 2 * n, before),
-    "before the rename": lambda n: at_call(files.os, "rename", n, before),
-    "after the rename": lambda n: at_call(files.os, "rename", n, after),
+    "before fsync": lambda n: at_call(atomic, "flush", 2 * n, before),
+    "before the rename": lambda n: at_call(atomic.os, "rename", n, before),
+    "after the rename": lambda n: at_call(atomic.os, "rename", n, after),
     "before deleting the old": lambda n: at_call(checkpoint, "keep", n, before),
     "while deleting the old": lambda n: at_call(checkpoint, "remove", n, half_deleted),
 }

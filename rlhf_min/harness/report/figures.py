@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from rlhf_min.estimates import Estimate
 from rlhf_min.harness.report.curves import Curve, modules_of, title
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.reading import Run
 
 if TYPE_CHECKING:

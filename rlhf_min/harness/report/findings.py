@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_min.harness.report.curves import Curve, Status, modules_of, number, title
 from rlhf_min.harness.report.results import MEASURES
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.reading import Run, read_run
 
 FINDINGS = "findings.json"

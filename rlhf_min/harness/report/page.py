@@ -22,7 +22,7 @@ from rlhf_min.harness.report import figures, texts
 from rlhf_min.harness.report.curves import Curve, modules_of, number, title
 from rlhf_min.harness.report.findings import summary
 from rlhf_min.harness.report.results import MEASURES, SHARES, note_lines
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.reading import Record, Run, read_run
 
 REPORT = "report.html"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_min.estimates import Estimate
 from rlhf_min.evaluation import Evaluation
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 
 # What the results table and results.json show of each model, in this order, where it was measured.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.files import publish, saving
+from rlhf_min.harness.run.atomic import publish, saving
 from rlhf_min.harness.run.identity import (
     difference,
     fingerprint,

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, Diverged, NonFinite
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
-from rlhf_min.harness.run.files import write_file
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
 from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.optim import dropout_rng

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.run.files import write_file
+from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.layout import (
     BEST,
     CHECKPOINTS,

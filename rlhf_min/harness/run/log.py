@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run import checkpoint, faults
+from rlhf_min.harness.run.atomic import NotWritten, flush, write_file
 from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, checkpoints
-from rlhf_min.harness.run.files import NotWritten, flush, write_file
 from rlhf_min.harness.run.layout import (
     CHECKPOINTS,
     METRICS,

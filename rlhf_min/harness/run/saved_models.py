@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_min.data import collate
 from rlhf_min.errors import require
-from rlhf_min.harness.run.files import complete_folder
+from rlhf_min.harness.run.atomic import complete_folder
 from rlhf_min.loading.models import quiet
 from rlhf_min.policy import VALUE_FILE, Policy, evaluating
 from rlhf_min.reward_model import RewardModel

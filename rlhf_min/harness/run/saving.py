@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rlhf_min.errors import require
 from rlhf_min.harness.run import faults
+from rlhf_min.harness.run.atomic import NotWritten
 from rlhf_min.harness.run.checkpoint import Snapshot, Writer
-from rlhf_min.harness.run.files import NotWritten
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, stage_modules
 
 SAVE_SECONDS = 300.0  # between checkpoints, unless their steps are given
