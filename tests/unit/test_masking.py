@@ -112,16 +112,18 @@ def test_masked_var_property_shift(batch, shift):
     assert_close(masked_var(x + shift, mask), masked_var(x, mask), FP64)
 
 
-# masked_whiten
+# masked_whiten, masked_scale
 
 
 @pytest.mark.eq("whiten")
-def test_masked_whiten_closed():
+@pytest.mark.eq("scale")
+def test_masked_whiten_and_scale_closed():
     # mean 4, deviations -3, 3, 0, variance (9 + 9 + 0) / (3 - 1) = 9, root 3
     x = torch.tensor([[1.0, 7.0], [4.0, 99.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False]])
     scale = 3 / math.sqrt(9 + 1e-8)
     assert_close(masked_whiten(x, mask), [[-scale, scale], [0.0, 0.0]], FP64)
+    assert_close(masked_scale(x, mask), [[4 - scale, 4 + scale], [4.0, 0.0]], FP64)
 
 
 @pytest.mark.eq("whiten")
@@ -134,16 +136,18 @@ def test_masked_whiten_closed_epsilon_is_inside_the_root():
 
 
 @pytest.mark.eq("whiten")
+@pytest.mark.eq("scale")
 @given(ragged_batches(1, real_tokens=2))
-def test_masked_whiten_definition(batch):
+def test_masked_whiten_and_scale_definition(batch):
     x, mask = spread(batch[0]), batch[1]
     values = real(x, mask)
     mean, root = statistics.fmean(values), math.sqrt(statistics.variance(values) + 1e-8)
-    expected = [
-        [(v - mean) / root if m else 0.0 for v, m in zip(row, keep, strict=True)]
-        for row, keep in zip(x.tolist(), mask.tolist(), strict=True)
-    ]
-    assert_close(masked_whiten(x, mask), expected, FP64)
+    for function, kept in ((masked_whiten, 0.0), (masked_scale, mean)):
+        expected = [
+            [(v - mean) / root + kept if m else 0.0 for v, m in zip(row, keep, strict=True)]
+            for row, keep in zip(x.tolist(), mask.tolist(), strict=True)
+        ]
+        assert_close(function(x, mask), expected, FP64)
 
 
 def test_masked_whiten_property_constant():
@@ -158,31 +162,6 @@ def test_masked_whiten_property_moments(x):
     whitened = real(masked_whiten(spread(x), mask), mask)
     assert abs(statistics.fmean(whitened)) < FP64
     assert statistics.variance(whitened) == pytest.approx(1, rel=FP32)  # 1e-8 / variance short of 1
-
-
-# masked_scale
-
-
-@pytest.mark.eq("scale")
-def test_masked_scale_closed():
-    # as whitened above (-1, 1, 0), plus the mean 4
-    x = torch.tensor([[1.0, 7.0], [4.0, 99.0]], dtype=torch.float64)
-    mask = torch.tensor([[True, True], [True, False]])
-    scale = 3 / math.sqrt(9 + 1e-8)
-    assert_close(masked_scale(x, mask), [[4 - scale, 4 + scale], [4.0, 0.0]], FP64)
-
-
-@pytest.mark.eq("scale")
-@given(ragged_batches(1, real_tokens=2))
-def test_masked_scale_definition(batch):
-    x, mask = spread(batch[0]), batch[1]
-    values = real(x, mask)
-    mean, root = statistics.fmean(values), math.sqrt(statistics.variance(values) + 1e-8)
-    expected = [
-        [(v - mean) / root + mean if m else 0.0 for v, m in zip(row, keep, strict=True)]
-        for row, keep in zip(x.tolist(), mask.tolist(), strict=True)
-    ]
-    assert_close(masked_scale(x, mask), expected, FP64)
 
 
 # all four

@@ -255,9 +255,8 @@ def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
     monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 0)
     draw(model, PROMPTS * 6, tokens=7)
     weights = sum(p.nbytes for p in model.lm.parameters())
-    assert (
-        max(sizes) == weights // (14 * cache_bytes(model.lm)) < 20
-    )  # the longest prompt has 7 too
+    longest = 7 + 7  # a prompt, and a response
+    assert max(sizes) == weights // (longest * cache_bytes(model.lm)) < 20
 
 
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():

@@ -45,14 +45,14 @@ def describe(cut: CutReport, codec: "Codec") -> str:
 
 def describe_heldout(cut: CutReport, left: int) -> str:
     """A line on the held-out rows if some are dropped, else nothing; a warning if none is left."""
-    told = ""
+    lines = ""
     if cut.dropped:
-        told = f"\n  held out: {len(cut.dropped)} rows dropped: {reasons(cut)}"
+        lines = f"\n  held out: {len(cut.dropped)} rows dropped: {reasons(cut)}"
     if equal := cut.equal_after_cut + cut.equal_tokens:
-        told += f"\n  held out: {equal} pairs dropped: equal to the model"
-    if told and not left:
-        told += "\n  warning: no held-out row is left, so nothing is measured on such rows"
-    return told
+        lines += f"\n  held out: {equal} pairs dropped: equal to the model"
+    if lines and not left:
+        lines += "\n  warning: no held-out row is left, so nothing is measured on such rows"
+    return lines
 
 
 def require_rows(cut: CutReport) -> None:
