@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .data import PreferenceExample, PromptExample, Sequences, SFTExample, collate
     from .encoding.codec import Codec
     from .errors import BadInput, NonFinite
+    from .harness.run.saved_models import save_policy, save_reward_model
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
     from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
@@ -63,6 +64,8 @@ __all__ = [
     "response_mask",
     "reward",
     "sample",
+    "save_policy",
+    "save_reward_model",
     "score_rollout",
     "sft",
     "sft_loss",
@@ -76,6 +79,7 @@ _NAMES = {
     "data": "PreferenceExample PromptExample Sequences SFTExample collate",
     "encoding.codec": "Codec",
     "errors": "BadInput NonFinite",
+    "harness.run.saved_models": "save_policy save_reward_model",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",
     "losses": "dpo_loss pairwise_reward_loss ppo_policy_loss ppo_value_loss sft_loss",
