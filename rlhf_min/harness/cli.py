@@ -228,6 +228,8 @@ def parse(
     """Read the command line into one object for each config class.
 
     Args:
+        config_classes: `RunOptions`, or what extends it, then the configs of what is trained; or
+            none, for a command without options.
         without: options of theirs that this command has no use for, so it does not know them.
         instead: further ones, and what to say of each that is given.
         started_from: the option of `RunOptions` that names the model which is trained. If it is a
@@ -242,19 +244,15 @@ def parse(
         parser.add_fields(config_class, without)
     given = vars(parser.parse_args())
     configs: list[Any] = []
-    options = None
     for config_class in config_classes:
         values = {f.name: given[f.name] for f in fields(config_class) if f.name in given}
-        if isinstance(options, RunOptions) and options.resume is None:
-            values = published(config_class, getattr(options, started_from)) | values
+        if configs and configs[0].resume is None:
+            values = published(config_class, getattr(configs[0], started_from)) | values
         configs.append(config_class(**values))
-        options = options or configs[0]
-    run = next((c.resume for c in configs if isinstance(c, RunOptions)), None)
-    if run is not None:
-        configs = continued(configs, set(given), Path(run))
-    for config in configs:
-        if isinstance(config, RunOptions):
-            config.check_models()
+    if configs and configs[0].resume is not None:
+        configs = continued(configs, set(given), Path(configs[0].resume))
+    if configs:
+        configs[0].check_models()
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 
