@@ -92,12 +92,13 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
+if not TYPE_CHECKING:  # to a type checker every name would be there
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_MODULE_OF.get(name, name)}", __name__)
-    return getattr(module, name) if name in _MODULE_OF else module
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f".{_MODULE_OF.get(name, name)}", __name__)
+        return getattr(module, name) if name in _MODULE_OF else module
 
 
 def __dir__() -> list[str]:
