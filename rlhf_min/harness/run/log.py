@@ -323,8 +323,9 @@ def note(folder: Path, stage: str, **facts: Any) -> None:
 
 
 def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[str, float]]:
-    """The metrics of each step with its seconds, unless it has told where they went; with its
-    tokens for each second; and with the number of steps that fp16 has skipped so far."""
+    """The metrics of each step with its seconds, unless it has said where they went; its tokens for
+    each second, in the place of the tokens; and the number of steps that fp16 has skipped so far.
+    """
     started = time.perf_counter()
     for metrics in steps:
         metrics = {"skipped": optimizer.skipped, **metrics}
@@ -332,7 +333,7 @@ def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[s
         if not seconds:
             metrics["time/seconds"] = seconds = time.perf_counter() - started
         if "tokens" in metrics:
-            metrics["time/tokens_per_second"] = metrics["tokens"] / seconds
+            metrics["time/tokens_per_second"] = metrics.pop("tokens") / seconds
         yield metrics
         started = time.perf_counter()
 
