@@ -1,13 +1,15 @@
 """Codecs of small tokenizers, with and without a chat template, for tests of encoding."""
 
-from tiny import words
+from small import syllables
 from tokenizers.processors import TemplateProcessing
 
 from rlhf_min.encoding.codec import Codec
 
 
 def word_codec(prompt: int = 8, response: int = 8, template: str = "{prompt}\n") -> Codec:
-    return Codec(words(), max_prompt_tokens=prompt, max_response_tokens=response, template=template)
+    return Codec(
+        syllables(), max_prompt_tokens=prompt, max_response_tokens=response, template=template
+    )
 
 
 TALK = [
@@ -27,7 +29,7 @@ USER, ASSISTANT, SYSTEM, END, BOS = range(28, 33)
 
 def chat_words(*, bos: bool = False, template: str | None = CHATML):
     """`words` with a chat template; with `bos` it starts every text with <s>, as Llama's does."""
-    tokenizer = words()
+    tokenizer = syllables()
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS})
     tokenizer.bos_token = "<s>"
     if bos:

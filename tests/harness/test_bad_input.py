@@ -28,9 +28,8 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import small_policy, small_reward_model
+from small import bert, bert_syllables, small_policy, small_reward_model
 from test_cli import EXAMPLES, example, our_line, pairs, write_rows
-from tiny import bert, bert_words
 from transformers import BartConfig, BartForConditionalGeneration
 
 from rlhf_min.harness.run.checkpoint import crc32_of
@@ -599,7 +598,7 @@ MODELS = [
     ),
     model(
         "an encoder-decoder",
-        saved("a", lambda: BartForConditionalGeneration(BART), bert_words),
+        saved("a", lambda: BartForConditionalGeneration(BART), bert_syllables),
         "a: BartForConditionalGeneration is an encoder-decoder and cannot be the policy; give …",
         "a",
     ),
@@ -730,7 +729,7 @@ MODELS = [
         f"{SCORER} a",
         "a: BertForSequenceClassification has 2 labels (LABEL_0, LABEL_1) and a reward model "
         "exactly one score; to take one of them as reward, give --reward FILE.py:FUNCTION, …",
-        saved("a", lambda: bert(labels=2), bert_words),
+        saved("a", lambda: bert(labels=2), bert_syllables),
     ),
     Case(
         "an infinite weight",

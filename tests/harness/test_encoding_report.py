@@ -6,8 +6,7 @@ import pytest
 from codecs_of_words import CHATML, TALK, chat_codec, word_codec
 from hypothesis import given
 from hypothesis import strategies as st
-from small import small_policy, small_reward_model
-from tiny import words
+from small import small_policy, small_reward_model, syllables
 
 from rlhf_min import reward
 from rlhf_min.encoding.codec import Codec
@@ -137,7 +136,7 @@ def test_a_row_whose_two_responses_spell_special_tokens_is_named_once():
     ],
 )
 def test_marks_of_the_template_of_another_model_are_told(text):
-    codec = Codec(words(), 50, 50)
+    codec = Codec(syllables(), 50, 50)
     rows = [{"prompt": text, "response": "ba"}, {"prompt": "ba", "response": text}]
     marks = [n.partition(" spell marks of another chat template (")[0::2]
              for n in notes(codec.encode_demonstrations(rows)[1], codec)]  # fmt: skip

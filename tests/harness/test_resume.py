@@ -22,8 +22,7 @@ import pytest
 import torch
 import torture
 from counting import counted, counting_stage, log_in
-from small import small_policy, small_reward_model, word_tokenizer
-from tiny import llama
+from small import llama, small_policy, small_reward_model, word_tokenizer
 from torture import ALGORITHMS, MODULES, command_line, prepare, result
 
 from rlhf_min.data import PreferenceExample, PromptExample

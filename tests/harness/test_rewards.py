@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import bert, bert_words
+from small import bert, bert_syllables
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rewards import WeightedSum, guarded, load_reward, models_in, unserved
@@ -198,7 +198,7 @@ def test_a_file_may_import_its_neighbours(folder):
 
 
 def test_the_models_among_the_parts():
-    reward_model = RewardModel(bert(), bert_words())
+    reward_model = RewardModel(bert(), bert_syllables())
     reward = load_reward(["my_rewards:length", "rm"], lambda _: reward_model)
     assert models_in(reward) == models_in(reward_model) == [reward_model]
     assert models_in(length) == []
@@ -319,7 +319,7 @@ def test_a_reward_may_empty_its_responses(folder, timeout):
 
 
 def test_a_reward_model_in_a_sum_gets_no_columns():
-    reward_model = RewardModel(bert(), bert_words())
+    reward_model = RewardModel(bert(), bert_syllables())
     reward = WeightedSum({"bert": (1.0, reward_model.score)})
     assert unserved(reward, ["prompt"]) == []
     columns = [{"max_tokens": "many"}] * len(PROMPTS)
@@ -363,7 +363,7 @@ def test_parameters_that_no_column_serves_are_told():
         "Wanted",
     ]
     assert len(unserved(reward, ["prompt", "wanted", "weight"])) == 0
-    assert unserved(length, ["prompt"]) == unserved(RewardModel(bert(), bert_words()), []) == []
+    assert unserved(length, ["prompt"]) == unserved(RewardModel(bert(), bert_syllables()), []) == []
 
 
 def test_a_module_has_dataclasses_and_late_neighbours(folder):

@@ -9,20 +9,21 @@ from pkgutil import resolve_name
 import pytest
 import torch
 from safetensors import SafetensorError
-from small import small_policy, small_reward_model
-from strategies import assert_close
-from tiny import (
+from small import (
     PAD,
     POSITIONS,
-    WORDS,
+    SYLLABLES,
     bert,
-    bert_words,
+    bert_syllables,
     gpt2,
     gpt2_classifier,
     llama,
+    small_policy,
+    small_reward_model,
+    syllables,
     token_rows,
-    words,
 )
+from strategies import assert_close
 from tolerances import EXACT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -35,7 +36,7 @@ from rlhf_min.speed.fast import fuse_gelu
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-VOCABULARY = 3 + len(WORDS)
+VOCABULARY = 3 + len(SYLLABLES)
 BATCH = collate(
     token_rows([3, 1, 5], seed=40, vocabulary=VOCABULARY),
     token_rows([2, 6, 1], seed=41, vocabulary=VOCABULARY),
@@ -46,7 +47,7 @@ TEXTS = (["ba be", "bi"], ["bo bu da", "de"])
 
 def make_policy(make=gpt2, critic="shared", seed=0):
     """A policy whose critic has been trained: its head is not zero, its trunk no copy."""
-    model = Policy(make(seed, vocabulary=VOCABULARY), words(), critic=critic)
+    model = Policy(make(seed, vocabulary=VOCABULARY), syllables(), critic=critic)
     with torch.no_grad():
         for k, tensor in enumerate(model.critic_tensors().values()):
             tensor += 0.01 * (k + 1)
@@ -107,7 +108,7 @@ def test_plain_transformers_reads_a_policy(make, dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_a_reward_model_comes_back_to_the_bit(kind, tmp_path):
-    parts = (bert(), bert_words()) if kind == "bert" else (gpt2_classifier(), words())
+    parts = (bert(), bert_syllables()) if kind == "bert" else (gpt2_classifier(), syllables())
     model = RewardModel(*parts)
     scores = model.score(*TEXTS)
     save_reward_model(model, tmp_path / "out")
@@ -128,7 +129,7 @@ def test_a_reward_model_comes_back_to_the_bit(kind, tmp_path):
 
 
 def test_a_normalised_reward_model_stays_so(tmp_path):
-    model = RewardModel(bert(), bert_words())
+    model = RewardModel(bert(), bert_syllables())
     model.rescale(gain=3.0, bias=-2.0)
     save_reward_model(model, tmp_path / "out")
     loaded = RewardModel.from_pretrained(tmp_path / "out")
@@ -148,9 +149,9 @@ def test_model_pt_holds_the_weights_and_no_code(make, tmp_path):
 
 
 def test_model_pt_of_a_reward_model(tmp_path):
-    model = RewardModel(bert(), bert_words())
+    model = RewardModel(bert(), bert_syllables())
     save_reward_model(model, tmp_path / "out")
-    other = RewardModel(bert(seed=7), bert_words())
+    other = RewardModel(bert(seed=7), bert_syllables())
     assert not torch.equal(other.score(*TEXTS), model.score(*TEXTS))
     other.model.load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
     assert_close(other.score(*TEXTS), model.score(*TEXTS), EXACT)
@@ -331,11 +332,11 @@ def raising(error):
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_save_keeps_what_was_there(interrupt, tmp_path, monkeypatch):
-    save_reward_model(RewardModel(bert(seed=1), bert_words()), tmp_path / "out")
+    save_reward_model(RewardModel(bert(seed=1), bert_syllables()), tmp_path / "out")
     before = files(tmp_path)
     monkeypatch.setattr(torch, "save", raising(interrupt))
     with pytest.raises(interrupt):
-        save_reward_model(RewardModel(bert(), bert_words()), tmp_path / "out")
+        save_reward_model(RewardModel(bert(), bert_syllables()), tmp_path / "out")
     assert files(tmp_path) == before
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import check_quickstart
 import pytest
 import torch
+from small import bert, bert_syllables, gpt2, syllables
 from test_house import EXAMPLES, SOURCES, definitions, imports, module_name, tree
-from tiny import bert, bert_words, gpt2, words
 
 from rlhf_min.harness import experiments
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
@@ -187,8 +187,8 @@ def test_every_example_is_told_and_every_told_example_exists():
 
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
-    save_policy(Policy(gpt2().float(), words()), tmp_path / "runs/quickstart/sft")
-    reward_model = RewardModel(bert().float(), bert_words())
+    save_policy(Policy(gpt2().float(), syllables()), tmp_path / "runs/quickstart/sft")
+    reward_model = RewardModel(bert().float(), bert_syllables())
     save_reward_model(reward_model, tmp_path / "runs/quickstart/reward_model")
     monkeypatch.chdir(tmp_path)
     shown = blocks("rlhf_min", "python") + blocks("tests/parity", "python")

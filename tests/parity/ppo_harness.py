@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import END, PAD, WORDS, decayed, small_policy, word_tokenizer
+from small import END, WORD_PAD, WORDS, decayed, small_policy, word_tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from trainer_harness import SEED, float64, import_trl, options
@@ -37,7 +37,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 from trl.experimental.ppo import ppo_trainer as trl_ppo  # noqa: E402
 
 PROMPT_WIDTH = 5
-FIRST_WORD = max(END, PAD) + 1
+FIRST_WORD = max(END, WORD_PAD) + 1
 EXTRA_TEMPERATURE = 1e-7  # trl adds it to the one it is told
 
 Metrics = dict[str, float]
@@ -55,13 +55,15 @@ class Batch:
     def prompts(self) -> Tensor:
         """Padded on the left, as trl takes them. Shape ``(B, PROMPT_WIDTH)``."""
         return torch.stack(
-            [pad(ids, (PROMPT_WIDTH - len(ids), 0), value=PAD) for ids in self.prompt_ids]
+            [pad(ids, (PROMPT_WIDTH - len(ids), 0), value=WORD_PAD) for ids in self.prompt_ids]
         )
 
     @property
     def rows(self) -> Tensor:
         """With the responses, padded on the right. Shape ``(B, PROMPT_WIDTH + width)``."""
-        responses = [pad(ids, (0, self.width - len(ids)), value=PAD) for ids in self.response_ids]
+        responses = [
+            pad(ids, (0, self.width - len(ids)), value=WORD_PAD) for ids in self.response_ids
+        ]
         return torch.cat([self.prompts, torch.stack(responses)], 1)
 
 
@@ -335,7 +337,7 @@ def watched(
         real = rollout.mask[rows] & (rollout.logprobs[rows] != 0)
         log_ratio = torch.where(real, new_logprobs - rollout.logprobs[rows], 0)
         ids = batch.rows[rows]
-        attention_mask = ids != PAD
+        attention_mask = ids != WORD_PAD
         logits = policy.lm(
             input_ids=ids.masked_fill(~attention_mask, 0),
             attention_mask=attention_mask,

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 from recordings import VERSION, Recording, load
-from small import shuffled
-from tiny import StubTokenizer
+from small import StubTokenizer, shuffled
 from trainer_harness import SHIMMED, Parity, gradients, largest_gap, metric_gap, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 

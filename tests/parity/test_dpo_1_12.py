@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import WORDS, gpt2, words
+from small import SYLLABLES, gpt2, syllables
 from tolerances import FP64
 from trainer_harness import (
     SEED,
@@ -75,7 +75,7 @@ cached = pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"]
 
 
 # Copied by both sides, which switch the dropout off.
-LM = gpt2(1, vocabulary=3 + len(WORDS), dropout=0.1)
+LM = gpt2(1, vocabulary=3 + len(SYLLABLES), dropout=0.1)
 REF_LM = near(LM, seed=2)
 
 
@@ -83,7 +83,7 @@ class Ours:
     """Policy, reference, pairs and state of a run of ours."""
 
     def __init__(self, rows: list[Row], *, cached: bool, **own: Any) -> None:
-        tokenizer = words()
+        tokenizer = syllables()
         self.config = dpo.DPOConfig(**(vars(CONFIG) | {"cache_reference": cached} | own))
         self.policy = Policy(copy.deepcopy(LM), tokenizer)
         self.ref_policy = Policy(REF_LM, tokenizer).reference()
@@ -116,7 +116,7 @@ def their_trainer(rows: list[Row], folder: Path, *, cached: bool, **own: Any) ->
         model=copy.deepcopy(LM),
         ref_model=copy.deepcopy(REF_LM),
         args=trl.DPOConfig(**options(folder, **(settings | own))),
-        processing_class=words(),
+        processing_class=syllables(),
         train_dataset=Dataset.from_list(rows),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from recordings import VERSION, Recording, load
-from tiny import StubTokenizer
+from small import StubTokenizer
 from tolerances import FP64, LEGACY_STEP
 from torch import Tensor, nn
 from trainer_harness import SHIMMED, Parity, largest, largest_gap, weights

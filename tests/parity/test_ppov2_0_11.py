@@ -16,7 +16,7 @@ from ppo_harness import (
     train_ours,
 )
 from recordings import VERSION, Recording, load
-from small import END, PAD, largest_difference
+from small import END, WORD_PAD, largest_difference
 from trainer_harness import SHIMMED, Parity
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -30,7 +30,7 @@ CONVENTION = "score cell; padded metrics; entropy less 1 for each padded cell"
 def models_of(**names: str) -> Models:
     """The recorded models, some of them under other names."""
     config = GPT2Config(**RECORDED.facts["model"])
-    assert (config.eos_token_id, config.pad_token_id) == (END, PAD)
+    assert (config.eos_token_id, config.pad_token_id) == (END, WORD_PAD)
     names = {"policy": "policy", "value": "value_model"} | names
     return Models(
         load(GPT2LMHeadModel(config), RECORDED.under(names["policy"])),

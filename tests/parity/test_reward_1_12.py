@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import bert, bert_words, gpt2_classifier, words
+from small import bert, bert_syllables, gpt2_classifier, syllables
 from tolerances import FP64
 from torch import Tensor
 from trainer_harness import (
@@ -64,8 +64,8 @@ BERT, GPT2 = bert(1), gpt2_classifier(1)
 def reward_model(kind: str) -> RewardModel:
     """Of BERT, which reads prompt and response as two segments, or of GPT-2, which reads one."""
     if kind == "bert":
-        return RewardModel(copy.deepcopy(BERT), bert_words())
-    tokenizer = words()
+        return RewardModel(copy.deepcopy(BERT), bert_syllables())
+    tokenizer = syllables()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as GPT-2's own: no segments
     return RewardModel(copy.deepcopy(GPT2), tokenizer)
 
@@ -75,7 +75,7 @@ class Segments(DataCollatorForPreference):
 
     def torch_call(self, examples: list[Row]) -> dict[str, Tensor]:
         batch = super().torch_call(examples)
-        ends = (batch["input_ids"] == bert_words().sep_token_id).int()
+        ends = (batch["input_ids"] == bert_syllables().sep_token_id).int()
         behind = (ends.cumsum(1) - ends).clamp(max=1)
         return {**batch, "token_type_ids": behind * batch["attention_mask"]}
 

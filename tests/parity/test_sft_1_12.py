@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import WORDS, gpt2, words
+from small import SYLLABLES, gpt2, syllables
 from tolerances import FP32, FP64
 from torch import tensor
 from trainer_harness import (
@@ -50,13 +50,13 @@ CONFIG = sft.SFTConfig(
 )
 # trl's alone: entropy, mean_token_accuracy, num_tokens.
 PER_STEP = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
-LM = gpt2(1, vocabulary=3 + len(WORDS))
+LM = gpt2(1, vocabulary=3 + len(SYLLABLES))
 
 loss_types = pytest.mark.parametrize("loss_type", ["chunked_nll", "nll"])
 
 
 def our_side(rows: list[Row]) -> tuple[Policy, list[SFTExample]]:
-    tokenizer = words()
+    tokenizer = syllables()
     examples, _ = Codec(tokenizer, 16, 16).encode_demonstrations(rows)
     return Policy(copy.deepcopy(LM), tokenizer), examples
 
@@ -78,7 +78,7 @@ def their_trainer(rows: list[Row], folder: Path, **own: Any) -> Any:
     return trl.SFTTrainer(
         model=copy.deepcopy(LM),
         args=trl.SFTConfig(**options(folder, **(settings | own))),
-        processing_class=words(),
+        processing_class=syllables(),
         train_dataset=Dataset.from_list(data),
     )
 

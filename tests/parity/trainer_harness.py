@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS
+from small import SYLLABLES
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -113,7 +113,7 @@ def demonstration_rows(n: int, *, seed: int) -> list[Row]:
 
 
 def _text(rng: random.Random, longest: int) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+    return " ".join(rng.choices(SYLLABLES, k=rng.randint(1, longest)))
 
 
 def near(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:

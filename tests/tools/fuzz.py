@@ -33,7 +33,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
-from tiny import bert, bert_words, gpt2, words
+from small import bert, bert_syllables, gpt2, syllables
 from transformers.utils import logging as transformers_logging
 
 from rlhf_min import sft
@@ -226,7 +226,7 @@ def tiny_codec(template: str, *, chat_template: str | None = None) -> Codec:
 
 @cache
 def tiny_tokenizer() -> Any:
-    return words()
+    return syllables()
 
 
 def read_text(given: tuple[str, str, str, str]) -> None:
@@ -257,7 +257,7 @@ def kept() -> tempfile.TemporaryDirectory[str]:
 def saved_policy() -> Path:
     """A sound folder, made once."""
     folder = Path(kept().name) / "policy"
-    save_policy(Policy(gpt2(), words(), critic="shared"), folder)
+    save_policy(Policy(gpt2(), syllables(), critic="shared"), folder)
     (folder / "model.pt").unlink()  # which is not read again
     return folder
 
@@ -266,7 +266,7 @@ def saved_policy() -> Path:
 def saved_reward_model() -> Path:
     """The same of a classifier."""
     folder = Path(kept().name) / "reward_model"
-    save_reward_model(RewardModel(bert(), bert_words()), folder)
+    save_reward_model(RewardModel(bert(), bert_syllables()), folder)
     (folder / "model.pt").unlink()
     return folder
 
@@ -313,7 +313,7 @@ def read_reward_model(folder: str) -> None:
 @cache
 def stage() -> Snapshot:
     """Of SFT after its first step."""
-    policy, config = Policy(gpt2(), words()), SFTConfig(epochs=2, batch_size=2)
+    policy, config = Policy(gpt2(), syllables()), SFTConfig(epochs=2, batch_size=2)
     examples = [SFTExample(torch.tensor([3, 4]), torch.tensor([5 + i, 1])) for i in range(4)]
     state = sft.new_state(policy, examples, config)
     next(sft.train(policy, config, state))

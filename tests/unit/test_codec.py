@@ -19,7 +19,7 @@ from codecs_of_words import (
     chat_words,
     word_codec,
 )
-from tiny import EOS, StubTokenizer, words
+from small import EOS, StubTokenizer, syllables
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from rlhf_min.encoding import reading
@@ -43,7 +43,7 @@ def test_prompt_stands_in_the_template():
 
 def test_other_braces_are_plain_text():
     # neither {0} nor {prompt} inside the user's text is filled in, nor {be} in the template
-    plain = words()
+    plain = syllables()
     found = word_codec(template="{be} {{prompt}}").encode_prompt("ba", CutReport())
     assert found.tolist() == plain("{be} {ba}", add_special_tokens=False).input_ids
     for typed in ("ba {0} be", "ba {prompt} be", "{"):
@@ -71,7 +71,7 @@ def test_ids_are_longs_and_prompts_have_no_special_tokens():
     ids = word_codec().encode_response("", CutReport())
     assert ids.dtype == torch.long
     bos = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words().backend_tokenizer, eos_token="<eos>", bos_token="<eos>"
+        tokenizer_object=syllables().backend_tokenizer, eos_token="<eos>", bos_token="<eos>"
     )
     with_bos = Codec(bos, max_prompt_tokens=4, max_response_tokens=4)
     assert with_bos.encode_prompt("ba", CutReport()).tolist() == [3]
@@ -335,7 +335,7 @@ def test_what_as_is_cannot_take_is_dropped():
 )
 def test_other_texts_have_no_marks(text):
     report = CutReport()
-    Codec(words(), 50, 50).encode_prompt(text, report)
+    Codec(syllables(), 50, 50).encode_prompt(text, report)
     assert report.spelled == []
 
 
@@ -369,7 +369,7 @@ def test_a_text_of_megabytes_is_read_only_as_far_as_it_may_fit(monkeypatch, temp
 
 def test_a_long_text_of_few_tokens_is_read_whole(monkeypatch):
     monkeypatch.setattr(reading, "READ_AT_ONCE", 10)
-    report, codec = CutReport(), Codec(words(), 4, 4, "{prompt}")
+    report, codec = CutReport(), Codec(syllables(), 4, 4, "{prompt}")
     text = f"{'x' * 1000} ba"  # two words, the first of them unknown
     assert codec.encode_prompt(text, report).tolist() == [2, 3]
     assert codec.encode_response(text, report).tolist() == [2, 3, EOS]

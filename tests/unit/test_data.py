@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import EOS, PAD, gpt2, policy_of, token_rows
 from strategies import assert_close
-from tiny import EOS, PAD, gpt2, policy, token_rows
 from tolerances import EXACT
 
 from rlhf_min.data import (
@@ -48,7 +48,7 @@ def test_collate_masks_do_not_look_at_ids():
 
 
 def test_pad_equal_to_eos_changes_nothing():
-    model = policy(gpt2(), critic="shared")
+    model = policy_of(gpt2(), critic="shared")
     prompts, responses = (
         token_rows([3, 1, 4], seed=0),
         token_rows([2, 5, 1], seed=1, eos=True),

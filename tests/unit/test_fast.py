@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
-from small import small_policy, word_tokenizer
+from small import (
+    PAD,
+    bert,
+    bert_syllables,
+    gpt2,
+    llama,
+    policy_of,
+    small_policy,
+    syllables,
+    token_rows,
+    word_tokenizer,
+)
 from strategies import assert_close, weighted
-from tiny import PAD, bert, bert_words, gpt2, llama, policy, token_rows, words
 from tolerances import EXACT, FP64
 from torch import nn
 from torch.profiler import profile
@@ -56,7 +66,7 @@ def test_a_sparse_part_leaves_the_gradient_of_a_tied_weight_as_it_is():
 
 def test_only_a_tied_weight_has_a_sparse_part():
     # alone it would stay sparse, which no clipping and no AdamW takes
-    lm = policy(llama()).lm
+    lm = policy_of(llama()).lm
     assert lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
     assert not lm.get_input_embeddings().sparse
 
@@ -111,7 +121,7 @@ def policy_loss(model):
 @pytest.mark.parametrize("critic", ["none", "shared", "separate"])
 @pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 def test_checkpointed_gradients_of_a_policy_are_the_same(make, critic):
-    plain, checkpointed = (policy(make(dropout=0.1), critic=critic) for _ in range(2))
+    plain, checkpointed = (policy_of(make(dropout=0.1), critic=critic) for _ in range(2))
     checkpointed.checkpoint_gradients()
     calls = count_calls([m for m in checkpointed.modules() if type(m).__name__.endswith("MLP")])
     found = gradients(checkpointed, policy_loss)
@@ -122,7 +132,7 @@ def test_checkpointed_gradients_of_a_policy_are_the_same(make, critic):
 
 
 def test_checkpointed_gradients_of_a_reward_model_are_the_same():
-    plain, checkpointed = (RewardModel(bert(dropout=0.1), bert_words()) for _ in range(2))
+    plain, checkpointed = (RewardModel(bert(dropout=0.1), bert_syllables()) for _ in range(2))
     checkpointed.checkpoint_gradients()
     layers = [m for m in checkpointed.modules() if type(m).__name__ == "BertIntermediate"]
     calls = count_calls(layers)
@@ -145,19 +155,22 @@ def checkpoints(model):
 
 
 def test_checkpointing_is_kept_by_copies_and_left_out_in_eval_mode():
-    model = policy(gpt2())
+    model = policy_of(gpt2())
     model.checkpoint_gradients()
-    for each in (copy.deepcopy(model), Policy(copy.deepcopy(model.lm), words(), critic="separate")):
+    for each in (
+        copy.deepcopy(model),
+        Policy(copy.deepcopy(model.lm), syllables(), critic="separate"),
+    ):
         trunks = [each.lm, *([] if each.critic_trunk is None else [each.critic_trunk])]
         assert all(checkpoints(trunk) for trunk in trunks)
     reference = model.reference()
     calls = count_calls([m for m in reference.modules() if type(m).__name__.endswith("MLP")])
-    assert_close(reference(BATCH).logprobs, policy(gpt2())(BATCH).logprobs.detach(), EXACT)
+    assert_close(reference(BATCH).logprobs, policy_of(gpt2())(BATCH).logprobs.detach(), EXACT)
     assert len(calls) == 2
 
 
 def test_a_model_without_checkpointing_is_refused():
-    model = policy(gpt2())
+    model = policy_of(gpt2())
     model.lm.supports_gradient_checkpointing = False
     with pytest.raises(BadInput, match="GPT2LMHeadModel has no gradient checkpointing") as raised:
         model.checkpoint_gradients()

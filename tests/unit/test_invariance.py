@@ -9,14 +9,15 @@ from small import (
     PREFERENCES,
     PROMPTS,
     WORDS,
+    gpt2_classifier,
     largest_difference,
     small_policy,
     small_reward_model,
+    syllables,
+    text,
     without_time,
 )
 from strategies import assert_close, assert_rows_are_a_set, tensors
-from tiny import gpt2_classifier, words
-from tiny import text as tiny_text
 from tolerances import EXACT, FP64
 
 from rlhf_min import data, dpo, ppo, reward, rollout, sft
@@ -174,11 +175,11 @@ def test_a_rollout_padded_with_eos_is_the_same():
 
 def test_a_gpt2_that_scores_is_padded_by_any_token():
     # Where EOS is the pad, the classifier reads the token before it, alone and in a batch alike.
-    prompts = [tiny_text(range(n)) for n in (1, 5, 2, 3)]
-    responses = [tiny_text(range(n, n + k)) for n, k in ((9, 4), (2, 1), (7, 6), (4, 2))]
+    prompts = [text(range(n)) for n in (1, 5, 2, 3)]
+    responses = [text(range(n, n + k)) for n, k in ((9, 4), (2, 1), (7, 6), (4, 2))]
     together = {}
     for pad in ("<pad>", "<eos>", "<unk>"):
-        model = RewardModel(gpt2_classifier(), words(pad=pad))
+        model = RewardModel(gpt2_classifier(), syllables(pad=pad))
         together[pad] = model.score(prompts, responses)
         alone = [model.score([p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
         assert_close(together[pad], torch.stack(alone), FP64)

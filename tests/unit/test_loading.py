@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import small_policy
+from small import (
+    bert,
+    bert_config,
+    bert_syllables,
+    gpt2,
+    gpt2_classifier,
+    policy_of,
+    small_policy,
+    syllables,
+)
 from strategies import assert_close
-from tiny import bert, bert_config, bert_words, gpt2, gpt2_classifier, policy, words
 from tolerances import EXACT, FP32, FP64
 from transformers import (
     AutoModelForCausalLM,
@@ -87,7 +95,7 @@ def message(raised):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_what_is_no_causal_language_model_is_refused_as_policy(make, named, kind, tmp_path):
-    save(tmp_path, make(), words())
+    save(tmp_path, make(), syllables())
     (tmp_path / "model.safetensors").unlink()  # refused before any weight is read
     with pytest.raises(BadInput, match=f"{named} is {kind} and cannot be the policy; give") as got:
         Policy.from_pretrained(tmp_path, critic="none")
@@ -96,7 +104,7 @@ def test_what_is_no_causal_language_model_is_refused_as_policy(make, named, kind
 
 @pytest.mark.parametrize("labels", [2, 3])
 def test_a_classifier_with_more_labels_is_refused_by_their_number(labels, tmp_path):
-    save(tmp_path, bert(labels=labels), bert_words())
+    save(tmp_path, bert(labels=labels), bert_syllables())
     for new_head in (False, True):
         with pytest.raises(
             BadInput, match=f"BertForSequenceClassification has {labels} labels"
@@ -104,20 +112,20 @@ def test_a_classifier_with_more_labels_is_refused_by_their_number(labels, tmp_pa
             RewardModel.from_pretrained(tmp_path, new_head=new_head)
         assert str(tmp_path) in message(got)
     with pytest.raises(BadInput, match="one label"):
-        RewardModel(bert(labels=labels), bert_words())
+        RewardModel(bert(labels=labels), bert_syllables())
 
 
 def test_a_policy_is_no_reward_model_until_its_head_is_trained(tmp_path):
-    save(tmp_path, gpt2(), words())
+    save(tmp_path, gpt2(), syllables())
     with pytest.raises(BadInput, match=r"weights are missing \(score.weight\)"):
         RewardModel.from_pretrained(tmp_path)
     model = RewardModel.from_pretrained(tmp_path, new_head=True)
     assert model.new_weights == ["score.weight"]
-    assert RewardModel(gpt2_classifier(), words()).new_weights == []
+    assert RewardModel(gpt2_classifier(), syllables()).new_weights == []
 
 
 def test_a_new_head_excuses_no_missing_trunk(tmp_path):
-    save(tmp_path, BertModel(bert().config), bert_words())
+    save(tmp_path, BertModel(bert().config), bert_syllables())
     weights = load_file(tmp_path / "model.safetensors")
     for name in (
         "pooler.dense.weight",
@@ -133,7 +141,7 @@ def test_a_new_head_excuses_no_missing_trunk(tmp_path):
 
 
 def test_a_new_head_is_told_and_drawn_by_the_seed(tmp_path, capsys):
-    save(tmp_path, BertModel(bert().config), bert_words())
+    save(tmp_path, BertModel(bert().config), bert_syllables())
     options = RunOptions(reward_model=str(tmp_path), max_length=16, max_response_tokens=8)
     heads = []
     for seed in (0, 1, 0):
@@ -159,24 +167,24 @@ def with_another_word(tokenizer, **special):
 @pytest.mark.parametrize("special", [{}, {"pad_token": "[PAD]"}])
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(special, tmp_path):
     largest = 39 + len(special)
-    save(tmp_path / "policy", gpt2(), with_another_word(words(pad=None), **special))
+    save(tmp_path / "policy", gpt2(), with_another_word(syllables(pad=None), **special))
     with pytest.raises(BadInput, match=f"ids up to {largest}, but the model only 32") as raised:
         Policy.from_pretrained(tmp_path / "policy", critic="none")
     assert str(tmp_path) in message(raised)
-    save(tmp_path / "reward", bert(), with_another_word(bert_words(), **special))
+    save(tmp_path / "reward", bert(), with_another_word(bert_syllables(), **special))
     with pytest.raises(BadInput, match="but the model only 30 embeddings") as raised:
         RewardModel.from_pretrained(tmp_path / "reward")
     assert str(tmp_path) in message(raised)
 
 
 def test_a_model_with_more_rows_than_its_tokenizer_has_ids_is_fine(tmp_path):
-    assert len(words()) < 32
-    save(tmp_path, gpt2(), words())
+    assert len(syllables()) < 32
+    save(tmp_path, gpt2(), syllables())
     Policy.from_pretrained(tmp_path, critic="none")
 
 
 def test_a_policy_without_eos_is_refused_with_the_cure(tmp_path):
-    tokenizer = words()
+    tokenizer = syllables()
     tokenizer.eos_token = None
     save(tmp_path, gpt2(), tokenizer)
     with pytest.raises(BadInput, match=r"has no EOS token, .* set its eos_token to") as raised:
@@ -186,7 +194,7 @@ def test_a_policy_without_eos_is_refused_with_the_cure(tmp_path):
 
 @pytest.mark.parametrize("pad", [None, "<eos>", "<pad>"])
 def test_a_policys_pad_token_changes_nothing(pad, tmp_path):
-    folder = save(tmp_path, gpt2(), words(pad=pad))
+    folder = save(tmp_path, gpt2(), syllables(pad=pad))
     policy = Policy.from_pretrained(folder, critic="none")
     assert policy.tokenizer.bos_token is None
     rows = [torch.tensor([5, 6, 7]), torch.tensor([8])]
@@ -194,12 +202,12 @@ def test_a_policys_pad_token_changes_nothing(pad, tmp_path):
     found = policy(collate(rows, responses, pad_id=policy.pad_id)).logprobs
     assert torch.equal(found, policy(collate(rows, responses, pad_id=7)).logprobs)
     # other memory may be aligned in another way, and then sums are rounded in another order
-    expected = Policy(gpt2(), words())(collate(rows, responses, pad_id=0)).logprobs
+    expected = Policy(gpt2(), syllables())(collate(rows, responses, pad_id=0)).logprobs
     assert torch.allclose(found, expected, rtol=0, atol=FP64)
 
 
 def test_loaded_weights_are_those_of_the_file_as_it_was(tmp_path):
-    policy = Policy.from_pretrained(save(tmp_path, gpt2(), words()), critic="none")
+    policy = Policy.from_pretrained(save(tmp_path, gpt2(), syllables()), critic="none")
     before = copy.deepcopy(policy.lm.state_dict())
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.seek(-4096, os.SEEK_END)
@@ -208,7 +216,7 @@ def test_loaded_weights_are_those_of_the_file_as_it_was(tmp_path):
 
 
 def test_a_bert_tokenizer_has_neither_bos_nor_eos_and_scores(tmp_path):
-    folder = save(tmp_path, bert(), bert_words())
+    folder = save(tmp_path, bert(), bert_syllables())
     model = RewardModel.from_pretrained(folder)
     assert model.tokenizer.bos_token is None
     assert model.tokenizer.eos_token is None
@@ -224,16 +232,16 @@ def with_types(tokenizer):
 
 
 def test_token_types_reach_only_a_model_that_has_them():
-    plain, typed = words(), with_types(words())
+    plain, typed = syllables(), with_types(syllables())
     assert "token_type_ids" in typed("ba", "be")
     texts = ["ba be", "bi"], ["bo", "bu ba be"]
     scores = RewardModel(gpt2_classifier(), plain).score(*texts)
     # GPT-2 would take them and add the embeddings of its words 0 and 1
     assert torch.equal(RewardModel(gpt2_classifier(), typed).score(*texts), scores)
-    assert RewardModel(bert(), bert_words()).encode(*texts)["token_type_ids"].any()
+    assert RewardModel(bert(), bert_syllables()).encode(*texts)["token_type_ids"].any()
     config = DistilBertConfig(vocab_size=30, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
     config.num_labels = 1
-    distil = RewardModel(DistilBertForSequenceClassification(config), with_types(bert_words()))
+    distil = RewardModel(DistilBertForSequenceClassification(config), with_types(bert_syllables()))
     assert distil.score(*texts).isfinite().all()  # its forward knows no token_type_ids
 
 
@@ -296,7 +304,7 @@ def test_values_of_a_checkpoint_of_trl(name, pickled, sharded, prefixed, tmp_pat
     folder = tmp_path / "trl"
     folder.mkdir()
     shutil.copy(RECORDED / name / "config.json", folder)
-    words().save_pretrained(folder)
+    syllables().save_pretrained(folder)
     tensors = trl_tensors(name)
     write(folder, with_prefix(tensors) if prefixed else tensors, pickled=pickled, sharded=sharded)
     policy = Policy.from_pretrained(folder, critic="shared")
@@ -324,7 +332,7 @@ def test_values_of_a_checkpoint_of_trl(name, pickled, sharded, prefixed, tmp_pat
 def test_a_value_head_of_trl_in_a_file_of_its_own(tmp_path):
     recorded = json.loads((RECORDED / "gpt2" / "values.json").read_text(encoding="utf-8"))
     shutil.copy(RECORDED / "gpt2" / "config.json", tmp_path)
-    words().save_pretrained(tmp_path)
+    syllables().save_pretrained(tmp_path)
     tensors = trl_tensors("gpt2")
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("v_head.")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -335,7 +343,7 @@ def test_a_value_head_of_trl_in_a_file_of_its_own(tmp_path):
 
 def test_a_checkpoint_of_trl_has_no_critic_of_its_own(tmp_path):
     shutil.copytree(RECORDED / "gpt2", tmp_path, dirs_exist_ok=True)
-    words().save_pretrained(tmp_path)
+    syllables().save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="give the critic that it was trained with") as raised:
         Policy.from_pretrained(tmp_path, critic="separate", new_head=True)
     message(raised)
@@ -344,8 +352,8 @@ def test_a_checkpoint_of_trl_has_no_critic_of_its_own(tmp_path):
 
 def test_start_policy_says_whether_the_value_head_is_new(tmp_path, capsys):
     shutil.copytree(RECORDED / "gpt2", tmp_path / "trl")
-    words().save_pretrained(tmp_path / "trl")
-    save(tmp_path / "plain", gpt2(), words())
+    syllables().save_pretrained(tmp_path / "trl")
+    save(tmp_path / "plain", gpt2(), syllables())
     for name, said in (("trl", False), ("plain", True)):
         options = RunOptions(model=str(tmp_path / name), max_length=16, max_response_tokens=8)
         start_policy(options, [], critic="shared", seed=0)
@@ -365,7 +373,7 @@ class Dangerous:
 def test_a_pickle_that_is_more_than_tensors_is_refused_and_not_run(tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(RECORDED / "gpt2", folder)
-    words().save_pretrained(folder)
+    syllables().save_pretrained(folder)
     tensors = trl_tensors("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save(tensors | {"more": Dangerous(str(tmp_path / "made"))}, folder / "pytorch_model.bin")
@@ -415,7 +423,7 @@ def test_a_name_is_looked_up_where_the_hub_was_downloaded_to(tmp_path, monkeypat
     assert torch.equal(found.value_head.weight, saved.value_head.weight)
     shutil.rmtree(snapshot)
     shutil.copytree(RECORDED / "llama", snapshot)
-    words().save_pretrained(snapshot)
+    syllables().save_pretrained(snapshot)
     head = Policy.from_pretrained("somebody/tiny", critic="shared").value_head
     assert torch.equal(head.weight, trl_tensors("llama")["v_head.summary.weight"])
     with pytest.raises(BadInput, match="somebody/other") as raised:
@@ -430,7 +438,7 @@ def test_a_name_is_looked_up_where_the_hub_was_downloaded_to(tmp_path, monkeypat
 def gpt2_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     gpt2(dropout=0.1).save_pretrained(folder)
-    words().save_pretrained(folder)
+    syllables().save_pretrained(folder)
     return folder
 
 
@@ -438,7 +446,7 @@ def gpt2_folder(tmp_path_factory):
 def bert_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     bert().save_pretrained(folder)
-    bert_words().save_pretrained(folder)
+    bert_syllables().save_pretrained(folder)
     return folder
 
 
@@ -454,7 +462,7 @@ def test_a_missing_value_head_is_refused_unless_it_may_be_new(gpt2_folder):
 
 def test_a_saved_value_head_is_loaded_even_if_it_might_be_new(gpt2_folder, tmp_path):
     shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
-    saved = policy(gpt2(), critic="shared").critic_tensors()
+    saved = policy_of(gpt2(), critic="shared").critic_tensors()
     save_file(saved, tmp_path / VALUE_FILE)
     for new_head in (False, True):
         loaded = Policy.from_pretrained(tmp_path, critic="shared", new_head=new_head)
@@ -465,7 +473,7 @@ def test_a_saved_value_head_is_loaded_even_if_it_might_be_new(gpt2_folder, tmp_p
 @pytest.mark.parametrize(("saved", "asked"), [("shared", "separate"), ("separate", "shared")])
 def test_a_value_head_of_the_other_kind_is_refused(saved, asked, gpt2_folder, tmp_path):
     shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
-    save_file(policy(gpt2(), critic=saved).critic_tensors(), tmp_path / VALUE_FILE)
+    save_file(policy_of(gpt2(), critic=saved).critic_tensors(), tmp_path / VALUE_FILE)
     with pytest.raises(BadInput, match=f"critic='{asked}'") as raised:
         Policy.from_pretrained(tmp_path, critic=asked, new_head=True)
     message(raised)
@@ -482,7 +490,7 @@ def test_a_value_head_of_another_width_is_refused(gpt2_folder, tmp_path):
 
 
 def test_weights_keep_float64_and_are_raised_from_half_precision(tmp_path):
-    words().save_pretrained(tmp_path)
+    syllables().save_pretrained(tmp_path)
     for saved, loaded in [
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
@@ -575,7 +583,7 @@ def test_a_missing_classifier_is_refused_unless_it_may_be_new(tmp_path):
     torch.manual_seed(0)
     trunk = BertModel(bert_config()).double()
     trunk.save_pretrained(tmp_path)
-    bert_words().save_pretrained(tmp_path)
+    bert_syllables().save_pretrained(tmp_path)
     with pytest.raises(BadInput, match=r"classifier\.(bias|weight)") as raised:
         RewardModel.from_pretrained(tmp_path)
     assert str(tmp_path) in message(raised)
@@ -591,10 +599,10 @@ def test_max_length_is_handed_on(bert_folder):
 
 
 def test_loaded_models_have_no_dropout_until_they_are_trained(tmp_path):
-    save_policy(Policy(gpt2(dropout=0.1), words()), tmp_path / "policy")
+    save_policy(Policy(gpt2(dropout=0.1), syllables()), tmp_path / "policy")
     loaded = Policy.from_pretrained(tmp_path / "policy", critic="none")
     assert not any(module.training for module in loaded.modules())
-    save_reward_model(RewardModel(bert(dropout=0.1), bert_words()), tmp_path / "reward_model")
+    save_reward_model(RewardModel(bert(dropout=0.1), bert_syllables()), tmp_path / "reward_model")
     scorer = RewardModel.from_pretrained(tmp_path / "reward_model")
     scores = scorer(["ba"], ["be"])
     scorer.score(["bi"], ["bo"])
@@ -607,4 +615,4 @@ def test_a_language_model_with_an_unknown_head_is_refused():
     config.is_decoder = True
     lm = BertLMHeadModel(config).double()
     with pytest.raises(BadInput, match="BertLMHeadModel makes its logits in a way"):
-        policy(lm)
+        policy_of(lm)

@@ -11,9 +11,8 @@ from itertools import product
 
 import pytest
 import torch
-from small import row_logprobs, weights
+from small import EOS, gpt2_config, row_logprobs, seeded, weights
 from strategies import assert_close
-from tiny import EOS, gpt2_config, seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerances import FP64
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import EOS, WORDS, bert_words, text, words
+from small import EOS, SYLLABLES, bert_syllables, syllables, text
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ ROOM = 40  # of max_length; more than any pair below needs
 
 def with_template(template, **special):
     """`words` with <s> and </s>, and what its template puts around a pair."""
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *SYLLABLES])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = template
@@ -61,7 +61,7 @@ def t5_words():
 
 def words_with_sep():
     """It has a separator, and does not put it between two texts."""
-    tokenizer = words()
+    tokenizer = syllables()
     tokenizer.sep_token = "<unk>"
     return tokenizer
 
@@ -84,10 +84,10 @@ def bytewise():
 
 
 def numbers(low):
-    return st.lists(st.integers(0, len(WORDS) - 1), min_size=low, max_size=12)
+    return st.lists(st.integers(0, len(SYLLABLES) - 1), min_size=low, max_size=12)
 
 
-@pytest.mark.parametrize("make", [bert_words, roberta_words, xlnet_words])
+@pytest.mark.parametrize("make", [bert_syllables, roberta_words, xlnet_words])
 @given(prompt=numbers(0), response=numbers(0))
 def test_a_tokenizer_that_separates_joins_the_two_in_its_own_way(make, prompt, response):
     tokenizer = make()
@@ -101,7 +101,7 @@ def test_a_tokenizer_that_separates_joins_the_two_in_its_own_way(make, prompt, r
     assert (pair.prompt_tokens, pair.response_tokens) == (len(prompt), len(response))
 
 
-@pytest.mark.parametrize("make", [words, words_with_sep, llama_words, bytewise])
+@pytest.mark.parametrize("make", [syllables, words_with_sep, llama_words, bytewise])
 @given(prompt=numbers(1), response=numbers(1))
 def test_elsewhere_a_new_line_and_an_eos_are_added(make, prompt, response):
     tokenizer = make()
@@ -123,11 +123,11 @@ def test_an_end_that_the_tokenizer_puts_there_is_no_second_time(prompt, response
 
 
 SPELLED = {
-    bert_words: "ba [SEP] be [PAD] [CLS] [MASK]",
+    bert_syllables: "ba [SEP] be [PAD] [CLS] [MASK]",
     roberta_words: "ba </s> be <pad> <s>",
     llama_words: "ba </s> be <pad> <s>",
     unigram: "ba </s> be<pad></s></s> <s>",
-    words: "ba <eos> be <pad> <eos>",
+    syllables: "ba <eos> be <pad> <eos>",
     bytewise: "ba<|endoftext|>be<|pad|><|endoftext|>",
 }
 
@@ -157,7 +157,7 @@ def test_a_special_token_that_cannot_be_read_as_text_is_unknown_and_counted():
 
 
 def test_the_backend_keeps_neither_cut_nor_padding(tmp_path):
-    tokenizer = bert_words()
+    tokenizer = bert_syllables()
     codec = PairCodec(tokenizer, 12)
     codec.pad(codec.encode(["ba"] * 2, ["be " * 30, "bi"])[0], side="left", types=True)
     tokenizer.save_pretrained(tmp_path)
@@ -168,7 +168,7 @@ def test_the_backend_keeps_neither_cut_nor_padding(tmp_path):
 
 
 def test_a_response_that_just_fits_is_whole():
-    codec = PairCodec(words(), 8)  # 6 for the response with its EOS, 2 for the prompt
+    codec = PairCodec(syllables(), 8)  # 6 for the response with its EOS, 2 for the prompt
     for n, kept, cut in [(5, [3] * 5 + [EOS], False), (6, [3] * 6, True), (7, [3] * 6, True)]:
         (pair,), report = codec.encode(["be"], [text([0] * n)])
         assert pair.ids.tolist() == [4, *kept]
@@ -181,7 +181,7 @@ def test_a_response_that_just_fits_is_whole():
 
 @pytest.mark.parametrize("from_end", [False, True])
 def test_a_text_that_is_far_too_long_is_not_tokenised_whole(from_end, monkeypatch):
-    codec, seen = PairCodec(bert_words(), 12), []
+    codec, seen = PairCodec(bert_syllables(), 12), []
     call = type(codec.tokenizer).__call__
 
     def watched(tokenizer, texts, *args, **options):
@@ -204,7 +204,7 @@ def test_a_text_that_is_far_too_long_is_not_tokenised_whole(from_end, monkeypatc
 
 
 def test_a_word_without_end_is_cut_though_it_is_one_token():
-    codec = PairCodec(bert_words(), 12)
+    codec = PairCodec(bert_syllables(), 12)
     (pair,), report = codec.encode(["ba"], ["z" * (12 * LETTERS + 1)])
     assert pair.ids.tolist() == [2, 5, 3, 1, 3]
     assert pair.cut
@@ -212,14 +212,14 @@ def test_a_word_without_end_is_cut_though_it_is_one_token():
 
 
 def test_nothing_to_read_is_no_error():
-    pairs, report = PairCodec(bert_words(), 12).encode([], [])
+    pairs, report = PairCodec(bert_syllables(), 12).encode([], [])
     assert pairs == []
     assert (report.prompts, report.responses) == (0, 0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_is_masked_on_either_side(side):
-    codec = PairCodec(bert_words(), 12)
+    codec = PairCodec(bert_syllables(), 12)
     pairs, _ = codec.encode(["ba", "ba be"], ["bo", "bi bi"])
     found = codec.pad(pairs, side=side, types=True)
     fill = [0, 0]

@@ -7,13 +7,21 @@ import torch
 from small import (
     PREFERENCES,
     PROMPTS,
+    bert,
+    bert_syllables,
+    cohere,
+    gemma2,
+    gpt2,
+    gpt2_classifier,
+    granite,
     ids,
     largest_difference,
+    llama,
     small_policy,
     small_reward_model,
+    syllables,
 )
 from strategies import assert_close, weighted
-from tiny import bert, bert_words, cohere, gemma2, gpt2, gpt2_classifier, granite, llama, words
 from tolerances import FP32, FP64
 from torch import nn
 from transformers.activations import NewGELUActivation
@@ -45,7 +53,7 @@ CRITIC = pytest.mark.parametrize("critic", ["none", "shared", "separate"])
 
 def both(make, critic="none"):
     """A plain policy and one that is sped up, of the same weights."""
-    pair = [Policy(make(), words(), critic=critic, plain=plain) for plain in (True, False)]
+    pair = [Policy(make(), syllables(), critic=critic, plain=plain) for plain in (True, False)]
     for policy in pair:
         if policy.value_head is not None:
             policy.value_head.weight.data[0] = torch.linspace(-1, 2, policy.value_head.in_features)
@@ -108,7 +116,7 @@ def test_nothing_of_a_plain_model_is_sped_up():
         assert policy.plain
         assert not any(m.sparse for m in policy.modules() if isinstance(m, nn.Embedding))
     assert not fast.reference().plain
-    plain = RewardModel(gpt2_classifier(), words(), plain=True)
+    plain = RewardModel(gpt2_classifier(), syllables(), plain=True)
     assert activations(plain) == {NewGELUActivation}
 
 
@@ -137,7 +145,9 @@ def test_the_same_uniform_numbers_draw_the_same_tokens(make, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "tokenizer"), [(bert, bert_words), (gpt2_classifier, words)], ids=["bert", "gpt2"]
+    ("make", "tokenizer"),
+    [(bert, bert_syllables), (gpt2_classifier, syllables)],
+    ids=["bert", "gpt2"],
 )
 def test_scores_are_those_of_one_padded_batch(make, tokenizer):
     prompts = ["ba be bi", "bo", "bu " * 20, "ba", "be " * 15]

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from strategies import assert_close, weighted
-from tiny import (
+from small import (
     EOS,
     PAD,
     WIDTH,
@@ -15,10 +14,11 @@ from tiny import (
     gpt2,
     granite,
     llama,
-    policy,
+    policy_of,
+    syllables,
     token_rows,
-    words,
 )
+from strategies import assert_close, weighted
 from tolerances import EXACT, FP32, FP64
 from transformers import (
     BloomConfig,
@@ -80,7 +80,7 @@ def padded(rows):
 @HEADS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy_are_those_of_the_model_itself(make, temperature):
-    model = policy(make())
+    model = policy_of(make())
     with torch.no_grad():
         found = model(BATCH, temperature=temperature)
         logprobs = padded(row_logprobs(model.lm, b, temperature=temperature) for b in range(4))
@@ -102,7 +102,7 @@ def test_logprobs_and_entropy_are_those_of_the_model_itself(make, temperature):
 )
 def test_gradients_are_those_of_the_plain_computation(make, tolerance, chunk_tokens, monkeypatch):
     monkeypatch.setattr("rlhf_min.speed.forward.CHUNK_TOKENS", chunk_tokens)
-    model = policy(make(), critic="shared")
+    model = policy_of(make(), critic="shared")
     parameters = list(model.parameters())
     found = model(BATCH, temperature=0.7)
     gradients = torch.autograd.grad(weighted(found.logprobs, found.values), parameters)
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_plain_computation(make, tolerance, chunk_tok
 @CAUSAL
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_values_are_the_head_on_the_hidden_state_before_each_token(make, critic):
-    model = policy(make(), critic=critic)
+    model = policy_of(make(), critic=critic)
     with torch.no_grad():
         trunk = model.lm.base_model if critic == "shared" else model.critic_trunk
         expected = padded(row_values(trunk, model.value_head, b) for b in range(4))
@@ -127,7 +127,7 @@ def test_values_are_the_head_on_the_hidden_state_before_each_token(make, critic)
 
 @CAUSAL
 def test_a_row_alone_is_the_row_in_a_batch(make):
-    model = policy(make(), critic="shared")
+    model = policy_of(make(), critic="shared")
     with torch.no_grad():
         together = model(BATCH)
         for b in range(4):
@@ -138,7 +138,7 @@ def test_a_row_alone_is_the_row_in_a_batch(make):
 
 @CAUSAL
 def test_padding_ids_never_matter(make):
-    model = policy(make(), critic="separate")
+    model = policy_of(make(), critic="separate")
     with torch.no_grad():
         first = model(BATCH)[:3]
         for pad_id in (EOS, 17, 31):
@@ -151,7 +151,7 @@ def test_padding_ids_never_matter(make):
 
 @HEADS
 def test_token_logits(make):
-    model = policy(make())
+    model = policy_of(make())
     with torch.no_grad():
         expected = torch.cat([row_logits(model.lm, b, temperature=0.7) for b in range(4)])
         assert_close(model(BATCH, temperature=0.7, with_logits=True).logits, expected, FP64)
@@ -168,12 +168,12 @@ def test_scatter_tokens_by_hand():
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_new_value_head_is_zero(critic):
-    values = Policy(gpt2(), words(), critic=critic)(BATCH).values
+    values = Policy(gpt2(), syllables(), critic=critic)(BATCH).values
     assert_close(values, torch.zeros(BATCH.mask.shape, dtype=torch.float64), EXACT)
 
 
 def test_a_separate_critic_starts_as_a_copy_with_weights_of_its_own():
-    model = Policy(gpt2(), words(), critic="separate")
+    model = Policy(gpt2(), syllables(), critic="separate")
     trunk = dict(model.lm.base_model.named_parameters())
     for name, parameter in model.critic_trunk.named_parameters():
         assert_close(parameter, trunk[name], EXACT)
@@ -182,7 +182,7 @@ def test_a_separate_critic_starts_as_a_copy_with_weights_of_its_own():
 
 @CAUSAL
 def test_a_separate_critic_and_the_policy_share_no_gradient(make):
-    model = policy(make(), critic="separate")
+    model = policy_of(make(), critic="separate")
     trunk, critic = list(model.lm.parameters()), list(model.critic_trunk.parameters())
     found = model(BATCH)
 
@@ -199,7 +199,7 @@ def test_a_separate_critic_and_the_policy_share_no_gradient(make):
 
 
 def test_a_shared_critic_reaches_the_trunk_but_not_the_vocabulary():
-    model = policy(llama(), critic="shared")
+    model = policy_of(llama(), critic="shared")
     model(BATCH).values.sum().backward()
     assert model.lm.lm_head.weight.grad is None
     assert all(p.grad.any() for n, p in model.lm.model.named_parameters() if "embed" not in n)
@@ -211,24 +211,24 @@ def test_float64_stays_float64_and_half_precision_gives_float32():
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ]:
-        model = Policy(gpt2().to(dtype), words(), critic="shared")
+        model = Policy(gpt2().to(dtype), syllables(), critic="shared")
         assert [x.dtype for x in model(BATCH, with_logits=True)] == [expected] * 4
         assert model.value_head.weight.dtype == expected
 
 
 def test_pad_id_and_decode():
-    assert Policy(gpt2(), words()).pad_id == 0
-    assert Policy(gpt2(), words(pad=None)).pad_id == 1
+    assert Policy(gpt2(), syllables()).pad_id == 0
+    assert Policy(gpt2(), syllables(pad=None)).pad_id == 1
     ids = torch.tensor([3, 4, 0, 5, 1])  # ba be <pad> bi <eos>
-    assert Policy(gpt2(), words()).decode(ids) == "ba be bi"
-    assert Policy(gpt2(), words()).decode(torch.tensor([1])) == ""
+    assert Policy(gpt2(), syllables()).decode(ids) == "ba be bi"
+    assert Policy(gpt2(), syllables()).decode(torch.tensor([1])) == ""
 
 
 # The reference
 
 
 def test_the_reference_is_frozen_and_stays_what_it_was():
-    model = policy(gpt2(dropout=0.3), critic="shared").train()
+    model = policy_of(gpt2(dropout=0.3), critic="shared").train()
     before = copy.deepcopy(model).eval()
     reference = model.reference()
     assert not any(p.requires_grad for p in reference.parameters())
@@ -245,7 +245,7 @@ def test_the_reference_is_frozen_and_stays_what_it_was():
 
 
 def test_making_a_reference_leaves_the_policys_dropout():
-    model = policy(gpt2(dropout=0.3)).train()
+    model = policy_of(gpt2(dropout=0.3)).train()
     model.reference()
     with torch.random.fork_rng(devices=[]):
         assert not torch.equal(model(BATCH).logprobs, model(BATCH).logprobs)
@@ -334,7 +334,7 @@ def test_evaluating_restores_each_mode_even_after_an_error(modes):
 
 
 def test_a_look_restores_the_mode_of_every_module():
-    model = policy(gpt2(dropout=0.1))
+    model = policy_of(gpt2(dropout=0.1))
     model.train()
     model.lm.transformer.h[0].eval()
     before = [module.training for module in model.modules()]

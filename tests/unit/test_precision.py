@@ -3,14 +3,7 @@ head and losses in float32; and a float64 model stays float64."""
 
 import pytest
 import torch
-from small import (
-    DEMONSTRATIONS,
-    PREFERENCES,
-    PROMPTS,
-    small_policy,
-    small_reward_model,
-    weights,
-)
+from small import DEMONSTRATIONS, PREFERENCES, PROMPTS, small_policy, small_reward_model, weights
 
 from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.config import PPOConfig

@@ -8,13 +8,17 @@ from small import (
     WORDS,
     assert_deterministic,
     assert_resumes,
+    bert,
+    bert_syllables,
     clip_by_hand,
     decayed,
+    gpt2_classifier,
     largest_difference,
     shuffled,
     small_reward_model,
+    syllables,
+    text,
 )
-from tiny import bert, bert_words, gpt2_classifier, text, words
 from tolerances import FP32, FP64
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -223,7 +227,7 @@ def test_when_held_out_pairs_are_looked_at_and_in_which_mode():
 
 
 def test_a_classifier_without_bias_keeps_its_mean():
-    reward_model = RewardModel(gpt2_classifier(), words())
+    reward_model = RewardModel(gpt2_classifier(), syllables())
     prompts, responses = [text([i]) for i in range(6)], [text([i, i + 3]) for i in range(6)]
     before = reward_model.score(prompts, responses)
     mean, std = reward.normalise(reward_model, prompts, responses)
@@ -346,7 +350,7 @@ def test_determinism():
 
 
 def test_held_out_pairs_that_are_all_equal_have_a_cure_of_their_own():
-    model = RewardModel(bert(), bert_words())
+    model = RewardModel(bert(), bert_syllables())
     equal = {"prompt": "ba", "chosen": "zzz", "rejected": "qqq"}  # unknown words
     good = {"prompt": "ba", "chosen": "ba", "rejected": "be"}
     with pytest.raises(BadInput, match=r"of all 1 held out, .*; give another --seed, a larg"):

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_close
-from tiny import (
+from small import (
     EOS,
+    SYLLABLES,
     WIDTH,
-    WORDS,
     bert,
-    bert_words,
+    bert_syllables,
     gpt2_classifier,
     seeded,
+    syllables,
     text,
-    words,
 )
+from strategies import assert_close
 from tokenizers import processors
 from tolerances import EXACT, FP32, FP64
 from torch.nn import functional as F
@@ -56,7 +56,7 @@ from rlhf_min.world import train_bpe
 
 
 def reward_model(max_length=None, *, seed=0, dropout=0.0):
-    return RewardModel(bert(seed, dropout=dropout), bert_words(), max_length=max_length)
+    return RewardModel(bert(seed, dropout=dropout), bert_syllables(), max_length=max_length)
 
 
 def test_a_pair_is_cls_prompt_sep_response_sep():
@@ -67,7 +67,7 @@ def test_a_pair_is_cls_prompt_sep_response_sep():
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 0], [1] * 7]
 
 
-numbers_of_words = st.lists(st.integers(0, len(WORDS) - 1), max_size=40)
+numbers_of_words = st.lists(st.integers(0, len(SYLLABLES) - 1), max_size=40)
 
 
 @given(numbers_of_words, numbers_of_words, st.integers(8, 30))
@@ -106,8 +106,8 @@ def test_cut_report_adds_up_over_rows():
 
 def test_a_word_is_cut_where_its_tokens_end():
     # "babe" is the one word ba ##be; room for 6 response tokens, so it loses its second half
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ba", "##be", *WORDS[1:24]]
-    tokenizer = type(bert_words())(vocab={token: i for i, token in enumerate(tokens)})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ba", "##be", *SYLLABLES[1:24]]
+    tokenizer = type(bert_syllables())(vocab={token: i for i, token in enumerate(tokens)})
     model = RewardModel(bert(), tokenizer, max_length=11)
     found = model.encode(["be"], ["ba  ba ba\nba ba babe be"])["input_ids"]
     assert found.tolist() == [[2, 7, 3, 5, 5, 5, 5, 5, 5, 3]]
@@ -168,7 +168,7 @@ def test_forward_keeps_the_order_of_the_texts():
 
 @pytest.mark.parametrize("make", ["bert", "gpt2"])
 def test_scores_depend_neither_on_batching_nor_on_order(make, monkeypatch):
-    model = reward_model() if make == "bert" else RewardModel(gpt2_classifier(), words())
+    model = reward_model() if make == "bert" else RewardModel(gpt2_classifier(), syllables())
     together = model.score(*TEXTS)
     alone = torch.cat([model.score([p], [r]) for p, r in zip(*TEXTS, strict=True)])
     assert_close(together, alone, FP64)
@@ -192,7 +192,7 @@ def test_micro_batches_hold_no_more_than_so_many_tokens(monkeypatch):
 
 
 def test_a_gpt2_classifier_reads_prompt_response_and_eos_in_one():
-    model = RewardModel(gpt2_classifier(), words())  # <pad> 0, <eos> 1, ba 3, be 4, bi 5
+    model = RewardModel(gpt2_classifier(), syllables())  # <pad> 0, <eos> 1, ba 3, be 4, bi 5
     found = model.encode(["ba be", "bi"], ["bi", ""])
     assert found["input_ids"].tolist() == [[3, 4, 5, 1], [5, 1, 0, 0]]
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_a_gpt2_classifier_reads_prompt_response_and_eos_in_one():
 
 
 def test_half_precision_gives_float32_scores():
-    model = RewardModel(bert().bfloat16(), bert_words())
+    model = RewardModel(bert().bfloat16(), bert_syllables())
     assert model(*TEXTS).dtype == torch.float32
 
 
@@ -214,7 +214,7 @@ def test_rescale():
 
 
 def test_rescale_needs_a_bias():
-    model = RewardModel(gpt2_classifier(), words())
+    model = RewardModel(gpt2_classifier(), syllables())
     before = model.score(*TEXTS)
     with pytest.raises(BadInput, match="no bias"):
         model.rescale(gain=2.0, bias=1.0)
@@ -227,7 +227,7 @@ def test_a_roberta_counts_its_positions_from_behind_its_pad_id(pad_id):
         classifier(
             small_config(RobertaConfig, pad_token_id=pad_id), RobertaForSequenceClassification
         ),
-        words(pad="<eos>"),
+        syllables(pad="<eos>"),
     )
     assert model.max_length == 66 - pad_id - 1
     long = text(range(25)) + " " + text(range(25)) * 4
@@ -250,12 +250,14 @@ def test_a_character_of_several_tokens_is_cut_as_counted(max_length):
 
 def test_a_tokenizer_without_pad_token_pads_with_eos():
     texts = ["ba", "be bo"], ["be", "bi bo bu"]
-    without = RewardModel(gpt2_classifier(), words(pad=None)).score(*texts)
-    assert_close(without, RewardModel(gpt2_classifier(), words(pad="<eos>")).score(*texts), EXACT)
+    without = RewardModel(gpt2_classifier(), syllables(pad=None)).score(*texts)
+    assert_close(
+        without, RewardModel(gpt2_classifier(), syllables(pad="<eos>")).score(*texts), EXACT
+    )
 
 
 def test_a_tokenizer_with_neither_pad_nor_eos_is_refused():
-    tokenizer = words(pad=None)
+    tokenizer = syllables(pad=None)
     tokenizer.eos_token = None
     with pytest.raises(BadInput, match="pad"):
         RewardModel(gpt2_classifier(), tokenizer)
@@ -265,7 +267,7 @@ def test_a_classifier_whose_pad_token_is_eos():
     # it reads the last token that is no EOS: with a pad token of its own it would read the EOS
     classifier = gpt2_classifier()
     classifier.config.pad_token_id = EOS
-    model = RewardModel(classifier, words(pad="<eos>"))
+    model = RewardModel(classifier, syllables(pad="<eos>"))
     scores = model.score(["ba", "be bo"], ["be", "bi bo bu"])
     assert_close(scores[:1], model.score(["ba"], ["be"]), FP64)
     with torch.no_grad():
@@ -285,7 +287,11 @@ def classifier(config, make, labels=1):
 def small_config(make, **options):
     return make(
         **{
-            **{"vocab_size": 3 + len(WORDS), "max_position_embeddings": 66, "hidden_size": WIDTH},
+            **{
+                "vocab_size": 3 + len(SYLLABLES),
+                "max_position_embeddings": 66,
+                "hidden_size": WIDTH,
+            },
             **{"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
             **{"bos_token_id": 1, "eos_token_id": 1, "sep_token_id": 1, "cls_token_id": 1},
             **{"pad_token_id": 0},
@@ -334,7 +340,7 @@ EACH = pytest.mark.parametrize("name", CLASSIFIERS)
 
 
 def scorer(name, side="right"):
-    tokenizer = bert_words() if name == "bert" else words()
+    tokenizer = bert_syllables() if name == "bert" else syllables()
     tokenizer.padding_side = side
     return RewardModel(CLASSIFIERS[name](), tokenizer)
 
@@ -360,7 +366,7 @@ def test_the_side_of_the_padding_is_found_whatever_the_head_and_saved(scale, tmp
     model.logits_proj.weight.data.mul_(scale)
     model.logits_proj.bias.data.zero_()
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    tokenizer = words()
+    tokenizer = syllables()
     ours = RewardModel(model, tokenizer)
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -376,7 +382,7 @@ ROUNDED = ("llama", "qwen2", "roberta")  # with norms, or all of it, in float32
 
 
 def test_the_tokenizer_that_was_given_stays_as_it_is(tmp_path):
-    words(pad=None).save_pretrained(tmp_path)
+    syllables(pad=None).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
     tokenizer.save_pretrained(tmp_path / "before")
     model = RewardModel(gpt2_classifier(), tokenizer, max_length=20)
@@ -393,7 +399,7 @@ def test_the_tokenizer_that_was_given_stays_as_it_is(tmp_path):
 
 
 def test_an_id_beyond_the_embeddings_is_refused():
-    tokenizer = words(pad=None)
+    tokenizer = syllables(pad=None)
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     with pytest.raises(BadInput, match="has ids up to 28, but the model only 28 embed") as raised:
         RewardModel(gpt2_classifier(), tokenizer)
@@ -407,7 +413,7 @@ def test_no_text_has_no_score():
 def test_a_classifier_that_counts_ends_takes_responses_that_are_cut():
     sizes = {"d_model": WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
     config = T5Config(vocab_size=28, eos_token_id=1, decoder_start_token_id=0, **sizes)
-    tokenizer = words()
+    tokenizer = syllables()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", EOS)]
     )
@@ -424,7 +430,7 @@ def test_a_classifier_that_heeds_no_mask_is_refused():
 
     model.bert.register_forward_pre_hook(without_mask, with_kwargs=True)
     with pytest.raises(BadInput, match=r"BertForSequenceClassification scores .* beside") as raised:
-        RewardModel(model, bert_words())
+        RewardModel(model, bert_syllables())
     assert "\n" not in str(raised.value)
 
 
@@ -434,9 +440,11 @@ def test_the_pad_token_of_a_decoder_is_the_tokenizers(monkeypatch):
     for pad in (5, None):
         given = gpt2_classifier()
         given.config.pad_token_id = pad
-        model = RewardModel(given, words())
+        model = RewardModel(given, syllables())
         assert model.model.config.pad_token_id == 0
-        assert_close(model.score(*TEXTS), RewardModel(gpt2_classifier(), words()).score(*TEXTS), 0)
+        assert_close(
+            model.score(*TEXTS), RewardModel(gpt2_classifier(), syllables()).score(*TEXTS), 0
+        )
 
 
 # RewardModel: precision
@@ -461,7 +469,7 @@ def test_under_autocast_the_last_layer_is_in_float32(name):
 
 def test_scores_near_2_stay_different_in_bfloat16():
     """Of 100 texts as many scores: bfloat16 has 128 numbers from 2 to 4."""
-    model = RewardModel(bert().float(), bert_words())
+    model = RewardModel(bert().float(), bert_syllables())
     texts = [text([i % 25, i // 25]) for i in range(100)]
     spread = model.score(["ba"] * 100, texts)
     model.rescale(gain=0.1 / float(spread.std()), bias=0.0)
@@ -470,5 +478,5 @@ def test_scores_near_2_stay_different_in_bfloat16():
         scores = model.score(["ba"] * 100, texts)
     assert len(set(scores.tolist())) == 100
     assert len(set(scores.bfloat16().tolist())) < 50
-    weights = RewardModel(copy.deepcopy(model.model).bfloat16(), bert_words())
+    weights = RewardModel(copy.deepcopy(model.model).bfloat16(), bert_syllables())
     assert len(set(weights.score(["ba"] * 100, texts).tolist())) == 100

@@ -12,8 +12,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import (
+    EOS,
+    SYLLABLES,
+    bert,
+    bert_syllables,
+    gpt2,
+    llama,
+    policy_of,
+    syllables,
+    text,
+    token_rows,
+)
 from strategies import assert_close
-from tiny import EOS, WORDS, bert, bert_words, gpt2, llama, policy, text, token_rows, words
 from tolerances import EXACT, FP64
 
 from rlhf_min.config import PPOConfig
@@ -75,7 +86,7 @@ def taken(logp, response):
 
 @CAUSAL
 def test_scoring_passes_are_the_plain_ones(make):
-    model, ref_model = policy(make(), critic="shared"), policy(make(seed=9))
+    model, ref_model = policy_of(make(), critic="shared"), policy_of(make(seed=9))
     found = scored(model, ref_model, temperature=0.7)
     logp = [plain_logp(model.lm, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
     ref_logp = [plain_logp(ref_model.lm, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
@@ -91,7 +102,7 @@ def test_scoring_passes_are_the_plain_ones(make):
 
 
 def test_full_kl_is_the_sum_over_the_vocabulary():
-    model, ref_model = policy(gpt2()), policy(gpt2(seed=9))
+    model, ref_model = policy_of(gpt2()), policy_of(gpt2(seed=9))
     found = scored(model, ref_model, temperature=0.7, kl="full", max_tokens=20)
     expected = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
@@ -115,7 +126,7 @@ def test_full_kl_is_the_sum_over_the_vocabulary():
     ],
 )
 def test_kl_estimates(kl, of):
-    found = scored(policy(gpt2()), policy(gpt2(seed=9)), kl=kl)
+    found = scored(policy_of(gpt2()), policy_of(gpt2(seed=9)), kl=kl)
     for b, n in enumerate(RESPONSE_LENGTHS):
         for t in range(n):
             d = float(found.logprobs[b, t]) - float(found.ref_logprobs[b, t])
@@ -124,7 +135,7 @@ def test_kl_estimates(kl, of):
 
 @pytest.mark.parametrize("kl", ["k1", "abs", "k2", "k3", "full"])
 def test_padding_is_zero_in_everything(kl):
-    found = scored(policy(gpt2(), critic="shared"), policy(gpt2(seed=9)), kl=kl)
+    found = scored(policy_of(gpt2(), critic="shared"), policy_of(gpt2(seed=9)), kl=kl)
     assert found.lengths.tolist() == RESPONSE_LENGTHS
     for name in ("logprobs", "ref_logprobs", "kl", "entropy", "values"):
         assert (getattr(found, name)[~found.mask] == 0).all()
@@ -135,7 +146,7 @@ def test_padding_is_zero_in_everything(kl):
 @pytest.mark.parametrize("kl", ["k1", "full"])
 @pytest.mark.parametrize("critic", ["none", "separate"])
 def test_micro_batching_changes_nothing(make, kl, critic):
-    model, ref_model = policy(make(), critic=critic), policy(make(seed=9))
+    model, ref_model = policy_of(make(), critic=critic), policy_of(make(seed=9))
     whole = scored(model, ref_model, kl=kl)
     for max_tokens in (1, 12, 25):
         parts = scored(model, ref_model, kl=kl, max_tokens=max_tokens)
@@ -145,22 +156,22 @@ def test_micro_batching_changes_nothing(make, kl, critic):
 
 @pytest.mark.parametrize("kl", ["k1", "abs", "k2", "k3", "full"])
 def test_the_policy_is_its_own_reference(kl):
-    model = policy(gpt2())
+    model = policy_of(gpt2())
     found = scored(model, model.reference(), kl=kl)
     assert_close(found.kl, torch.zeros_like(found.kl), EXACT)
     assert found.logprobs.abs().max() > 1
 
 
 def test_ended_says_which_rows_end_in_eos():
-    found = scored(policy(gpt2()), policy(gpt2()))
+    found = scored(policy_of(gpt2()), policy_of(gpt2()))
     assert found.ended.tolist() == [True, False, True, True, False]
 
 
 def test_a_response_of_one_token_has_ended_only_if_that_is_eos():
     prompts, responses = token_rows([2, 2], seed=3), [torch.tensor([EOS]), torch.tensor([5])]
     found = score_rollout(
-        policy(gpt2()),
-        policy(gpt2()),
+        policy_of(gpt2()),
+        policy_of(gpt2()),
         prompts,
         responses,
         SCORES[:2],
@@ -177,7 +188,7 @@ def test_float64_stays_and_half_precision_gives_float32():
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ]:
-        model = Policy(gpt2().to(dtype), words(), critic="shared")
+        model = Policy(gpt2().to(dtype), syllables(), critic="shared")
         found = scored(model, model.reference(), kl="full")
         for name in FIELDS:
             if name != "ended":
@@ -186,14 +197,14 @@ def test_float64_stays_and_half_precision_gives_float32():
 
 
 def test_without_critic_values_are_zero():
-    found = scored(policy(gpt2()), policy(gpt2()))
+    found = scored(policy_of(gpt2()), policy_of(gpt2()))
     assert_close(found.values, torch.zeros_like(found.logprobs), EXACT)
 
 
 def test_scoring_is_without_dropout_and_the_modes_come_back():
-    plain = scored(policy(gpt2()), policy(gpt2(seed=9)), kl="full")
+    plain = scored(policy_of(gpt2()), policy_of(gpt2(seed=9)), kl="full")
     for modes in ((True, False), (False, True)):
-        model, ref_model = policy(gpt2(dropout=0.5)), policy(gpt2(seed=9, dropout=0.5))
+        model, ref_model = policy_of(gpt2(dropout=0.5)), policy_of(gpt2(seed=9, dropout=0.5))
         found = scored(model.train(modes[0]), ref_model.train(modes[1]), kl="full")
         for name in FIELDS:
             assert_close(getattr(found, name), getattr(plain, name), EXACT)
@@ -203,12 +214,12 @@ def test_scoring_is_without_dropout_and_the_modes_come_back():
 # collect
 
 ROWS = [
-    {"prompt": f"{text(range(n))}!", "answer": WORDS[n], "row": n} for n in (1, 4, 2, 6)
+    {"prompt": f"{text(range(n))}!", "answer": SYLLABLES[n], "row": n} for n in (1, 4, 2, 6)
 ]  # "!" is unknown to the policy, yet the reward must see it
 
 
 def examples():
-    codec = Codec(words(), max_prompt_tokens=3, max_response_tokens=8, template="fi {prompt}")
+    codec = Codec(syllables(), max_prompt_tokens=3, max_response_tokens=8, template="fi {prompt}")
     return codec.encode_prompts(ROWS)[0]
 
 
@@ -228,7 +239,7 @@ def by_length(prompts, responses):
 
 
 def make_policy(seed=0, critic="shared"):
-    return Policy(gpt2(seed, vocabulary=3 + len(WORDS)), words(), critic=critic)
+    return Policy(gpt2(seed, vocabulary=3 + len(SYLLABLES)), syllables(), critic=critic)
 
 
 def test_collect_remembers_what_it_sampled():
@@ -263,7 +274,7 @@ def test_rewards_see_the_rows_own_text_and_plain_responses():
     assert found.prompts == seen["prompts"] == [row["prompt"] for row in ROWS]
     assert seen["answer"] == [row["answer"] for row in ROWS]
     assert seen["row"] == [1, 4, 2, 6]
-    vocabulary = ["", "", "", *WORDS]  # special tokens are not written
+    vocabulary = ["", "", "", *SYLLABLES]  # special tokens are not written
     typed = [
         " ".join(word for i in ids[mask].tolist() if (word := vocabulary[i]))
         for ids, mask in zip(found.sequences.responses, found.mask, strict=True)
@@ -274,11 +285,13 @@ def test_rewards_see_the_rows_own_text_and_plain_responses():
 
 
 def test_the_same_text_typed_in_gets_the_same_scores():
-    reward_model = RewardModel(bert(), bert_words(), max_length=12)  # cuts some of the texts too
+    reward_model = RewardModel(
+        bert(), bert_syllables(), max_length=12
+    )  # cuts some of the texts too
     found = collected(make_policy(), make_policy(), reward_model.score)
     for b, row in enumerate(ROWS):
         ids = found.sequences.responses[b, : found.lengths[b]].tolist()
-        typed = " ".join(WORDS[i - 3] for i in ids if i >= 3)
+        typed = " ".join(SYLLABLES[i - 3] for i in ids if i >= 3)
         assert_close(reward_model.score([row["prompt"]], [typed])[0], found.scores[b], FP64)
     assert found.scores.sort().values.diff().min() > 1e-3
 
@@ -524,7 +537,7 @@ def test_a_pass_holds_the_logits_of_few_tokens(monkeypatch):
 
     monkeypatch.setattr("rlhf_min.logprobs.lm_head_logits", seen)
     monkeypatch.setattr("rlhf_min.speed.forward.CHUNK_TOKENS", 4)
-    scored(policy(gpt2()), policy(gpt2(seed=9)))
+    scored(policy_of(gpt2()), policy_of(gpt2(seed=9)))
     assert max(rows) == 4
     assert sum(rows) == 2 * sum(RESPONSE_LENGTHS)  # policy and reference
 

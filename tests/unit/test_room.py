@@ -4,8 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import BALL, BIG, DEMONSTRATIONS, END, ONE, PREFERENCES, PROMPTS, RED, ids, small_policy
-from tiny import VOCABULARY, StubTokenizer, seeded
+from small import (
+    BALL,
+    BIG,
+    DEMONSTRATIONS,
+    END,
+    ONE,
+    PREFERENCES,
+    PROMPTS,
+    RED,
+    VOCABULARY,
+    StubTokenizer,
+    ids,
+    seeded,
+    small_policy,
+)
 from torch import Tensor
 from transformers import (
     BloomConfig,

@@ -10,7 +10,7 @@ from itertools import accumulate, product
 
 import pytest
 import torch
-from tiny import EOS, PAD, gpt2, llama, llama_like, policy, seeded, token_rows
+from small import EOS, PAD, gpt2, llama, llama_like, policy_of, seeded, token_rows
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
@@ -88,7 +88,7 @@ def test_each_row_is_what_the_row_alone_draws_by_hand(make, temperature):
         drawn_by_hand(lm, prompt.tolist(), row, temperature)
         for prompt, row in zip(prompts, uniforms, strict=True)
     ]
-    assert draw(policy(lm), prompts, tokens=9, temperature=temperature) == expected
+    assert draw(policy_of(lm), prompts, tokens=9, temperature=temperature) == expected
     # the case has rows that end early, at different times, and rows that are cut
     assert len({len(row) for row in expected}) >= 3
     assert any(row[-1] == EOS for row in expected)
@@ -143,7 +143,7 @@ def test_frequencies_are_the_exact_probabilities(make, temperature):
     lm, rows = make(seed=3, vocabulary=3), 4000
     prompts = [[2], [0, 2, 2, 0]]
     sampled = draw(
-        policy(lm),
+        policy_of(lm),
         [torch.tensor(prompt) for prompt in prompts] * rows,
         tokens=3,
         temperature=temperature,
@@ -180,12 +180,12 @@ def test_a_low_temperature_is_greedy_decoding(make):
             p = distribution(lm, ids)
             ids.append(p.index(max(p)))
         expected.append(ids[len(prompt) :])
-    assert draw(policy(lm), PROMPTS, temperature=1e-6) == expected
+    assert draw(policy_of(lm), PROMPTS, temperature=1e-6) == expected
 
 
 @CAUSAL
 def test_a_row_does_not_depend_on_what_the_others_do(make):
-    model = policy(make(vocabulary=FEW))
+    model = policy_of(make(vocabulary=FEW))
     first = draw(model, PROMPTS)
     others = [PROMPTS[0], *token_rows([9, 2, 1, 4], seed=24, vocabulary=FEW), PROMPTS[5]]
     second = draw(model, others)
@@ -194,7 +194,7 @@ def test_a_row_does_not_depend_on_what_the_others_do(make):
 
 
 def test_the_generator_alone_decides():
-    model = policy(gpt2(vocabulary=FEW))
+    model = policy_of(gpt2(vocabulary=FEW))
     torch.manual_seed(0)
     first = draw(model, PROMPTS, seed=5)
     before = torch.get_rng_state()
@@ -209,24 +209,24 @@ def test_the_generator_alone_decides():
 
 def test_rows_end_at_the_first_eos_or_at_the_limit():
     found = draw(
-        policy(gpt2(vocabulary=FEW)), token_rows([2] * 60, seed=22, vocabulary=FEW), tokens=6
+        policy_of(gpt2(vocabulary=FEW)), token_rows([2] * 60, seed=22, vocabulary=FEW), tokens=6
     )
     for row in found:
         assert EOS not in row[:-1]
         assert len(row) == 6 or row[-1] == EOS
     assert {len(row) for row in found} == {1, 2, 3, 4, 5, 6}
-    assert all(len(row) == 1 for row in draw(policy(gpt2(vocabulary=FEW)), PROMPTS, tokens=1))
+    assert all(len(row) == 1 for row in draw(policy_of(gpt2(vocabulary=FEW)), PROMPTS, tokens=1))
 
 
 def test_how_many_rows_are_sampled_at_once_changes_nothing(monkeypatch):
-    model = policy(gpt2(vocabulary=FEW))
+    model = policy_of(gpt2(vocabulary=FEW))
     expected = draw(model, PROMPTS)
     monkeypatch.setattr("rlhf_min.sampling.ROWS_AT_ONCE", 2)  # each row keeps its own numbers
     assert draw(model, PROMPTS) == expected
 
 
 def test_the_cache_takes_no_more_room_than_the_weights(monkeypatch):
-    model = policy(gpt2())
+    model = policy_of(gpt2())
     config, dtype = model.lm.config, model.lm.dtype
     row = 5 * 2 * config.n_layer * config.n_embd * dtype.itemsize  # of 5 tokens
     weights = sum(p.nbytes for p in model.lm.parameters())
@@ -248,7 +248,7 @@ def test_a_tokens_keys_and_values_are_as_large_as_the_model_makes_them(make):
 
 
 def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
-    model, sizes = policy(gpt2(vocabulary=FEW)), []
+    model, sizes = policy_of(gpt2(vocabulary=FEW)), []
     model.lm.transformer.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -260,7 +260,7 @@ def test_rows_at_once_have_room_for_prompt_and_response(monkeypatch):
 
 
 def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():
-    model, sizes = policy(gpt2(vocabulary=FEW)), []
+    model, sizes = policy_of(gpt2(vocabulary=FEW)), []
     model.lm.transformer.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -271,22 +271,22 @@ def test_it_stops_when_every_row_has_ended_and_carries_only_rows_that_go_on():
 
 @pytest.mark.parametrize("pad", [PAD, EOS, 4, None])
 def test_what_pads_the_prompts_changes_nothing(pad):
-    model = policy(gpt2(vocabulary=FEW))
+    model = policy_of(gpt2(vocabulary=FEW))
     expected = draw(model, PROMPTS)
     model.tokenizer.pad_token_id = pad
     assert draw(model, PROMPTS) == expected
 
 
 def test_ids_are_longs_on_the_cpu_without_gradient():
-    model = policy(gpt2(vocabulary=FEW))
+    model = policy_of(gpt2(vocabulary=FEW))
     for row in sample(model, PROMPTS, max_new_tokens=2, temperature=1.0, rng=generator()):
         assert (row.dtype, row.device.type, row.requires_grad) == (torch.long, "cpu", False)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training):
-    model = policy(gpt2(vocabulary=FEW, dropout=0.5))
-    expected = draw(policy(gpt2(vocabulary=FEW)), PROMPTS)
+    model = policy_of(gpt2(vocabulary=FEW, dropout=0.5))
+    expected = draw(policy_of(gpt2(vocabulary=FEW)), PROMPTS)
     weights = copy.deepcopy(model.state_dict())
     assert draw(model.train(training), PROMPTS) == expected
     assert all(module.training == training for module in model.modules())
@@ -295,7 +295,7 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training):
 
 def test_log_probabilities_of_the_policy_are_those_of_its_samples():
     # tokens were drawn by inverse cdf: u lies between the cdf before and after the token
-    model, temperature = policy(llama(vocabulary=FEW)), 0.8
+    model, temperature = policy_of(llama(vocabulary=FEW)), 0.8
     uniforms = torch.rand(6, 8, generator=generator(), dtype=torch.float64)
     responses = [torch.tensor(row) for row in draw(model, PROMPTS, temperature=temperature)]
     batch = collate(PROMPTS, responses, pad_id=PAD)
@@ -310,7 +310,7 @@ def test_log_probabilities_of_the_policy_are_those_of_its_samples():
 
 def test_a_policy_that_gives_nan_is_refused():
     lm = gpt2()
-    made = policy(lm)
+    made = policy_of(lm)
     with torch.no_grad():
         lm.transformer.wte.weight[5] = float("nan")  # one token, which no prompt holds
     with pytest.raises(Diverged, match="the policy gives NaN while sampling"):
@@ -354,7 +354,7 @@ OWN_NAMES = set(inspect.signature(LlamaModel.forward).parameters)
 
 @pytest.mark.parametrize("name", sorted(CACHE_NAMES))
 def test_the_cache_is_found_by_its_old_and_its_new_name(name, monkeypatch):
-    model = policy(llama(vocabulary=FEW))
+    model = policy_of(llama(vocabulary=FEW))
     uniforms = torch.rand(6, 8, generator=generator(), dtype=torch.float64).tolist()
     expected = [
         drawn_by_hand(model.lm, prompt.tolist(), row, 1.0)
@@ -372,7 +372,7 @@ def test_no_name_is_used_that_will_go():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for make in (gpt2, llama):
-            draw(policy(make(vocabulary=FEW)), PROMPTS)
+            draw(policy_of(make(vocabulary=FEW)), PROMPTS)
 
 
 SMALL = {"vocab_size": FEW, "hidden_size": 16, "bos_token_id": EOS, "eos_token_id": EOS}
@@ -402,7 +402,7 @@ def test_a_model_without_keys_and_values_is_refused(config):
     lm = AutoModelForCausalLM.from_config(config).eval()
     name = type(lm).__name__
     with pytest.raises(BadInput, match=f"^{name} has no key-value cache to sample with; use an "):
-        draw(policy(lm), PROMPTS[:1])  # at once, not when a row is to be taken out
+        draw(policy_of(lm), PROMPTS[:1])  # at once, not when a row is to be taken out
 
 
 def test_a_sliding_window_leaves_the_right_keys():
@@ -414,5 +414,5 @@ def test_a_sliding_window_leaves_the_right_keys():
         drawn_by_hand(lm, prompt.tolist(), row, 1.0)
         for prompt, row in zip(PROMPTS, uniforms, strict=True)
     ]
-    assert draw(policy(lm), PROMPTS, tokens=9) == expected
+    assert draw(policy_of(lm), PROMPTS, tokens=9) == expected
     assert len(set(map(len, expected))) > 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tiny import gpt2, words
+from small import gpt2, syllables
 
 from rlhf_min.errors import BadInput
 from rlhf_min.loading import sources
@@ -38,7 +38,7 @@ def write(folder, **files):
 def whole(tmp_path):
     folder = tmp_path / "whole"
     gpt2().save_pretrained(folder)
-    words().save_pretrained(folder)
+    syllables().save_pretrained(folder)
     return folder
 
 
