@@ -8,9 +8,8 @@ from torch import Tensor
 from .errors import Diverged, require
 from .logprobs import lm_head_logits
 from .policy import Policy, evaluating
-from .speed.cache import KeyValueCache, rows_that_fit
+from .speed.cache import KeyValueCache, rows_at_once
 
-ROWS_AT_ONCE = 128  # at most; a matter of memory, not of the result
 NO_TOKEN = -1  # where the logits hold NaN, for which searchsorted would draw the last token
 
 
@@ -49,16 +48,11 @@ def sample(
     responses: list[Tensor] = []
     longest = max(map(len, prompt_ids), default=0) + max_new_tokens
     with evaluating(policy):
-        at_once = rows_at_once(policy, longest)
+        at_once = rows_at_once(policy.lm, longest)
         for start in range(0, len(prompt_ids), at_once):
             rows = slice(start, start + at_once)
             responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature, start)
     return responses
-
-
-def rows_at_once(policy: Policy, tokens: int) -> int:
-    """How many rows of so many tokens are sampled together."""
-    return min(ROWS_AT_ONCE, rows_that_fit(policy.lm, tokens))
 
 
 def _sample(

@@ -7,6 +7,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import BadInput
 
+ROWS_AT_ONCE = 128  # at most
 SMALL_CACHE = 2**28  # bytes of keys and values that are always allowed
 CACHE_NAMES = frozenset({"cache", "past_key_values"})  # the newer name in transformers, the older
 
@@ -46,11 +47,14 @@ class KeyValueCache:
             cache.batch_select_indices(rows)
 
 
-def rows_that_fit(lm: PreTrainedModel, tokens: int) -> int:
-    """How many rows of so many tokens may be sampled together: their keys and values take no more
-    room than the weights, which is what the gradient takes later."""
+def rows_at_once(lm: PreTrainedModel, tokens: int) -> int:
+    """How many rows of so many tokens are sampled together, a matter of memory alone.
+
+    Their keys and values take no more room than the weights, as the gradient will later.
+    """
     weights = sum(p.numel() * p.element_size() for p in lm.parameters())
-    return max(1, max(weights, SMALL_CACHE) // (tokens * cache_bytes(lm)))
+    rows = max(weights, SMALL_CACHE) // (tokens * cache_bytes(lm))
+    return max(1, min(ROWS_AT_ONCE, rows))
 
 
 def cache_bytes(lm: PreTrainedModel) -> int:

@@ -31,7 +31,8 @@ from rlhf_min.harness.stages import reward as reward_stage
 from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.optim import MAX_OVERFLOWS, adamw
 from rlhf_min.rollout import collect
-from rlhf_min.sampling import ROWS_AT_ONCE, sample
+from rlhf_min.sampling import sample
+from rlhf_min.speed.cache import ROWS_AT_ONCE
 
 STEPS = 4
 LONG = ids(RED, BALL, BIG, ONE, TWO)

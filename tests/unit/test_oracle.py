@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerances import FP64
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf_min import dpo, ppo, sampling
+from rlhf_min import dpo, ppo
 from rlhf_min.config import PPOConfig
 from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.kl import kl_estimate
@@ -171,7 +171,7 @@ def gradient_of_one_epoch(policy, buffer):
 def _many_rows_at_once():
     """The sampler's chunks decide its speed, not what it draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "ROWS_AT_ONCE", 1000)
+        patch.setattr("rlhf_min.speed.cache.ROWS_AT_ONCE", 1000)
         yield
 
 

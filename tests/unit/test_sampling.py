@@ -30,11 +30,10 @@ from rlhf_min.errors import BadInput, Diverged
 from rlhf_min.sampling import (
     _inverse_cdf,
     below_one,
-    rows_at_once,
     sample,
     widest_float,
 )
-from rlhf_min.speed.cache import CACHE_NAMES, cache_bytes
+from rlhf_min.speed.cache import CACHE_NAMES, cache_bytes, rows_at_once
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
@@ -221,7 +220,7 @@ def test_rows_end_at_the_first_eos_or_at_the_limit():
 def test_how_many_rows_are_sampled_at_once_changes_nothing(monkeypatch):
     model = policy_of(gpt2(vocabulary=FEW))
     expected = draw(model, PROMPTS)
-    monkeypatch.setattr("rlhf_min.sampling.ROWS_AT_ONCE", 2)  # each row keeps its own numbers
+    monkeypatch.setattr("rlhf_min.speed.cache.ROWS_AT_ONCE", 2)  # each row keeps its own numbers
     assert draw(model, PROMPTS) == expected
 
 
@@ -230,12 +229,12 @@ def test_the_cache_takes_no_more_room_than_the_weights(monkeypatch):
     config, dtype = model.lm.config, model.lm.dtype
     row = 5 * 2 * config.n_layer * config.n_embd * dtype.itemsize  # of 5 tokens
     weights = sum(p.nbytes for p in model.lm.parameters())
-    assert rows_at_once(model, 5) == 128
+    assert rows_at_once(model.lm, 5) == 128
     monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 0)
-    assert 1 < rows_at_once(model, 5) == weights // row < 128
+    assert 1 < rows_at_once(model.lm, 5) == weights // row < 128
     monkeypatch.setattr("rlhf_min.speed.cache.SMALL_CACHE", 2 * weights)
-    assert rows_at_once(model, 5) == 2 * weights // row
-    assert rows_at_once(model, 10**9) == 1
+    assert rows_at_once(model.lm, 5) == 2 * weights // row
+    assert rows_at_once(model.lm, 10**9) == 1
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, wide_heads], ids=lambda make: make.__name__)

@@ -32,7 +32,8 @@ from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
-from rlhf_min.sampling import rows_at_once, sample
+from rlhf_min.sampling import sample
+from rlhf_min.speed.cache import rows_at_once
 
 STAGE = "ppo"
 TITLE, ROWS = "PPO", "prompts"
@@ -87,7 +88,7 @@ def checks(
         state.optimizer,
         (prompt_ids[0], prompt_ids[0][:1]),
         tokens=preflight.largest_batch(longest, config.minibatch_size, config.max_tokens),
-        cached_tokens=min(config.batch_size, rows_at_once(policy, longest)) * longest,
+        cached_tokens=min(config.batch_size, rows_at_once(policy.lm, longest)) * longest,
     )
     response_ids = sample(
         policy,
