@@ -29,8 +29,11 @@ import torch
 from small import small_policy, small_reward_model
 from tqdm.auto import tqdm
 
+from rlhf_min.harness import models  # noqa: F401 (what a command imports late, each fork has)
+from rlhf_min.harness.report import finish  # noqa: F401
 from rlhf_min.harness.run import atomic, checkpoint
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
+from rlhf_min.harness.stages import dpo, ppo, reward, sft  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
