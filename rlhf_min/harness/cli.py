@@ -189,7 +189,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ExperimentOptions(RunOptions):
-    """What both experiments are told. As many runs go on at once as there are threads."""
+    """Options of both experiments. As many runs go on at once as there are threads."""
 
     seed: int = option(
         0,
@@ -301,10 +301,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
         except (MemoryError, RuntimeError) as error:
-            told = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
-            if told is None:
+            message = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
+            if message is None:
                 raise
-            fail(f"{told}{how_to_go_on()}", 1)
+            fail(f"{message}{how_to_go_on()}", 1)
         except Stopped as stop:  # on request, so it is no error
             from rlhf_min.harness.report import finish
 

@@ -97,15 +97,15 @@ def _truth(word: str) -> bool:
 
 def _help(field: "Field[Any]") -> str:
     """The description, the default if the description says none, and what papers use."""
-    told = str(field.metadata["help"])
+    text = str(field.metadata["help"])
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    if "Default:" not in told and default is not None and default is not False and default != []:
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        told += f" Default: {shown}."
+    if "Default:" not in text and default is not None and default is not False and default != []:
+        words = map(str, default) if isinstance(default, list) else [str(default)]
+        text += f" Default: {' '.join(words)}."
     if published := field.metadata.get("pretrained"):
         value, source = published
-        told += f" Pretrained models: {value} ({source})."
-    return told.replace("%", "%%")
+        text += f" Pretrained models: {value} ({source})."
+    return text.replace("%", "%%")
 
 
 def fail(message: str, code: int) -> NoReturn:

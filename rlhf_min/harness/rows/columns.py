@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.rows.files import Row, shown
+from rlhf_min.harness.rows.files import Row, short
 
 Stage = Literal["sft", "reward", "ppo", "dpo", "evaluation"]
 
@@ -43,11 +43,12 @@ def parse_columns(text: str) -> dict[str, str]:
         ours, _, theirs = (side.strip() for side in part.partition("="))
         require(
             bool(ours and theirs),
-            f"--columns {shown(text)}: {shown(part)} does not say which column serves as which; "
+            f"--columns {short(text)}: {short(part)} does not say which column serves as which; "
             "write it like prompt=question,chosen=good,rejected=bad",
         )
         require(
-            ours not in named, f"--columns {shown(text)}: {shown(ours)} stands twice; name it once"
+            ours not in named,
+            f"--columns {short(text)}: {short(ours)} stands twice; name it once",
         )
         named[ours] = theirs
     return named
@@ -60,13 +61,13 @@ def check_columns(
     for ours, theirs in named.items():
         require(
             ours in _OURS,
-            f"--columns: no stage has a column {shown(ours)}; left of = stands one of "
+            f"--columns: no stage has a column {short(ours)}; left of = stands one of "
             f"{', '.join(_OURS)}",
         )
-        found = [f"{shown(c)}: {shown(str(first_row.get(c)))}" for c in columns[:8]]
+        found = [f"{short(c)}: {short(str(first_row.get(c)))}" for c in columns[:8]]
         require(
             theirs in columns,
-            f"{source}: --columns says {ours}={shown(theirs)}, but there is no such column; "
+            f"{source}: --columns says {ours}={short(theirs)}, but there is no such column; "
             f"give one of {_listed(columns)}; the first row is {{{', '.join(found)}}}",
         )
 
@@ -93,7 +94,7 @@ def find_columns(
         found = [column for column in free if plain_name(column) in names]
         if len(found) > 1:
             raise BadInput(
-                f'{source}: the columns "{shown(found[0])}" and "{shown(found[1])}" could both be '
+                f'{source}: the columns "{short(found[0])}" and "{short(found[1])}" could both be '
                 f'the "{names[0]}"; remove or rename one of them'
             )
         return found[0] if found else None
@@ -126,17 +127,17 @@ def _what_is_missing(missing: Sequence[str], stage: Stage, columns: Sequence[str
     for name in missing:
         others = ", ".join(other for other in needed[name] if other != name)
         remedies.append(f'"{name}" (or {others})' if others else f'"{name}"')
-    told = (
+    message = (
         f"{_TITLE.get(stage, stage)} needs the column{'s' * (len(needed) > 1)} "
         f"{', '.join(needed)}; found {_listed(columns)}; rename or add {' and '.join(remedies)}, "
         f"or give --columns {','.join(f'{name}=NAME' for name in missing)}"
     )
     if {"chosen", "rejected"} <= set(missing):
-        told += (
+        message += (
             "; of several answers to a prompt make pairs: a row for each two, the better one as "
             "chosen, the worse one as rejected"
         )
-    return told
+    return message
 
 
 def plain_name(column: str) -> str:
@@ -145,5 +146,5 @@ def plain_name(column: str) -> str:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    names = [shown(column) for column in columns[:8]] + ["..."] * (len(columns) > 8)
+    names = [short(column) for column in columns[:8]] + ["..."] * (len(columns) > 8)
     return ", ".join(names) or "none"

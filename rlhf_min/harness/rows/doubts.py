@@ -1,4 +1,4 @@
-"""What in rows that can be used is most likely not meant: counted, told, and never changed."""
+"""What in rows that can be used is most likely not meant: counted and named, never changed."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_min.harness.rows.files import Row, shown
+from rlhf_min.harness.rows.files import Row, short
 from rlhf_min.harness.rows.messages import is_written_messages, keys_left_out
 
 MOST = 0.9  # of the rows: what happens so often is no accident
@@ -73,11 +73,11 @@ def _repeated(rows: Sequence[Row]) -> Iterator[str]:
     said = _said(rows)
     for name, found in said.items():
         count = sum(any(begins_with(text, prompt) for text in texts) for prompt, texts in found)
-        told = f"{name} begins with the prompt in {count} of {len(rows)} rows"
+        line = f"{name} begins with the prompt in {count} of {len(rows)} rows"
         if count >= MOST * len(rows):
-            yield f"warning: {told}; it would be learned twice; take it out of that column"
+            yield f"warning: {line}; it would be learned twice; take it out of that column"
         elif count:
-            yield f"  {told}"
+            yield f"  {line}"
     for name, found in said.items():
         count = sum(any(_ends_with(prompt, text) for text in texts) for prompt, texts in found)
         if count >= MOST * len(rows):
@@ -180,15 +180,15 @@ def _unused(raw: Sequence[Row], unused: Sequence[str], *, judged: bool) -> Itera
         if name in _JUDGES or all(isinstance(value, bool) for value in said):
             if judged or all(value is True for value in said):
                 continue
-            common = Counter(shown(str(value)) for value in said).most_common(3)
-            told = ", ".join(f"{value} in {count}" for value, count in common)
+            common = Counter(short(str(value)) for value in said).most_common(3)
+            counts = ", ".join(f"{value} in {count}" for value, count in common)
             yield (
-                f"warning: the column {shown(column)} is not used, and says {told} of {len(raw)} "
+                f"warning: the column {short(column)} is not used, and says {counts} of {len(raw)} "
                 "rows; leave out the rows that are not to be learned from"
             )
         elif name in _CONTEXT:
             yield (
-                f"warning: the column {shown(column)} is not used, and {len(said)} of {len(raw)} "
+                f"warning: the column {short(column)} is not used, and {len(said)} of {len(raw)} "
                 "rows have it; what it says must stand in the prompt to be read"
             )
 
@@ -208,7 +208,7 @@ def _unnamed_prompt(
     if columns:
         yield (
             "warning: no column is the prompt, so it is what chosen and rejected begin with; if "
-            f"one of {', '.join(map(shown, columns))} is, give --columns prompt={shown(columns[0])}"
+            f"one of {', '.join(map(short, columns))} is, give --columns prompt={short(columns[0])}"
         )
 
 
@@ -220,5 +220,5 @@ def _messages(raw: Sequence[Row], used: Mapping[str, str]) -> Iterator[str]:
             yield f"  {name} is messages, read out of JSON text in {count} of {len(raw)} rows"
         keys = sorted(set().union(*(keys_left_out(row.get(column)) for row in raw)))
         if keys:
-            told = "warning: " if "weight" in keys else "  "  # which may say: not to be learned
-            yield f"{told}of the messages in {name} is not used: {', '.join(map(shown, keys))}"
+            mark = "warning: " if "weight" in keys else "  "  # which may say: not to be learned
+            yield f"{mark}of the messages in {name} is not used: {', '.join(map(short, keys))}"

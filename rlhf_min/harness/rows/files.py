@@ -126,7 +126,7 @@ def _decompress(data: bytes, source: str) -> bytes:
         return bytes(pa.input_stream(pa.BufferReader(data), compression=kind).read())
     except (OSError, pa.ArrowInvalid) as error:
         raise BadInput(
-            f"{source}: damaged {kind} ({shown(str(error))}); compress the file again"
+            f"{source}: damaged {kind} ({short(str(error))}); compress the file again"
         ) from error
 
 
@@ -135,7 +135,7 @@ def _decode(data: bytes, source: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        like = next((told for start, told in _LOOKS_LIKE.items() if data.startswith(start)), None)
+        like = next((what for start, what in _LOOKS_LIKE.items() if data.startswith(start)), None)
         cure = f" but {like}" if like else "; save the file as UTF-8"
         raise BadInput(f"{source}: line {line} is not UTF-8{cure}") from error
     if "\0" in text:
@@ -178,13 +178,13 @@ def _check_marks(text: str, source: str) -> None:
     header = found[1] if found else ""
     require(
         not header.lower().startswith("sep="),
-        f"{source}: the first line {shown(header)} is no header; remove it, and save with commas",
+        f"{source}: the first line {short(header)} is no header; remove it, and save with commas",
     )
     bare = re.sub(r'"[^"]*"', "", header)  # what stands between the names
     for mark, name in _MARKS.items():
         require(
             bare.count(mark) <= bare.count(","),
-            f"{source}: {name}, not commas, part the header {shown(header)}; save with commas",
+            f"{source}: {name}, not commas, part the header {short(header)}; save with commas",
         )
 
 
@@ -207,7 +207,7 @@ def _read_parquet(data: bytes, source: str) -> list[tuple[int, Row]]:
         raise
     except (pa.ArrowException, *_DAMAGED) as error:
         raise BadInput(
-            f"{source}: not a readable Parquet file ({shown(str(error))}); write it again"
+            f"{source}: not a readable Parquet file ({short(str(error))}); write it again"
         ) from error
     return [(n, {str(name): value for name, value in row.items()}) for n, row in enumerate(rows, 1)]
 
@@ -276,7 +276,7 @@ def _check_keys(keys: list[str], where: str, kind: str) -> None:
     """Refuse a key that stands twice: one of its values would be lost."""
     if len(set(keys)) < len(keys):
         key = next(key for key in keys if keys.count(key) > 1)
-        raise BadInput(f"{where} has the {kind} {shown(key)} twice; remove or rename one of them")
+        raise BadInput(f"{where} has the {kind} {short(key)} twice; remove or rename one of them")
 
 
 def plural(count: int, noun: str) -> str:
@@ -284,7 +284,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def shown(text: str) -> str:
+def short(text: str) -> str:
     """A text from the file, short and on one line."""
     return printable(text if len(text) <= 40 else text[:37] + "...")
 

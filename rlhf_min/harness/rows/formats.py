@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.harness.rows.columns import MESSAGES, Stage, plain_name
-from rlhf_min.harness.rows.files import Row, shown
+from rlhf_min.harness.rows.files import Row, short
 from rlhf_min.harness.rows.messages import (
     Message,
     Unusable,
@@ -60,7 +60,7 @@ def _require_open(prompt: Any, used: Mapping[str, str]) -> None:
     messages = getattr(prompt, "messages", ())
     if messages and messages[-1]["role"] == "assistant":
         (other,) = used.keys() & {"response", "references"}
-        ours, theirs = shown(used["prompt"]), shown(used[other])
+        ours, theirs = short(used["prompt"]), short(used[other])
         raise Unusable(
             f"{ours} ends with an assistant message and {theirs} is a response too (give --columns "
             f"messages={ours} to leave {theirs} out)"

@@ -116,8 +116,8 @@ def _files(folder: str, config: str, source: str) -> dict[str, list[str]]:
     except _NOT_READ as error:
         _check_config(whole, source, config, error)
         none = isinstance(error, FileNotFoundError)
-        told = "" if none else f" that cannot be read ({_short(error)})"
-        raise BadInput(f"{source}: this is a folder{told}; give a {FORMATS} file in it") from error
+        why = "" if none else f" that cannot be read ({_short(error)})"
+        raise BadInput(f"{source}: this is a folder{why}; give a {FORMATS} file in it") from error
     found: Any = builder.config.data_files or {}
     return {str(split): [str(file) for file in files] for split, files in found.items()}
 
@@ -144,8 +144,8 @@ def _check_config(name: str, source: str, config: str, error: Exception) -> None
     if config in names or (not config and len(names) < 2):
         return
     listed = ", ".join(names[:LISTED]) + f" and {len(names) - LISTED} more" * (len(names) > LISTED)
-    told = f"there is no configuration {config}" if config else "it has several configurations"
-    raise BadInput(f"{source}: {told}; give one of {listed}, like {source}:{names[0]}") from error
+    what = f"there is no configuration {config}" if config else "it has several configurations"
+    raise BadInput(f"{source}: {what}; give one of {listed}, like {source}:{names[0]}") from error
 
 
 def _short(error: Exception) -> str:

@@ -24,7 +24,7 @@ from rlhf_min.harness.rows.files import (
     plural,
     printable,
     read_file,
-    shown,
+    short,
 )
 from rlhf_min.harness.rows.formats import clean_row
 from rlhf_min.harness.rows.messages import Unusable
@@ -89,11 +89,11 @@ class LoadedRows:
         '  columns: prompt (Question), chosen; not used: id'
         """
         used = ", ".join(
-            ours if ours == theirs else f"{ours} ({shown(theirs)})"
+            ours if ours == theirs else f"{ours} ({short(theirs)})"
             for ours, theirs in self.columns.items()
         )
         for title, columns in (("not used", self.unused), ("for reward functions", self.further)):
-            used += f"; {title}: {', '.join(map(shown, columns))}" if columns else ""
+            used += f"; {title}: {', '.join(map(short, columns))}" if columns else ""
         return "\n".join([f"  columns: {used}", *self.notes])
 
 
@@ -154,9 +154,9 @@ def load_rows(
         name, numbered, notes = _read(data, split, usual_split)
         loaded = _usable(numbered, stage, name, columns or {})
     except MemoryError as error:
-        told = printable(str(data)) if isinstance(data, str | Path) else "the data"
+        source = printable(str(data)) if isinstance(data, str | Path) else "the data"
         raise BadInput(
-            f"{told}: the rows do not fit into the memory, which holds all of them; give fewer "
+            f"{source}: the rows do not fit into the memory, which holds all of them; give fewer "
             "(--limit draws only after reading)"
         ) from error
     rows = loaded.rows

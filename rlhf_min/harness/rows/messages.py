@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from rlhf_min.harness.rows.files import shown
+from rlhf_min.harness.rows.files import short
 
 Message = dict[str, str]
 
@@ -88,7 +88,7 @@ def _text_of_parts(content: Any, name: str) -> Any:
     for part in content:
         kind = part.get("type")
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise Unusable(f"{name} has a message with a part that is no text: {shown(str(kind))}")
+            raise Unusable(f"{name} has a message with a part that is no text: {short(str(kind))}")
     return "".join(part["text"] for part in content)
 
 
