@@ -1,7 +1,6 @@
 """The run's folder: where it is, what it records, and how a run is taken up again."""
 
 import errno
-import fcntl
 import json
 import math
 import random
@@ -32,6 +31,11 @@ from rlhf_min.harness.run.signals import to_resume
 
 if typing.TYPE_CHECKING:
     from rlhf_min.harness.run.log import MetricsLog
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, so nothing keeps a second process from a run there
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 PACKAGES = ("rlhf_min", "torch", "transformers")
@@ -293,7 +297,8 @@ def _lock(out: Path) -> None:
         return
     file = (out / LOCK).open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
