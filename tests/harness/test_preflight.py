@@ -36,6 +36,7 @@ from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
+from rlhf_min.harness.run import folder
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import dpo as dpo_stage
 from rlhf_min.harness.stages import ppo as ppo_stage
@@ -688,6 +689,7 @@ def test_a_failed_check_ends_the_run_before_the_next(capsys):
 @pytest.mark.parametrize("name", ["train_sft", "train_reward_model", "train_ppo", "train_dpo"])
 def test_the_commands_stop_with_nothing_written_or_skip_it(monkeypatch, capsys, tmp_path, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder, "_held", {})  # no run is this process's own afterwards
     save_policy(small_policy(dtype=torch.float32), tmp_path / "sft")
     save_reward_model(small_reward_model(dtype=torch.float32), tmp_path / "reward_model")
     write_rows(tmp_path / "pairs.jsonl", pairs(12))

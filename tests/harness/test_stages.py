@@ -12,6 +12,7 @@ from rlhf_min.errors import BadInput
 from rlhf_min.harness import stages
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.report.curves import title
+from rlhf_min.harness.run import folder
 from rlhf_min.harness.run.folder import start_log
 from rlhf_min.harness.run.layout import clear, stage_modules, users_paths_below
 from rlhf_min.harness.run.reading import read_run
@@ -91,6 +92,7 @@ def trained_before(options):
 def grpo(monkeypatch, tmp_path):
     """A stage whose file lies beside the others."""
     (tmp_path / "grpo.py").write_text(GRPO, encoding="utf-8")
+    monkeypatch.setattr(folder, "_held", {})  # no run is this process's own afterwards
     monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
     stage_modules.cache_clear()
     yield stage_modules()["grpo"]
