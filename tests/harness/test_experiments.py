@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tolerances import EXACT, FP64
 
+from rlhf_min.config import PPOConfig
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.estimates import best_of_n_bound, best_of_n_kl, best_of_n_mean
 from rlhf_min.harness import experiments
@@ -323,6 +324,19 @@ def test_models_are_trained_unless_they_are_given(given, models, monkeypatch, tm
     for file, weights in [("sft", policy.lm), ("reward_model", reward_model.model)]:
         saved = torch.load(tmp_path / "run" / file / "model.pt", weights_only=True)
         assert all(torch.equal(saved[key], x) for key, x in weights.state_dict().items())
+
+
+def test_a_run_does_not_take_the_threads_of_the_command(monkeypatch, tmp_path):
+    seen = []
+
+    def start_policy(options, *_, **__):
+        seen.append(options.threads)
+        raise KeyError
+
+    monkeypatch.setattr(experiments, "start_policy", start_policy)
+    with pytest.raises(KeyError):
+        experiments.run(ExperimentOptions(threads=4), tmp_path, PPOConfig())
+    assert seen == [None]  # so each job has the one that it was started with
 
 
 def means(points, key):
