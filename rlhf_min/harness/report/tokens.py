@@ -26,7 +26,7 @@ def token_rows(
     Returns:
         For each token ``token``, ``id``, ``logprob``, ``ref_logprob``, ``kl``, ``reward``,
         ``value``, ``advantage`` and ``return`` as in the buffer; ``new_logprob``; ``ratio``, new
-        to old; and ``clipped``, whether that ratio earns nothing more.
+        to old; and ``clipped``, whether that ratio has no gradient any more.
     """
     rollout = buffer.rollout
     with evaluating(policy):

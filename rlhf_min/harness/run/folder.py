@@ -237,7 +237,7 @@ def continued(configs: list[Any], given: set[str], run: Path) -> list[Any]:
     """The configs with what a run was started with, but for what the command line gives.
 
     Raises:
-        BadInput: if the run is one of another command, or its record holds what no option can be.
+        BadInput: if another command made the run, or its record has a value that no option takes.
     """
     recorded = read_record(run)["config"]
     new = []
