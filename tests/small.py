@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tolerances import FP64
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -349,6 +351,37 @@ def clip_by_hand(module: nn.Module, limit: float) -> float:
     for gradient in gradients:
         gradient.mul_(min(1.0, limit / (norm + 1e-6)))
     return norm
+
+
+def assert_is_the_plain_loop(
+    found: list[Metrics],
+    plain: nn.Module,
+    loss_of: Callable[[list[int]], tuple[Tensor, Metrics]],
+    *,
+    order: list[int],
+    rate: float,
+) -> None:
+    """Three steps of three rows, written out: one of warm-up, then down to 0 at step 3.
+
+    Args:
+        found: the metrics of the run.
+        plain: a module as it was at the start of that run; it is trained.
+        loss_of: the loss of the rows of these numbers, and what else is reported of them.
+        order: of the rows.
+        rate: the learning rate.
+    """
+    optimizer = torch.optim.AdamW(decayed(plain, 0.1), lr=rate, eps=1e-8)
+    rows = (order[:3], order[3:6], order[6:])
+    for metrics, now, batch in zip(found, [0.0, rate, rate / 2], rows, strict=True):
+        loss, reported = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = clip_by_hand(plain, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        optimizer.step()
+        expected = {"loss": loss.item(), "grad_norm": norm, "learning_rate": now, **reported}
+        assert {k: metrics[k] for k in expected} == pytest.approx(expected, abs=FP64)
 
 
 def without_time(metrics: Metrics) -> Metrics:

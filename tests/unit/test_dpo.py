@@ -7,9 +7,8 @@ import torch
 from small import (
     PREFERENCES,
     assert_deterministic,
+    assert_is_the_plain_loop,
     assert_resumes,
-    clip_by_hand,
-    decayed,
     largest_difference,
     row_logprobs,
     shuffled,
@@ -96,22 +95,10 @@ def test_training_is_the_plain_loop(cached):
     state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
     found = list(dpo.train(policy, ref_policy, config, state))
 
-    order = shuffled(8, seed=0)
-    optimizer = torch.optim.AdamW(decayed(plain, 0.1), lr=RATE, eps=1e-8)
-    rates = [0.0, RATE, RATE / 2]
-    assert len(found) == 3
-    for metrics, rate, rows in zip(found, rates, (order[:3], order[3:6], order[6:]), strict=True):
-        loss, reported = plain_batch(plain, ref_policy, [PREFERENCES[i] for i in rows], 0.4, 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = clip_by_hand(plain, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=FP64)
-        assert metrics["grad_norm"] == pytest.approx(norm, abs=FP64)
-        assert metrics["learning_rate"] == pytest.approx(rate, abs=FP64)
-        assert {k: metrics[k] for k in PER_PAIR} == pytest.approx(reported, abs=FP64)
+    def loss_of(rows):
+        return plain_batch(plain, ref_policy, [PREFERENCES[i] for i in rows], 0.4, 0.1)
+
+    assert_is_the_plain_loop(found, plain, loss_of, order=shuffled(8, seed=0), rate=RATE)
     assert largest_difference(policy, plain) < FP64
     assert largest_difference(policy, small_policy()) > RATE / 2
 

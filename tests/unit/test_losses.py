@@ -59,6 +59,61 @@ def real_cells(*batch):
     return list(zip(*(x[mask].tolist() for x in inputs), strict=True))
 
 
+# What holds for every loss
+
+# How many tensors it takes, of tokens beside the mask.
+OF_TOKENS = pytest.mark.parametrize(
+    ("loss", "count"), [(sft_loss, 1), (policy_loss, 3), (value_loss, 3)]
+)
+OF_PAIRS = pytest.mark.parametrize(("loss", "count"), [(reward_loss, 3), (preference_loss, 4)])
+
+
+@OF_TOKENS
+@given(st.data())
+def test_token_losses_property_padding(loss, count, data):
+    *inputs, mask = data.draw(ragged_batches(count))
+    assert_padding_never_matters(loss, *inputs, mask=mask)
+
+
+@OF_TOKENS
+@given(st.data(), st.permutations(range(4)))
+def test_token_losses_property_permutation(loss, count, data, order):
+    batch = data.draw(ragged_batches(count, rows=4))
+    assert_rows_are_a_set(loss, *batch, order=torch.tensor(order))
+
+
+@OF_PAIRS
+@given(st.data(), st.permutations(range(4)))
+def test_pair_losses_property_permutation(loss, count, data, order):
+    pairs = [data.draw(tensors(4)) for _ in range(count)]
+    assert_rows_are_a_set(loss, *pairs, order=torch.tensor(order))
+
+
+@OF_TOKENS
+@given(st.data())
+def test_token_losses_property_micro_batches(loss, count, data):
+    assert_micro_batches_add_up(loss, *data.draw(ragged_batches(count, rows=8)))
+
+
+@OF_PAIRS
+@given(st.data())
+def test_pair_losses_property_micro_batches(loss, count, data):
+    # sums over responses of unequal lengths, pairs weigh alike
+    batches = [data.draw(ragged_batches(1, rows=8)) for _ in range(count)]
+    assert_micro_batches_add_up(loss, *((x * mask).sum(1) for x, mask in batches))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_dtype(dtype):
+    token = torch.ones(1, 1, dtype=dtype)
+    pair, batch = token[0], (token, token, token, token.bool())
+    for result in (
+        *(policy_loss(*batch), value_loss(*batch)),
+        *(reward_loss(pair, pair, pair), preference_loss(pair, pair, pair, pair)),
+    ):
+        assert {y.dtype for y in result if y.is_floating_point()} == {dtype}
+
+
 # sft_loss
 
 
@@ -94,21 +149,6 @@ def test_sft_loss_definition(logits, batch, data):
     (expected,), (expected_gradient,) = outputs_and_gradients(torchs, logits)
     assert_close(loss, expected, FP64)
     assert_close(gradient, expected_gradient, FP64)
-
-
-@given(ragged_batches(1))
-def test_sft_loss_property_padding(batch):
-    assert_padding_never_matters(sft_loss, batch[0], mask=batch[-1])
-
-
-@given(ragged_batches(1, rows=4), st.permutations(range(4)))
-def test_sft_loss_property_permutation(batch, order):
-    assert_rows_are_a_set(sft_loss, *batch, order=torch.tensor(order))
-
-
-@given(ragged_batches(1, rows=8))
-def test_sft_loss_property_micro_batches(batch):
-    assert_micro_batches_add_up(sft_loss, *batch)
 
 
 def test_sft_loss_gradient():
@@ -189,16 +229,6 @@ def test_pairwise_reward_loss_property_extreme():
     for difference, loss in ((1000.0, 0.0), (-1000.0, 1000.0)):
         result = pairwise_reward_loss(zero + difference, zero, margin=None, center_coef=0.0)
         assert_close(result.loss, loss, EXACT)
-
-
-@given(tensors(4), tensors(4), tensors(4), st.permutations(range(4)))
-def test_pairwise_reward_loss_property_permutation(chosen, rejected, margin, order):
-    assert_rows_are_a_set(reward_loss, chosen, rejected, margin, order=torch.tensor(order))
-
-
-@given(tensors(8), tensors(8), tensors(8))
-def test_pairwise_reward_loss_property_micro_batches(chosen, rejected, margin):
-    assert_micro_batches_add_up(reward_loss, chosen, rejected, margin)
 
 
 def test_pairwise_reward_loss_gradient():
@@ -354,21 +384,6 @@ def test_ppo_policy_loss_definition_reinforce(logits, batch, data):
 
 
 @given(ragged_batches(3))
-def test_ppo_policy_loss_property_padding(batch):
-    assert_padding_never_matters(policy_loss, *batch[:-1], mask=batch[-1])
-
-
-@given(ragged_batches(3, rows=4), st.permutations(range(4)))
-def test_ppo_policy_loss_property_permutation(batch, order):
-    assert_rows_are_a_set(policy_loss, *batch, order=torch.tensor(order))
-
-
-@given(ragged_batches(3, rows=8))
-def test_ppo_policy_loss_property_micro_batches(batch):
-    assert_micro_batches_add_up(policy_loss, *batch)
-
-
-@given(ragged_batches(3))
 def test_ppo_policy_loss_property_pessimistic(batch):
     # the clip never promises more than the ratio does, and a wide one promises the same
     new, old, advantages, mask = batch
@@ -391,13 +406,6 @@ def test_ppo_policy_loss_gradient():
     assert advantages.grad is None
     # a good token is made likelier, a bad one less likely, a clipped one is left alone
     assert new.grad.sign().tolist() == [[-1, 1, 0], [-1, 0, 0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ppo_policy_loss_dtype(dtype):
-    x = torch.ones(1, 1, dtype=dtype)
-    result = policy_loss(x, x, x, x.bool())
-    assert {y.dtype for y in result if y.is_floating_point()} == {dtype}
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -506,21 +514,6 @@ def test_ppo_value_loss_property_no_limit(batch):
     assert_close(result.loss, torch.nn.functional.mse_loss(new[mask], returns[mask]) / 2, FP64)
 
 
-@given(ragged_batches(3))
-def test_ppo_value_loss_property_padding(batch):
-    assert_padding_never_matters(value_loss, *batch[:-1], mask=batch[-1])
-
-
-@given(ragged_batches(3, rows=4), st.permutations(range(4)))
-def test_ppo_value_loss_property_permutation(batch, order):
-    assert_rows_are_a_set(value_loss, *batch, order=torch.tensor(order))
-
-
-@given(ragged_batches(3, rows=8))
-def test_ppo_value_loss_property_micro_batches(batch):
-    assert_micro_batches_add_up(value_loss, *batch)
-
-
 def test_ppo_value_loss_gradient():
     new = f64([0.3, -0.3, 2.0], [1.0, 0.0, 0.0]).requires_grad_()
     old = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
@@ -533,13 +526,6 @@ def test_ppo_value_loss_gradient():
     assert returns.grad is None
     # (V_new - R) / n, except where the clip already holds it
     assert_close(new.grad, [[-0.7 / 4, 1.7 / 4, 0.0], [0.25, 0.0, 0.0]], FP64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ppo_value_loss_dtype(dtype):
-    x = torch.ones(1, 1, dtype=dtype)
-    result = value_loss(x, x, x, x.bool())
-    assert {y.dtype for y in result if y.is_floating_point()} == {dtype}
 
 
 # dpo_loss
@@ -594,17 +580,6 @@ def test_dpo_loss_property_extreme():
         assert_close(result.loss, loss, EXACT)
 
 
-@given(*[tensors(4)] * 4, st.permutations(range(4)))
-def test_dpo_loss_property_permutation(a, b, c, d, order):
-    assert_rows_are_a_set(preference_loss, a, b, c, d, order=torch.tensor(order))
-
-
-@given(st.lists(ragged_batches(1, rows=8), min_size=4, max_size=4))
-def test_dpo_loss_property_micro_batches(batches):
-    # sums over responses of unequal lengths, pairs weigh alike
-    assert_micro_batches_add_up(preference_loss, *((x * mask).sum(1) for x, mask in batches))
-
-
 def test_dpo_loss_gradient():
     inputs = [f64(*row).requires_grad_() for row in ((-3, -4), (-5, -3), (-3.5, -4), (-4, -4))]
     assert torch.autograd.gradcheck(lambda *x: preference_loss(*x).loss, inputs)
@@ -632,13 +607,6 @@ def test_dpo_loss_property_smoothing():
     best = math.log(9)
     assert rising([loss(best), loss(best + 0.5), loss(best + 1)])
     assert rising([loss(best), loss(best - 0.5), loss(best - 1)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pairs_dtype(dtype):
-    x = torch.ones(1, dtype=dtype)
-    for result in (reward_loss(x, x, x), preference_loss(x, x, x, x)):
-        assert {y.dtype for y in result if y.is_floating_point()} == {dtype}
 
 
 @pytest.mark.parametrize("wrong", range(4))

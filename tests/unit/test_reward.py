@@ -7,11 +7,10 @@ import torch
 from small import (
     WORDS,
     assert_deterministic,
+    assert_is_the_plain_loop,
     assert_resumes,
     bert,
     bert_syllables,
-    clip_by_hand,
-    decayed,
     gpt2_classifier,
     largest_difference,
     shuffled,
@@ -97,21 +96,10 @@ def test_training_is_the_plain_loop():
     state = reward.new_state(reward_model, examples(reward_model), config)
     found = list(reward.train(reward_model, config, state))
 
-    order = shuffled(7, seed=0)
-    optimizer = torch.optim.AdamW(decayed(plain, 0.1), lr=RATE, eps=1e-8)
-    rates = [0.0, RATE, RATE / 2]
-    assert len(found) == 3
-    for metrics, rate, rows in zip(found, rates, (order[:3], order[3:6], order[6:]), strict=True):
-        loss = plain_loss(plain, [PAIRS[i] for i in rows], 0.3)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = clip_by_hand(plain, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=FP64)
-        assert metrics["grad_norm"] == pytest.approx(norm, abs=FP64)
-        assert metrics["learning_rate"] == pytest.approx(rate, abs=FP64)
+    def loss_of(rows):
+        return plain_loss(plain, [PAIRS[i] for i in rows], 0.3), {}
+
+    assert_is_the_plain_loop(found, plain, loss_of, order=shuffled(7, seed=0), rate=RATE)
     assert largest_difference(reward_model, plain) < FP64
     assert largest_difference(reward_model, small_reward_model()) > RATE / 2
 

@@ -8,9 +8,8 @@ from small import (
     BIG,
     DEMONSTRATIONS,
     assert_deterministic,
+    assert_is_the_plain_loop,
     assert_resumes,
-    clip_by_hand,
-    decayed,
     largest_difference,
     shuffled,
     small_policy,
@@ -48,21 +47,10 @@ def test_training_is_the_plain_loop():
     state = sft.new_state(policy, DEMONSTRATIONS, config)
     found = list(sft.train(policy, config, state))
 
-    order = shuffled(8, seed=0)
-    optimizer = torch.optim.AdamW(decayed(plain, 0.1), lr=RATE, eps=1e-8)
-    rates = [0.0, RATE, RATE / 2]  # one step of warm-up, then down to 0 at step 3
-    assert len(found) == 3
-    for metrics, rate, rows in zip(found, rates, (order[:3], order[3:6], order[6:]), strict=True):
-        loss = plain_loss(plain, [DEMONSTRATIONS[i] for i in rows])
-        optimizer.zero_grad()
-        loss.backward()
-        norm = clip_by_hand(plain, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=FP64)
-        assert metrics["grad_norm"] == pytest.approx(norm, abs=FP64)
-        assert metrics["learning_rate"] == pytest.approx(rate, abs=FP64)
+    def loss_of(rows):
+        return plain_loss(plain, [DEMONSTRATIONS[i] for i in rows]), {}
+
+    assert_is_the_plain_loop(found, plain, loss_of, order=shuffled(8, seed=0), rate=RATE)
     assert [m["epoch"] for m in found] == [3 / 8, 6 / 8, 1.0]
     assert largest_difference(policy, plain) < FP64
     assert largest_difference(policy, small_policy()) > RATE / 2
