@@ -182,7 +182,7 @@ TABLE = [
      ("weighed by the reference", "p = logp.exp()", "p = logr.exp()"),
      ("KL(reference || policy)",
       "p * torch.where(p > 0, logp - logr, 0)", "logr.exp() * (logr - logp)")),
-    ("kl.exact_kl", "unit/test_edges.py::test_exact_kl_of_impossible_tokens",
+    ("kl.exact_kl", "unit/test_kl.py::test_exact_kl_of_impossible_tokens",
      ("a token without probability", "torch.where(p > 0, logp - logr, 0)", "(logp - logr)")),
     ("kl.AdaptiveKL", "unit/test_kl.py::test_adaptive_kl_closed",
      ("the error is not limited",
@@ -199,12 +199,12 @@ TABLE = [
      ("each token gets the score",
       "rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))",
       "torch.where(mask, rewards + scores[:, None], 0)")),
-    ("kl.shape_rewards", "unit/test_edges.py::test_shape_rewards_errors_shapes",
+    ("kl.shape_rewards", "unit/test_kl.py::test_shape_rewards_errors_shapes",
      ("a KL of another shape is spread", "kl.shape != mask.shape or ", ""),
      ("the message leaves out the mask", "(scores, kl, mask)", "(scores, kl)")),
-    ("kl.shape_rewards", "unit/test_edges.py::test_shape_rewards_errors_padding_on_the_left",
+    ("kl.shape_rewards", "unit/test_kl.py::test_shape_rewards_errors_padding_on_the_left",
      ("the score lands in left padding", "require_right_padded(mask)", "pass")),
-    ("losses._same_pairs", "unit/test_edges.py::test_pairs_are_one_number_each_and_at_least_one",
+    ("losses._same_pairs", "unit/test_losses.py::test_pairs_are_one_number_each_and_at_least_one",
      ("no pair is a pair", "len(first) == 0", "False")),
 
     # advantages
@@ -232,7 +232,7 @@ TABLE = [
 
     # losses
     ("losses.ppo_policy_loss",
-     "unit/test_edges.py::test_half_precision_is_only_how_the_inputs_are_stored",
+     "unit/test_precision.py::test_half_precision_is_only_how_the_inputs_are_stored",
      ("half precision stays in the losses", "at_least_float32(new_logprobs)", "new_logprobs")),
     ("losses.ppo_policy_loss", "unit/test_losses.py::test_ppo_errors_shapes[policy_loss-2]",
      ("a shape that broadcasts", "logprobs, advantages, mask)", "logprobs, mask)")),

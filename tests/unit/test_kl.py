@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -184,6 +185,22 @@ def test_exact_kl_gradient():
         assert_close(gradient, torch.zeros_like(z), FP64)
 
 
+def test_exact_kl_of_impossible_tokens():
+    # p = (1/2, 1/2, 0), r = (1/4, 3/4, 0): as without the third; r without it on its side: inf
+    half, quarter = [0.0, 0.0, -INF], [0.0, math.log(3), -INF]
+    p, r = (torch.tensor([x], dtype=torch.float64) for x in (half, quarter))
+    (kl,), gradients = outputs_and_gradients(exact_kl, p, r)
+    _, expected_gradients = outputs_and_gradients(exact_kl, p[:, :2], r[:, :2])
+    assert_close(kl, [math.log(2) - math.log(3) / 2], FP64)
+    for gradient, plain in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient[:, :2], plain, FP64)
+        assert gradient[0, 2] == 0
+    # r = 1/3 each, where p has no third: ln(3/2)
+    even = torch.zeros(1, 3, dtype=torch.float64)
+    assert_close(exact_kl(p, even), [math.log(1.5)], FP64)
+    assert_close(exact_kl(even, p), [INF], EXACT)
+
+
 @pytest.mark.parametrize(
     ("given_dtype", "dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
@@ -364,3 +381,21 @@ def test_shape_rewards_errors():
     mask = torch.tensor([[True, True], [False, False]])
     with pytest.raises(ValueError, match="no real token to carry its score"):
         shape_rewards(torch.ones(2), torch.ones(2, 2), mask, kl_coef=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kl", "mask"),
+    [((2,), (2, 1), (2, 3)), ((3,), (2, 3), (2, 3)), ((1,), (2, 3), (2, 3)),
+     ((2, 1), (2, 3), (2, 3)), ((2,), (2, 3), (2, 1))],
+)  # fmt: skip
+def test_shape_rewards_errors_shapes(scores, kl, mask):
+    shapes = re.escape(f"scores, kl and mask do not fit each other: {[scores, kl, mask]}")
+    with pytest.raises(ValueError, match=shapes):
+        shape_rewards(torch.ones(scores), torch.ones(kl), torch.ones(mask).bool(), kl_coef=0.1)
+
+
+@pytest.mark.parametrize("row", [[False, True, True], [True, False, True]])
+def test_shape_rewards_errors_padding_on_the_left(row):
+    mask = torch.tensor([[True, True, True], row])
+    with pytest.raises(ValueError, match="right-padded"):
+        shape_rewards(torch.ones(2), torch.ones(2, 3), mask, kl_coef=0.1)

@@ -625,3 +625,12 @@ def test_dpo_loss_errors_range(beta, label_smoothing):
     x = torch.zeros(1)
     with pytest.raises(ValueError, match=f"not {beta}, {label_smoothing}"):
         dpo_loss(x, x, x, x, beta=beta, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 3), ()])
+def test_pairs_are_one_number_each_and_at_least_one(shape):
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match="one pair or more"):
+        dpo_loss(x, x, x, x, beta=0.1, label_smoothing=0.0)
+    with pytest.raises(ValueError, match="one pair or more"):
+        pairwise_reward_loss(x, x, margin=None, center_coef=0.1)

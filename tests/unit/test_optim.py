@@ -67,6 +67,13 @@ def descent(module, **changed):
     return Optimizer(torch.optim.SGD(parameters, lr=1.0), **changed)
 
 
+def learn(module, optimizer, *gradients):
+    """A step with each of these gradients."""
+    for each in gradients:
+        optimizer.backward(module.loss(*each))
+        optimizer.step()
+
+
 GRADIENTS = [
     ([[0.3, -0.1], [2.0, 0.0]], [1.0, -0.5]),
     ([[-0.2, -0.4], [1.0, 0.7]], [0.0, 3.0]),
@@ -89,9 +96,7 @@ def test_adamw_is_its_formula_and_only_matrices_decay(eps):
     toy = Toy()
     start = weights(toy)
     optimizer = optimizer_of(toy, eps=eps)
-    for matrix, bias in GRADIENTS:
-        optimizer.backward(toy.loss(matrix, bias))
-        optimizer.step()
+    learn(toy, optimizer, *GRADIENTS)
     for i in range(2):
         bias = adamw_by_hand(
             float(start["bias"][i]),
@@ -143,8 +148,7 @@ def test_schedule(schedule, rates):
     for _ in range(10):
         found.append(optimizer.learning_rate)
         before = toy.bias.detach().clone()
-        optimizer.backward(toy.loss([[0.0, 0.0], [0.0, 0.0]], [1.0, -1.0]))
-        optimizer.step()
+        learn(toy, optimizer, ([[0.0, 0.0], [0.0, 0.0]], [1.0, -1.0]))
         # With a gradient that never changes, Adam moves by the rate.
         moved = (before - toy.bias.detach()).tolist()
         assert moved == pytest.approx([found[-1], -found[-1]], abs=1e-7)  # its eps is 1e-8
@@ -161,8 +165,7 @@ def test_the_warm_up_is_the_nearest_number_of_steps(share, steps):
     rates = []
     for _ in range(10):
         rates.append(optimizer.learning_rate)
-        optimizer.backward(toy.loss(*GRADIENTS[0]))
-        optimizer.step()
+        learn(toy, optimizer, GRADIENTS[0])
     rise = [0.1 * i / steps for i in range(steps)]
     fall = [0.1 * (10 - i) / (10 - steps) for i in range(steps, 10)]
     assert rates == pytest.approx([*rise, *fall], abs=FP64)
@@ -186,8 +189,7 @@ def test_a_gradient_within_the_limit_is_left_alone(limit):
     toy = Toy()
     start = weights(toy)
     optimizer = descent(toy, max_grad_norm=limit)
-    optimizer.backward(toy.loss([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0]))
-    optimizer.step()
+    learn(toy, optimizer, ([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0]))
     assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == 3.0
     assert float(start["bias"][1] - toy.bias.detach()[1]) == -4.0
 
@@ -198,8 +200,7 @@ def test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step():
     optimizer = descent(toy)
     for _ in range(2):
         optimizer.backward(toy.loss([[1.0, 0.0], [0.0, 0.0]], [0.0, 0.0]))
-        optimizer.backward(toy.loss([[0.5, 0.0], [0.0, 0.0]], [0.0, 0.0]))
-        optimizer.step()
+        learn(toy, optimizer, ([[0.5, 0.0], [0.0, 0.0]], [0.0, 0.0]))
     assert float(start["matrix"][0, 0] - toy.matrix.detach()[0, 0]) == 3.0
 
 
@@ -219,8 +220,7 @@ def test_a_sparse_gradient_is_stepped_like_a_dense_one():
 def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
     toy = Toy()
     optimizer = optimizer_of(toy, schedule="linear", max_grad_norm=1.0)
-    optimizer.backward(toy.loss(*GRADIENTS[0]))
-    optimizer.step()
+    learn(toy, optimizer, GRADIENTS[0])
     before, state, rate = weights(toy), real_copy(optimizer.state_dict()), optimizer.learning_rate
     optimizer.backward(toy.loss([[bad, 0.0], [0.0, 0.0]], [1.0, 1.0]))
     with pytest.raises(NonFinite) as caught:
@@ -230,42 +230,45 @@ def test_a_gradient_that_is_not_finite_raises_before_the_step(bad):
     assert largest_difference(toy, before) == EXACT
     assert optimizer.learning_rate == rate
     # Nothing of the bad step is left: the next one is as if it had never been.
-    optimizer.backward(toy.loss(*GRADIENTS[1]))
-    optimizer.step()
+    learn(toy, optimizer, GRADIENTS[1])
     other = Toy()
     other.load_state_dict(toy.state_dict() | before)
     resumed = optimizer_of(other, schedule="linear", max_grad_norm=1.0)
     resumed.load_state_dict(state)
-    resumed.backward(other.loss(*GRADIENTS[1]))
-    resumed.step()
+    learn(other, resumed, GRADIENTS[1])
     assert largest_difference(toy, other) == EXACT
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def with_another_scheduler(module):
+    adam = torch.optim.AdamW(module.parameters(), lr=0.1)
+    return Optimizer(adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "another"])
 def test_a_restored_optimizer_goes_on_with_the_same_bits(schedule):
+    def made(module):
+        if schedule == "another":
+            return with_another_scheduler(module)
+        return optimizer_of(module, schedule=schedule, warmup_share=0.2)
+
     toy, other = Toy(), Toy()
-    optimizer = optimizer_of(toy, schedule=schedule, warmup_share=0.2)
-    for gradients in GRADIENTS:
-        optimizer.backward(toy.loss(*gradients))
-        optimizer.step()
+    optimizer, restored = made(toy), made(other)
+    learn(toy, optimizer, *GRADIENTS)
     other.load_state_dict(real_copy(toy.state_dict()))
-    restored = optimizer_of(other, schedule=schedule, warmup_share=0.2)
     restored.load_state_dict(real_copy(optimizer.state_dict()))
     assert restored.steps == 3
     for gradients in GRADIENTS:
         assert restored.learning_rate == optimizer.learning_rate
+        assert (restored.learning_rate < 0.1) == (schedule != "constant")
         for module, stepped in ((toy, optimizer), (other, restored)):
-            stepped.backward(module.loss(*gradients))
-            stepped.step()
+            learn(module, stepped, gradients)
         assert largest_difference(toy, other) == EXACT
 
 
 def test_a_restored_optimizer_has_the_rates_that_it_was_made_with():
     toy = Toy()
     saved = optimizer_of(toy, schedule="linear", warmup_share=0.2)
-    for gradients in GRADIENTS:
-        saved.backward(toy.loss(*gradients))
-        saved.step()
+    learn(toy, saved, *GRADIENTS)
     other = optimizer_of(toy, schedule="linear", warmup_share=0.2, learning_rate=3e-5)
     other.load_state_dict(real_copy(saved.state_dict()))
     assert math.isclose(
@@ -273,27 +276,6 @@ def test_a_restored_optimizer_has_the_rates_that_it_was_made_with():
     )
     for group in other.optimizer.param_groups:
         assert group["initial_lr"] == 3e-5
-
-
-def test_any_scheduler_goes_on_where_it_was():
-    def made(toy):
-        adam = torch.optim.AdamW(toy.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10)
-        return Optimizer(adam, scheduler)
-
-    toy, other = Toy(), Toy()
-    saved, restored = made(toy), made(other)
-    for gradients in GRADIENTS:
-        saved.backward(toy.loss(*gradients))
-        saved.step()
-    other.load_state_dict(real_copy(toy.state_dict()))
-    restored.load_state_dict(real_copy(saved.state_dict()))
-    for gradients in GRADIENTS:
-        assert restored.learning_rate == saved.learning_rate < 0.1
-        for module, stepped in ((toy, saved), (other, restored)):
-            stepped.backward(module.loss(*gradients))
-            stepped.step()
-        assert largest_difference(toy, other) == EXACT
 
 
 def first_batch(policy):
@@ -335,8 +317,7 @@ def test_fp16_scales_the_loss_and_skips_an_overflow():
     optimizer = optimizer_of(toy, precision="fp16", max_grad_norm=1.0)
     other = optimizer_of(plain, max_grad_norm=1.0)
     start, scale = weights(toy), optimizer.scaler.get_scale()
-    optimizer.backward(toy.loss([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
-    optimizer.step()
+    learn(toy, optimizer, ([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
     assert largest_difference(toy, start) == EXACT
     assert optimizer.scaler.get_scale() == scale / 2
     assert optimizer.skipped == 1
@@ -352,8 +333,7 @@ def test_fp16_scales_the_loss_and_skips_an_overflow():
 
 def test_a_resume_keeps_the_scale_of_fp16_and_how_often_was_skipped():
     def overflow(module, stepped):
-        stepped.backward(module.loss([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
-        stepped.step()
+        learn(module, stepped, ([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
 
     toy = Toy(torch.float32)
     optimizer = optimizer_of(toy, precision="fp16")
@@ -377,8 +357,7 @@ def test_a_first_step_that_is_skipped_moves_the_schedule_alone(recwarn):
         toy, schedule="linear", warmup_share=0.2, learning_rate=1.0, precision="fp16"
     )
     start = weights(toy)
-    optimizer.backward(toy.loss([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
-    optimizer.step()
+    learn(toy, optimizer, ([[math.inf, 0.0], [0.0, 0.0]], [1.0, 1.0]))
     assert largest_difference(toy, start) == EXACT  # no weight decay either
     assert optimizer.optimizer.state_dict()["state"] == {}
     assert (optimizer.learning_rate, optimizer.steps, optimizer.skipped) == (0.5, 1, 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import word_tokenizer
+from small import ids, word_tokenizer
 from strategies import assert_close
 from tolerances import FP32, FP64
 from transformers import (
@@ -40,10 +40,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**ROPE),
     "qwen3": Qwen3Config(**ROPE, head_dim=6),
 }
-
-
-def ids(*tokens: int) -> torch.Tensor:
-    return torch.tensor(tokens)
 
 
 def two_families() -> Sequences:
@@ -113,21 +109,8 @@ def test_many_responses_to_one_prompt_are_no_row_without_end():
         [0, 1, 2, 3, 4, 2, 3, 4],
         [0, 1, 2, 3, 4, 0, 0, 0],
     ]
-    assert layout.at.tolist() == [
-        1,
-        2,
-        3,
-        4,
-        1,
-        5,
-        6,
-        7,
-        *(8 + i for i in (1, 2, 3, 4, 1, 5, 6, 7)),
-        17,
-        18,
-        19,
-        20,
-    ]
+    first = [1, 2, 3, 4, 1, 5, 6, 7]
+    assert layout.at.tolist() == [*first, *(8 + i for i in first), 17, 18, 19, 20]
 
 
 def test_a_wide_row_holds_all_responses_to_a_prompt():

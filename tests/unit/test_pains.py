@@ -86,7 +86,7 @@ PAINS = {
         test_policy.py::test_the_reference_is_frozen_and_stays_what_it_was""",
     "17 half precision gives NaN": """
         test_precision.py::test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it
-        test_edges.py::test_half_precision_is_only_how_the_inputs_are_stored
+        test_precision.py::test_half_precision_is_only_how_the_inputs_are_stored
         test_optim.py::test_fp16_scales_the_loss_and_skips_an_overflow
         test_optim.py::test_a_gradient_that_is_not_finite_raises_before_the_step""",
     "18 padding leaks into advantages, means and KL": """

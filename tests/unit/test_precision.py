@@ -1,14 +1,26 @@
 """One step of every stage in bfloat16 by autocast, on the CPU: near float32, with weights, value
-head and losses in float32; and a float64 model stays float64."""
+head and losses in float32; a float64 model stays float64; and the equations in half precision."""
 
 import pytest
 import torch
 from small import DEMONSTRATIONS, PREFERENCES, PROMPTS, small_policy, small_reward_model, weights
+from strategies import assert_close, outputs_and_gradients
+from tolerances import FP32
 
 from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.advantages import gae
 from rlhf_min.config import PPOConfig
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.models import start_policy, start_reward_model
+from rlhf_min.kl import kl_estimate, shape_rewards
+from rlhf_min.losses import (
+    dpo_loss,
+    pairwise_reward_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sft_loss,
+)
+from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten
 from rlhf_min.rollout import collect
 
 BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1
@@ -218,3 +230,41 @@ def test_a_reference_on_the_cpu_runs_in_the_policys_precision(device_type):
     with optimizer.autocast():
         assert layer(torch.ones(2)).dtype == torch.bfloat16
     assert layer(torch.ones(2)).dtype == torch.float32
+
+
+# The equations
+
+MASK = torch.tensor([[True] * 64, [True] * 41 + [False] * 23])
+
+# Each takes three tensors (2, 64) of any dtype.
+COMPUTED = {
+    "masked_mean": lambda a, *_: masked_mean(a, MASK),
+    "masked_var": lambda a, *_: masked_var(a, MASK),
+    "masked_whiten": lambda a, *_: masked_whiten(a, MASK),
+    "masked_scale": lambda a, *_: masked_scale(a, MASK),
+    "k1": lambda a, b, _: kl_estimate(a, b, kind="k1"),
+    "k3": lambda a, b, _: kl_estimate(a, b, kind="k3"),
+    "shape_rewards": lambda a, _, c: shape_rewards(c[:, 0], a, MASK, kl_coef=0.1),
+    "gae": lambda a, b, _: gae(a, b, MASK, gamma=0.99, lam=0.95),
+    "sft_loss": lambda a, *_: sft_loss(a, MASK),
+    "reward": lambda a, b, c: pairwise_reward_loss(a[0], b[0], margin=c[0], center_coef=0.1),
+    "policy": lambda a, b, c: ppo_policy_loss(a, b, c, MASK, clip=0.2),
+    "value": lambda a, b, c: ppo_value_loss(a, b, c, MASK, clip=0.2),
+    "dpo": lambda a, b, c: dpo_loss(a[0], b[0], c[0], c[1], beta=0.3, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("function", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_only_how_the_inputs_are_stored(function, half):
+    rng = torch.Generator().manual_seed(0)
+    stored = [torch.randn(2, 64, generator=rng).to(half) for _ in range(3)]
+    outputs, gradients = outputs_and_gradients(function, *stored)
+    expected, expected_gradients = outputs_and_gradients(function, *(x.double() for x in stored))
+    for found, exact in zip(outputs, expected, strict=True):
+        if found.is_floating_point():
+            assert found.dtype == torch.float32
+            assert_close(found, exact.float(), FP32)
+    for found, exact in zip(gradients, expected_gradients, strict=True):
+        assert found.dtype == half
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(half).eps, atol=FP32)
