@@ -221,7 +221,7 @@ class PPOConfig(TrainingConfig):
     eos_penalty: float = option(0.0, "Taken off the score of a response without EOS.", at_least=0)
     stop_kl: float | None = option(
         None,
-        "KL(rollout policy || new policy) by k1, per token, that ends an update.",
+        "KL(rollout policy || new policy) by k1, per token and pass, that ends an update.",
         above=0,
     )
     max_kl: float | None = option(

@@ -43,7 +43,7 @@ class Sequences:
     def predicting(self) -> tuple[Tensor, Tensor]:
         """Where each of the N real response tokens is predicted: row and P - 1 + t, ``(N,)`` each.
 
-        The only place that shifts by one token.
+        Nothing else shifts by one token, but for `speed/packing.py`, where rows lie end to end.
         """
         rows, t = self.mask.nonzero(as_tuple=True)
         return rows, self.prompt_lengths[rows] - 1 + t

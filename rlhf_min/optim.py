@@ -142,7 +142,7 @@ class Optimizer:
         that a config says stay as they are here, since a run may be continued with others."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        said = [
+        configured = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
         ]
@@ -151,13 +151,13 @@ class Optimizer:
         if isinstance(scheduler, LambdaLR):  # what `adamw` makes: a rate is base * lambda(step)
             base_lrs, lambdas = scheduler.base_lrs, scheduler.lr_lambdas
             scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base_lrs})
-            for values, base, share in zip(said, base_lrs, lambdas, strict=True):
+            for values, base, share in zip(configured, base_lrs, lambdas, strict=True):
                 values["lr"] = base * share(scheduler.last_epoch)
         elif scheduler is not None:  # any other keeps its rates in its state
             scheduler.load_state_dict(state["scheduler"])
-            for values, group in zip(said, groups, strict=True):
+            for values, group in zip(configured, groups, strict=True):
                 values["lr"] = group["lr"]
-        for group, values in zip(groups, said, strict=True):
+        for group, values in zip(groups, configured, strict=True):
             group.update(values)
         if state["scaler"]:  # empty, unless it was saved under fp16
             self.scaler.load_state_dict(state["scaler"])
@@ -224,7 +224,7 @@ def accumulate(
     optimizer: Optimizer | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a batch, in micro-batches that leave its means and its gradient as they
-    would be without.
+    would be without micro-batches.
 
     Args:
         batch_loss: of a micro-batch; of what has a number for each example, the mean is taken.

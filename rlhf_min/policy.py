@@ -41,8 +41,9 @@ class Policy(nn.Module):
     Args:
         lm: any ``AutoModelForCausalLM`` of ``transformers``.
         tokenizer: the model's own.
-        critic: ``"shared"`` reads values off the policy's own trunk, ``"separate"`` off a copy of
-            it with weights of its own, ``"none"`` has no values (SFT, DPO, the reference).
+        critic: ``"shared"`` reads values off the policy's own trunk, which the value loss then
+            moves too, ``"separate"`` off a copy of it with weights of its own, ``"none"`` has no
+            values (SFT, DPO, the reference).
         plain: compute as a textbook does, and slower. The numbers are the same up to rounding.
 
     The value of response token t is read where that token is predicted, so it has not seen it. A
@@ -86,6 +87,7 @@ class Policy(nn.Module):
         values = None
         if self.value_head is not None:
             with torch.autocast(self.device.type, enabled=False):
+                # The states that predict the tokens: V_t has not seen token t.
                 hidden = hidden.to(self.value_head.weight.dtype)  # (N, H)
                 values = scatter_tokens(self.value_head(hidden)[:, 0], batch.mask)
         return PolicyOutput(
@@ -98,7 +100,7 @@ class Policy(nn.Module):
     def _plain(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropy, ``(N,)``, and what the value head reads, ``(N, H)``."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
-        rows, at = batch.predicting()  # (N,) each
+        rows, at = batch.predicting()  # (N,) each: the row, and index P - 1 + t in it
         hidden = self.lm.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
         logits = lm_head_logits(hidden, temperature=temperature, **self.head)  # (B, L, V)
         logits = logits[rows, at]  # (N, V), where a token of a response is predicted
@@ -108,7 +110,8 @@ class Policy(nn.Module):
         return logprobs, entropy(logits.detach()), hidden[rows, at]
 
     def _logits(self, batch: Sequences, temperature: float) -> Tensor:
-        """The logits at the real response tokens, ``(N, V)``: for the exact KL only."""
+        """The logits at the real response tokens, ``(N, V)``: for the exact KL only. Runs the trunk
+        once more."""
         layout = padded(batch) if self.plain else layout_of(self.lm, batch)
         hidden = hidden_states(self.lm.base_model, layout)
         return lm_head_logits(hidden, temperature=temperature, **self.head)

@@ -59,7 +59,8 @@ class RunningMoments:
 
 @dataclass
 class State:
-    """What outlives a PPO step. Each random draw has a generator of its own."""
+    """What outlives a PPO step; the other algorithms share `optim.State`. Each random draw has a
+    generator of its own."""
 
     optimizer: Optimizer
     cursor: Cursor[PromptExample]
@@ -115,7 +116,7 @@ def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfi
         optimizer,
         Cursor(prompts, seed=config.seed),
         kl_control,
-        # Far apart from each other and from the data's seed + epoch.
+        # Seeds far from each other and from the cursor's, which are seed + epoch.
         sampling_rng=torch.Generator().manual_seed(config.seed + 10**6),
         minibatch_rng=torch.Generator().manual_seed(config.seed + 2 * 10**6),
     )
@@ -127,7 +128,8 @@ def judge(
     """From scores to advantages: how much better than expected was each token?
 
     Args:
-        rollout: its `scores` are normalised, clipped and, without EOS, reduced by the penalty.
+        rollout: its `scores` are first normalised, then clipped, then reduced by the penalty where
+            a response has no EOS.
         config: for everything but the KL coefficient, which may have moved.
         kl_coef: weight of the KL in the rewards.
         moments: what the scores are normalised by, or None to take them as they are.
@@ -166,7 +168,7 @@ def minibatch_step(
         part = [rows[i] for i in group]
         sequences = rollout.sequences.select(part)
         mask = sequences.mask  # (b, t), as wide as the longest response of the part
-        cells = part, slice(mask.shape[1])
+        cells = part, slice(mask.shape[1])  # of a (B, T): these rows, the first t columns
         with optimizer.autocast():
             new = policy(sequences, temperature=config.temperature)
         policy_loss = ppo_policy_loss(
@@ -183,7 +185,7 @@ def minibatch_step(
             mask,
             clip=config.value_clip,
         )
-        share = int(policy_loss.count) / tokens
+        share = int(policy_loss.count) / tokens  # of the minibatch's
         optimizer.backward(policy_loss.loss * share + config.value_coef * value_loss.loss * share)
         means = {
             "policy_loss": policy_loss.loss,
@@ -247,7 +249,10 @@ def ppo_update(
     *,
     rng: torch.Generator,
 ) -> dict[str, float]:
-    """All epochs over one rollout; ends early once the policy has moved by `stop_kl`.
+    """All epochs over one rollout; ends after a pass in which the policy has moved by `stop_kl`.
+
+    That is the pass's mean ``update_k1``. The learning rate then ends above 0, since its schedule
+    counts all passes.
 
     Returns:
         Means over all minibatches, and ``epochs``, the number of passes made.
@@ -281,7 +286,7 @@ def train(
         monitors: further rewards by name, reported and not trained on.
         eval_prompts: fixed prompts that are sampled every `eval_every` steps with the same
             random numbers each time.
-        on_rollout: called with each rollout when it has been learned from.
+        on_rollout: called with each rollout after its update.
 
     Yields:
         The metrics of `report`, of the rollout as it was sampled, and of `ppo_update`, means over
@@ -334,8 +339,8 @@ def train(
 def report(buffer: RolloutBuffer) -> dict[str, float]:
     """What a rollout says of the policy that sampled it.
 
-    ``kl``, ``k1`` and ``k3`` are nats per response (sums over tokens, then means over responses):
-    the one in the rewards, and both unbiased estimates.
+    ``kl``, ``k1`` and ``k3`` are nats per response, sums over tokens and then means over responses:
+    ``kl`` is the estimate in the rewards, the other two are the unbiased ones.
     """
     rollout, mask = buffer.rollout, buffer.rollout.mask
     k3 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind="k3")

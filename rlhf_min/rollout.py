@@ -138,15 +138,15 @@ def score_rollout(
             part = sequences.select(rows)
             width = part.mask.shape[1]
             full = kl == "full"
-            found = policy(part, temperature=temperature, with_logits=full)
-            ref_found = ref_policy(part, temperature=temperature, with_logits=full)
-            logprobs[rows, :width] = found.logprobs
-            ref_logprobs[rows, :width] = ref_found.logprobs.to(policy.device)
-            entropies[rows, :width] = found.entropy
-            if found.values is not None:
-                values[rows, :width] = found.values
-            if found.logits is not None and ref_found.logits is not None:
-                per_token = exact_kl(found.logits, ref_found.logits.to(policy.device))  # (N,)
+            output = policy(part, temperature=temperature, with_logits=full)
+            ref_output = ref_policy(part, temperature=temperature, with_logits=full)
+            logprobs[rows, :width] = output.logprobs
+            ref_logprobs[rows, :width] = ref_output.logprobs.to(policy.device)
+            entropies[rows, :width] = output.entropy
+            if output.values is not None:
+                values[rows, :width] = output.values
+            if output.logits is not None and ref_output.logits is not None:
+                per_token = exact_kl(output.logits, ref_output.logits.to(policy.device))  # (N,)
                 kls[rows, :width] = scatter_tokens(per_token, part.mask)
     if kl != "full":
         kls = kl_estimate(logprobs, ref_logprobs, kind=kl)

@@ -22,7 +22,7 @@ def logprobs_and_states(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropy of the N real response tokens, and what predicts their values.
+    """Log-probabilities and entropy of the N real response tokens, and what the value head reads.
 
     Only the positions that predict a real response token reach the vocabulary, which is most of
     the work of a small model.
