@@ -315,10 +315,12 @@ def shuffled(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def row_logprobs(policy: Policy, prompt_ids: Tensor, response_ids: Tensor) -> Any:
+def row_logprobs(
+    policy: Policy, prompt_ids: Tensor, response_ids: Tensor, temperature: float = 1.0
+) -> Any:
     """Log-probabilities of all tokens at the places of the response, ``(T, V)``, from the plain
     logits of the row alone."""
-    logits = policy.lm(torch.cat([prompt_ids, response_ids])[None]).logits[0]
+    logits = policy.lm(torch.cat([prompt_ids, response_ids])[None]).logits[0] / temperature
     return logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
 
 

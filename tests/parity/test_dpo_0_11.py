@@ -6,7 +6,15 @@ import pytest
 import torch
 from recordings import VERSION, Recording, load
 from small import StubTokenizer, shuffled
-from trainer_harness import SHIMMED, Parity, gradients, largest_gap, metric_gap, weights
+from trainer_harness import (
+    DPO_METRICS,
+    SHIMMED,
+    Parity,
+    gradients,
+    largest_gap,
+    metric_gap,
+    weights,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_min import dpo
@@ -16,16 +24,7 @@ from rlhf_min.policy import Policy, evaluating
 
 RECORDED = Recording("dpo")
 RUN: dict[str, Any] = RECORDED.facts["run"]
-# Ours and trl's. Ours alone: the changes of both log-probabilities.
-PER_BATCH = {
-    "chosen_rewards": "rewards/chosen",
-    "rejected_rewards": "rewards/rejected",
-    "margin": "rewards/margins",
-    "accuracy": "rewards/accuracies",
-    "chosen_logprobs": "logps/chosen",
-    "rejected_logprobs": "logps/rejected",
-}
-PER_STEP = PER_BATCH | {"loss": "loss", "grad_norm": "grad_norm"}
+PER_STEP = DPO_METRICS | {"loss": "loss", "grad_norm": "grad_norm"}
 
 cached = pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
 
@@ -95,7 +94,7 @@ def test_loss_gradient_and_metrics_of_batches(
         found = dpo.batch_loss(ours.policy, ours.ref_policy, pairs, ours.config)
         means = {name: float(x.double().mean()) for name, x in found._asdict().items()}
         logits = ours.mean_logits(pairs)
-        names = PER_BATCH | {"loss": "loss"} | {name: name for name in logits}
+        names = DPO_METRICS | {"loss": "loss"} | {name: name for name in logits}
         assert set(names.values()) == theirs.keys()
         assert 0.05 < found.loss < 3  # far from both saturations
         parity(metric_gap(means | logits | {"loss": found.loss.item()}, theirs, names))

@@ -9,11 +9,15 @@ import torch
 from small import SYLLABLES, gpt2, syllables
 from tolerances import FP64
 from trainer_harness import (
+    DPO_METRICS,
+    OURS,
+    RATE,
     SEED,
     SHIMMED,
     VERSION,
     Parity,
     Row,
+    compare_runs,
     float64,
     gradients,
     import_trl,
@@ -38,32 +42,16 @@ from datasets import Dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl to transformers
 
-# Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
-# only a low rate keeps two right runs within FP64 of each other.
-RATE = 3e-5
 CONFIG = dpo.DPOConfig(
-    epochs=2,
-    batch_size=4,
-    learning_rate=RATE,
+    **OURS,
     schedule="cosine",
-    warmup_share=1 / 3,  # 2 of 6 steps
-    weight_decay=0.1,
     max_grad_norm=3.0,  # shorter than some of the gradients and longer than others
     beta=0.3,
     max_tokens=50,  # other micro-batches than trl's 2 pairs
-    seed=SEED,
 )
-# Ours and trl's. Ours alone: the changes of both log-probabilities, 1 / beta times the rewards.
+# Ours and trl's.
 # trl's alone: entropy, mean_token_accuracy, logits/*, num_tokens.
-PER_BATCH = {
-    "chosen_rewards": "rewards/chosen",
-    "rejected_rewards": "rewards/rejected",
-    "margin": "rewards/margins",
-    "accuracy": "rewards/accuracies",
-    "chosen_logprobs": "logps/chosen",
-    "rejected_logprobs": "logps/rejected",
-}
-PER_STEP = PER_BATCH | {
+PER_STEP = DPO_METRICS | {
     "loss": "loss",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
@@ -100,13 +88,7 @@ class Ours:
 def their_trainer(rows: list[Row], folder: Path, *, cached: bool, **own: Any) -> Any:
     """trl's trainer of the same models on the same texts, with the settings of `CONFIG`."""
     settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": RATE,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
         "max_grad_norm": 3.0,
         "beta": 0.3,
         "loss_type": ["sigmoid"],
@@ -150,7 +132,7 @@ def test_loss_gradient_and_metrics_of_batches(cached: bool, tmp_path: Path, pari
         means = {name: float(x.double().mean()) for name, x in found._asdict().items()}
         assert 0.05 < found.loss < 3  # far from both saturations
         parity(abs(found.loss.item() - loss))
-        parity(metric_gap(means, metrics, PER_BATCH))
+        parity(metric_gap(means, metrics, DPO_METRICS))
         parity(largest_gap(gradients(ours.policy.lm, found.loss), gradient))
 
 
@@ -171,18 +153,11 @@ def test_whole_run(cached: bool, schedule: Any, tmp_path: Path, parity: Parity) 
     with float64():
         trainer = their_trainer(rows, tmp_path, cached=cached, lr_scheduler_type=schedule)
         trainer.train()
-    logs = steps(trainer.state.log_history)
-    assert len(metrics) == len(logs) == 6
-    # The clip is felt and is not always felt; the rate has risen and fallen.
-    norms = [m["grad_norm"] for m in metrics]
-    assert min(norms) < CONFIG.max_grad_norm < max(norms)
-    rates = [m["learning_rate"] for m in metrics]
+    norm = CONFIG.max_grad_norm
+    compare_runs(ours.policy.lm, start, metrics, trainer, PER_STEP, parity, max_norm=norm)
+    rates = [m["learning_rate"] for m in metrics]  # which have risen and fallen
     assert rates[0] == 0
     assert rates[2] == RATE > rates[3] > rates[5]
-    for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        parity(metric_gap(ours_now, theirs_now, PER_STEP))
-    parity(largest_gap(weights(ours.policy.lm), weights(trainer.model)))
-    assert largest_gap(weights(ours.policy.lm), start) > RATE
 
 
 @pytest.mark.eq("dpo")

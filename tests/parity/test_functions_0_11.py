@@ -5,6 +5,7 @@ something behind.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def recorded(name: str) -> list[dict[str, Tensor]]:
     return cases
 
 
+def compared(ours: Callable[..., Tensor], theirs: str = "", **told: str) -> Any:
+    """A function of ours with its row of the table; trl's has the same name unless it is given."""
+    name = ours.__name__
+    mark = pytest.mark.parity(name, theirs or name, VERSION, **told, **RAGGED)
+    return pytest.param(ours, name, marks=mark)
+
+
 @pytest.mark.eq("masked_mean")
 @pytest.mark.eq("masked_var")
 @pytest.mark.eq("whiten")
@@ -39,28 +47,10 @@ def recorded(name: str) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("ours", "name"),
     [
-        pytest.param(
-            *(masked_mean, "masked_mean"),
-            marks=pytest.mark.parity("masked_mean", "masked_mean", VERSION, **RAGGED),
-        ),
-        pytest.param(
-            *(masked_var, "masked_var"),
-            marks=pytest.mark.parity("masked_var", "masked_var", VERSION, dtype=SHIMMED, **RAGGED),
-        ),
-        pytest.param(
-            *(masked_whiten, "masked_whiten"),
-            marks=pytest.mark.parity(
-                "masked_whiten", "masked_whiten", VERSION, dtype=SHIMMED, **RAGGED
-            ),
-        ),
-        pytest.param(
-            *(masked_scale, "masked_scale"),
-            marks=pytest.mark.parity(
-                *("masked_scale", "masked_whiten(shift_mean=False)", VERSION),
-                dtype=SHIMMED,
-                **RAGGED,
-            ),
-        ),
+        compared(masked_mean),
+        compared(masked_var, dtype=SHIMMED),
+        compared(masked_whiten, dtype=SHIMMED),
+        compared(masked_scale, "masked_whiten(shift_mean=False)", dtype=SHIMMED),
     ],
 )
 def test_masked_functions(ours: Callable[..., Tensor], name: str, parity: Parity) -> None:

@@ -86,21 +86,20 @@ def test_entropy(parity: Parity) -> None:
     parity(gaps)
 
 
+def compared(ours: Callable[..., Tensor], *rest: Any, theirs: str = "", **told: str) -> Any:
+    """A function of ours with its row of the table; trl's has the same name unless it is given."""
+    name = ours.__name__
+    mark = pytest.mark.parity(name, theirs or name, VERSION, **told, **ON_CASES)
+    return pytest.param(ours, *rest, marks=mark)
+
+
 @pytest.mark.eq("masked_mean")
 @pytest.mark.eq("masked_var")
 @pytest.mark.parametrize(
     ("ours", "theirs", "real_tokens"),
     [
-        pytest.param(
-            *(masked_mean, trl_ppo.masked_mean, 1),
-            marks=pytest.mark.parity("masked_mean", "masked_mean", VERSION, **ON_CASES),
-        ),
-        pytest.param(
-            *(masked_var, trl_ppo.masked_var, 2),
-            marks=pytest.mark.parity(
-                "masked_var", "masked_var", VERSION, dtype=SHIMMED, **ON_CASES
-            ),
-        ),
+        compared(masked_mean, trl_ppo.masked_mean, 1),
+        compared(masked_var, trl_ppo.masked_var, 2, dtype=SHIMMED),
     ],
 )
 def test_masked_moments(
@@ -122,22 +121,8 @@ def test_masked_moments(
 @pytest.mark.parametrize(
     ("ours", "shift_mean"),
     [
-        pytest.param(
-            *(masked_whiten, True),
-            marks=pytest.mark.parity(
-                "masked_whiten", "masked_whiten", VERSION, dtype=SHIMMED, **ON_CASES
-            ),
-        ),
-        pytest.param(
-            *(masked_scale, False),
-            marks=pytest.mark.parity(
-                "masked_scale",
-                "masked_whiten(shift_mean=False)",
-                VERSION,
-                dtype=SHIMMED,
-                **ON_CASES,
-            ),
-        ),
+        compared(masked_whiten, True, dtype=SHIMMED),
+        compared(masked_scale, False, theirs="masked_whiten(shift_mean=False)", dtype=SHIMMED),
     ],
 )
 def test_masked_whiten(ours: Callable[..., Tensor], shift_mean: bool, parity: Parity) -> None:

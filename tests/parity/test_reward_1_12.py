@@ -11,16 +11,17 @@ from small import bert, bert_syllables, gpt2_classifier, syllables
 from tolerances import FP64
 from torch import Tensor
 from trainer_harness import (
+    OURS,
     SEED,
     SHIMMED,
     VERSION,
     Parity,
     Row,
+    compare_runs,
     float64,
     gradients,
     import_trl,
     largest_gap,
-    metric_gap,
     options,
     preference_rows,
     steps,
@@ -35,18 +36,12 @@ trl = import_trl()
 from datasets import Dataset  # noqa: E402
 from trl.trainer.reward_trainer import DataCollatorForPreference  # noqa: E402
 
-RATE = 3e-5  # low, for the reason given in test_dpo_1_12.py
 CENTER_COEF = 0.05
 CONFIG = reward.RewardConfig(
-    epochs=2,
-    batch_size=4,
-    learning_rate=RATE,
+    **OURS,
     schedule="linear",
-    warmup_share=1 / 3,  # 2 of 6 steps
-    weight_decay=0.1,
     center_coef=CENTER_COEF,
     max_tokens=80,  # other micro-batches than trl's 2 pairs
-    seed=SEED,
 )
 # Ours and trl's. Ours alone: ties. trl's alone: min_, mean_, max_reward, num_tokens.
 PER_STEP = {
@@ -87,13 +82,7 @@ def their_trainer(kind: str, ours: RewardModel, rows: list[Row], folder: Path, *
     the ids that our model reads.
     """
     settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": RATE,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
         "center_rewards_coefficient": CENTER_COEF,
     }
     if kind == "bert":
@@ -199,15 +188,7 @@ def test_whole_run(kind: str, max_norm: float, tmp_path: Path, parity: Parity) -
     with float64():
         trainer = their_trainer(kind, ours, rows, tmp_path, max_grad_norm=max_norm)
         trainer.train()
-    logs = steps(trainer.state.log_history)
-    assert len(metrics) == len(logs) == 6
-    # The clip is felt and is not always felt.
-    norms = [m["grad_norm"] for m in metrics]
-    assert min(norms) < max_norm < max(norms)
-    for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        parity(metric_gap(ours_now, theirs_now, PER_STEP))
-    parity(largest_gap(weights(ours.model), weights(trainer.model)))
-    assert largest_gap(weights(ours.model), start) > RATE
+    compare_runs(ours.model, start, metrics, trainer, PER_STEP, parity, max_norm=max_norm)
 
 
 @pytest.mark.eq("reward")

@@ -9,20 +9,19 @@ from small import SYLLABLES, gpt2, syllables
 from tolerances import FP32, FP64
 from torch import tensor
 from trainer_harness import (
-    SEED,
+    OURS,
     SHIMMED,
     VERSION,
     Parity,
     Row,
+    compare_runs,
     demonstration_rows,
     float64,
     gradients,
     import_trl,
     isolated,
     largest_gap,
-    metric_gap,
     options,
-    steps,
     their_batch,
     weights,
 )
@@ -35,18 +34,12 @@ from rlhf_min.policy import Policy
 trl = import_trl()
 from datasets import Dataset  # noqa: E402
 
-RATE = 3e-5  # low, for the reason given in test_dpo_1_12.py
 MAX_NORM = 3.0  # shorter than some of the gradients and longer than others
 CONFIG = sft.SFTConfig(
-    epochs=2,
-    batch_size=4,
-    learning_rate=RATE,
+    **OURS,
     schedule="cosine",
-    warmup_share=1 / 3,  # 2 of 6 steps
-    weight_decay=0.1,
     max_grad_norm=MAX_NORM,
     max_tokens=25,  # other micro-batches than trl's 2 rows
-    seed=SEED,
 )
 # trl's alone: entropy, mean_token_accuracy, num_tokens.
 PER_STEP = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
@@ -64,13 +57,7 @@ def our_side(rows: list[Row]) -> tuple[Policy, list[SFTExample]]:
 def their_trainer(rows: list[Row], folder: Path, **own: Any) -> Any:
     """trl's trainer of the same model on the same texts, with the settings of `CONFIG`."""
     settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": RATE,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
         "max_grad_norm": MAX_NORM,
         "completion_only_loss": True,
     }
@@ -146,12 +133,4 @@ def test_whole_run(loss_type: str, n: int, tmp_path: Path, parity: Parity) -> No
     with float64():
         trainer = their_trainer(rows, tmp_path, loss_type=loss_type)
         trainer.train()
-    logs = steps(trainer.state.log_history)
-    assert len(metrics) == len(logs) == 6
-    # The clip is felt and is not always felt.
-    norms = [m["grad_norm"] for m in metrics]
-    assert min(norms) < MAX_NORM < max(norms)
-    for ours_now, theirs_now in zip(metrics, logs, strict=True):
-        parity(metric_gap(ours_now, theirs_now, PER_STEP))
-    parity(largest_gap(weights(policy.lm), weights(trainer.model)))
-    assert largest_gap(weights(policy.lm), start) > RATE
+    compare_runs(policy.lm, start, metrics, trainer, PER_STEP, parity, max_norm=MAX_NORM)

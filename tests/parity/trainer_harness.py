@@ -30,6 +30,36 @@ CHECKPOINTING = next(
     if name in TrainingArguments.__dataclass_fields__
 )
 SEED = 7  # of the order of the rows, on both sides
+# Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
+# only a low rate keeps two right runs within FP64 of each other.
+RATE = 3e-5
+# What the runs of both sides have in common, in our words and in trl's.
+OURS: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 4,
+    "learning_rate": RATE,
+    "warmup_share": 1 / 3,  # 2 of 6 steps
+    "weight_decay": 0.1,
+    "seed": SEED,
+}
+THEIRS = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": RATE,
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "seed": SEED,
+}
+# Metrics of DPO. Ours alone: the changes of both log-probabilities, 1 / beta times the rewards.
+DPO_METRICS = {
+    "chosen_rewards": "rewards/chosen",
+    "rejected_rewards": "rewards/rejected",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "chosen_logprobs": "logps/chosen",
+    "rejected_logprobs": "logps/rejected",
+}
 
 Row = dict[str, Any]
 Parity = Callable[..., None]  # the fixture in conftest.py
@@ -88,7 +118,7 @@ def options(folder: Path, **own: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "seed": SEED,
+        **THEIRS,
         **own,
     }
 
@@ -142,6 +172,27 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     return found
+
+
+def compare_runs(
+    module: nn.Module,
+    start: Mapping[str, Tensor],
+    metrics: Sequence[Mapping[str, float]],
+    trainer: Any,
+    names: Mapping[str, str],
+    parity: Parity,
+    *,
+    max_norm: float,
+) -> None:
+    """Each step's metrics, and the weights after the last. The clip is felt, and not always."""
+    logs = steps(trainer.state.log_history)
+    assert len(metrics) == len(logs) == 6
+    norms = [m["grad_norm"] for m in metrics]
+    assert min(norms) < max_norm < max(norms)
+    for ours_now, theirs_now in zip(metrics, logs, strict=True):
+        parity(metric_gap(ours_now, theirs_now, names))
+    parity(largest_gap(weights(module), weights(trainer.model)))
+    assert largest_gap(weights(module), start) > RATE
 
 
 class TheirBatch(NamedTuple):

@@ -31,19 +31,11 @@ from rlhf_min.data import collate
 from rlhf_min.policy import Policy, disable_dropout, evaluating, scatter_tokens
 
 CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
-
-
 HEADS = pytest.mark.parametrize(
     "make", [gpt2, llama, gemma2, cohere, granite], ids=lambda make: make.__name__
 )
-
-
 PROMPTS = token_rows([3, 1, 5, 2], seed=10)
-
-
 RESPONSES = token_rows([2, 6, 1, 4], seed=11, eos=True)
-
-
 BATCH = collate(PROMPTS, RESPONSES, pad_id=PAD)
 
 

@@ -20,6 +20,7 @@ from small import (
     gpt2,
     llama,
     policy_of,
+    row_logprobs,
     syllables,
     text,
     token_rows,
@@ -66,13 +67,6 @@ def scored(model, ref_model, *, temperature=1.0, kl="k1", max_tokens=10_000):
     )
 
 
-@torch.no_grad()
-def plain_logp(lm, prompt, response, temperature=1.0):
-    """log p of every token of the vocabulary before each response token, (T, V), row alone."""
-    logits = lm(torch.cat([prompt, response])[None]).logits[0] / temperature
-    return torch.stack([logits[len(prompt) - 1 + t].log_softmax(-1) for t in range(len(response))])
-
-
 def padded(rows):
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
@@ -88,8 +82,8 @@ def taken(logp, response):
 def test_scoring_passes_are_the_plain_ones(make):
     model, ref_model = policy_of(make(), critic="shared"), policy_of(make(seed=9))
     found = scored(model, ref_model, temperature=0.7)
-    logp = [plain_logp(model.lm, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
-    ref_logp = [plain_logp(ref_model.lm, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
+    logp = [row_logprobs(model, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
+    ref_logp = [row_logprobs(ref_model, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
     logprobs = padded(map(taken, logp, RESPONSES))
     ref_logprobs = padded(map(taken, ref_logp, RESPONSES))
     assert_close(found.logprobs, logprobs, FP64)
@@ -106,8 +100,8 @@ def test_full_kl_is_the_sum_over_the_vocabulary():
     found = scored(model, ref_model, temperature=0.7, kl="full", max_tokens=20)
     expected = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        p = plain_logp(model.lm, prompt, response, 0.7).tolist()
-        r = plain_logp(ref_model.lm, prompt, response, 0.7).tolist()
+        p = row_logprobs(model, prompt, response, 0.7).tolist()
+        r = row_logprobs(ref_model, prompt, response, 0.7).tolist()
         sums = [
             sum(math.exp(a) * (a - b) for a, b in zip(*pair, strict=True))
             for pair in zip(p, r, strict=True)
@@ -253,9 +247,9 @@ def test_collect_remembers_what_it_sampled():
         assert found.mask[b].tolist() == [t < n for t in range(found.mask.shape[1])]
         assert found.sequences.prompt_lengths[b] == len(prompt)
         assert bool(found.ended[b]) == (response[-1] == EOS)
-        expected = taken(plain_logp(model.lm, prompt, response, 0.8), response)
+        expected = taken(row_logprobs(model, prompt, response, 0.8), response)
         assert_close(found.logprobs[b, :n], expected, FP64)
-        expected = taken(plain_logp(ref_model.lm, prompt, response, 0.8), response)
+        expected = taken(row_logprobs(ref_model, prompt, response, 0.8), response)
         assert_close(found.ref_logprobs[b, :n], expected, FP64)
     assert found.ended.tolist() == [True, False, True, True]  # the case has both
     assert set(found.seconds) == {"sample", "score"}
