@@ -8,7 +8,7 @@ and nothing is equal by being zero. Models over eight words, which `small_policy
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -115,6 +115,9 @@ def granite(seed: int = 0) -> PreTrainedModel:
     """Divides its logits by 5."""
     config = GraniteConfig(**llama_like(), logits_scaling=5.0)
     return seeded(lambda: GraniteForCausalLM(config), seed)
+
+
+CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 
 
 def llama_like(vocabulary: int = VOCABULARY) -> dict[str, int]:
@@ -308,6 +311,26 @@ PROMPTS = [
     PromptExample(" ".join(WORDS[i - 2] for i in x.prompt_ids), x.prompt_ids)
     for x in DEMONSTRATIONS
 ]
+
+
+TEXT_PAIRS = [
+    {"prompt": "red ball", "chosen": "one big", "rejected": "two"},
+    {"prompt": "big", "chosen": "small ball", "rejected": "green one two"},
+]
+
+
+def lengths(_prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward: the characters of each response."""
+    return [float(len(response)) for response in responses]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def stacked(rows: Iterable[Tensor]) -> Tensor:
+    """Rows as (B, T) with zeros at padding."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def shuffled(n: int, seed: int) -> list[int]:

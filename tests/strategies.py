@@ -1,6 +1,7 @@
 """What the tests of the equations share: ragged batches, poison for padding, and the comparisons
 that every function has to stand."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ settings.register_profile("equations", max_examples=25, deadline=None, derandomi
 settings.load_profile("equations")
 
 NAN, INF = float("nan"), float("inf")
+RAGGED = torch.tensor([[True, True, True], [True, False, False]])
 POISONS = (NAN, INF, -INF, 1e30, -1e30)  # what might lie in padding
 
 
@@ -141,6 +143,12 @@ def assert_nothing_but_the_loss_carries_gradient(result: Any) -> None:
     """Of a loss's NamedTuple, only the first member is part of the graph."""
     carrying = [name for name in result._fields if getattr(result, name).requires_grad]
     assert carrying == ["loss"]
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """One row, from the definition, in Python floats."""
+    weights = [math.exp(z) for z in logits]
+    return [w / sum(weights) for w in weights]
 
 
 def spread(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from counting import counting_stage
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, small_policy
+from small import BALL, DEMONSTRATIONS, ONE, PROMPTS, RED, lengths, small_policy
 from tolerances import EXACT
 
 from rlhf_min import ppo, reward, sft
@@ -23,11 +23,6 @@ from rlhf_min.harness.run.faults import LAST_METRICS, explained, save_nonfinite
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.run.system_errors import out_of_memory
 from rlhf_min.harness.stages import sft as sft_stage
-
-
-def lengths(_prompts, responses):
-    return [float(len(response)) for response in responses]
-
 
 # The batch
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from small import (
+    CAUSAL,
     PAD,
     POSITIONS,
     SYLLABLES,
@@ -17,7 +18,6 @@ from small import (
     bert_syllables,
     gpt2,
     gpt2_classifier,
-    llama,
     small_policy,
     small_reward_model,
     syllables,
@@ -34,7 +34,6 @@ from rlhf_min.policy import VALUE_FILE, Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.speed.fast import fuse_gelu
 
-CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 VOCABULARY = 3 + len(SYLLABLES)
 BATCH = collate(

@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 import pytest
-from small import PROMPTS, small_policy
+from small import PROMPTS, lengths, small_policy
 from tolerances import FP64
 
 from rlhf_min import ppo
@@ -19,10 +19,6 @@ from rlhf_min.harness.run.reading import read_run
 from rlhf_min.harness.run.saving import measures
 from rlhf_min.harness.stages.ppo import too_far
 from rlhf_min.harness.stages.run_stage import copy_policy
-
-
-def lengths(_prompts, responses):
-    return [float(len(response)) for response in responses]
 
 
 def ppo_run(**options):

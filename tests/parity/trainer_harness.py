@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from small import SYLLABLES
+from small import SYLLABLES, weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -159,10 +159,6 @@ def near(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
 def steps(logs: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
     """Of trl's log, the entries of optimizer steps."""
     return [entry for entry in logs if "loss" in entry]
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from small import (
     DEMONSTRATIONS,
     PREFERENCES,
     PROMPTS,
+    TEXT_PAIRS,
     small_policy,
     small_reward_model,
     weights,
@@ -33,10 +34,6 @@ OTHERS = pytest.mark.parametrize(
         ),
     ],
 )
-PAIRS = [
-    {"prompt": "red ball", "chosen": "one big", "rejected": "two"},
-    {"prompt": "big", "chosen": "small ball", "rejected": "green one two"},
-]
 
 
 def sft_steps(policy_on, _others_on, precision):
@@ -49,7 +46,7 @@ def sft_steps(policy_on, _others_on, precision):
 def reward_steps(_policy_on, others_on, precision):
     model = small_reward_model(dtype=torch.float32).to(others_on)
     config = reward.RewardConfig(epochs=2, batch_size=2, precision=precision)
-    examples, _ = reward.prepare_pairs(model, PAIRS)
+    examples, _ = reward.prepare_pairs(model, TEXT_PAIRS)
     return model, reward.train(model, config, reward.new_state(model, examples, config))
 
 

@@ -15,6 +15,7 @@ from strategies import (
     outputs_and_gradients,
     ragged_batches,
     rising,
+    softmax,
     tensors,
 )
 from tolerances import EXACT, FP32, FP64
@@ -30,11 +31,6 @@ def by_hand(kind, d):
     ratio = math.exp(-d)  # ref / pi
     return {"k1": -math.log(ratio), "abs": max(d, -d), "k2": math.log(ratio) ** 2 / 2,
             "k3": ratio - 1 - math.log(ratio)}[kind]  # fmt: skip
-
-
-def softmax(logits):
-    weights = [math.exp(z) for z in logits]
-    return [w / sum(weights) for w in weights]
 
 
 # kl_estimate

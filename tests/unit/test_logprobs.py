@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import INF, assert_close, outputs_and_gradients, tensors
+from strategies import INF, assert_close, outputs_and_gradients, softmax, tensors
 from tolerances import EXACT, FP32, FP64
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,12 +25,6 @@ DTYPES = [
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),
 ]
-
-
-def softmax(logits):
-    """One row, from the definition, in Python floats."""
-    weights = [math.exp(z) for z in logits]
-    return [w / sum(weights) for w in weights]
 
 
 def head(**changes):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import (
     INF,
     NAN,
+    RAGGED,
     assert_close,
     assert_micro_batches_add_up,
     assert_nothing_but_the_loss_carries_gradient,
@@ -30,7 +31,6 @@ from rlhf_min.losses import (
 
 LN2, LN3 = math.log(2), math.log(3)
 ONE = torch.ones(1, 1, dtype=torch.float64)
-RAGGED = torch.tensor([[True, True, True], [True, False, False]])
 
 
 def f64(*values):

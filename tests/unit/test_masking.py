@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    RAGGED,
     assert_close,
     assert_padding_never_matters,
     assert_rows_are_a_set,
@@ -20,7 +21,6 @@ from tolerances import EXACT, FP32, FP64
 from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
 
 ALL = (masked_mean, masked_var, masked_whiten, masked_scale)
-RAGGED = torch.tensor([[True, True, True], [True, False, False]])
 
 
 def real(x, mask):

@@ -14,6 +14,7 @@ from small import (
     RED,
     TWO,
     ids,
+    lengths,
     real_copy,
     small_policy,
     small_reward_model,
@@ -77,10 +78,6 @@ def dpo_run(**options):
     state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
     steps = dpo.train(policy, ref_policy, config, state)
     return policy, policy.lm.transformer.wpe, state, steps
-
-
-def lengths(_prompts, responses):
-    return [float(len(response)) for response in responses]
 
 
 def ppo_run(*, score=lengths, **options):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from small import (
+    CAUSAL,
     EOS,
     PAD,
     WIDTH,
@@ -15,6 +16,7 @@ from small import (
     granite,
     llama,
     policy_of,
+    stacked,
     syllables,
     token_rows,
 )
@@ -30,7 +32,6 @@ from transformers import (
 from rlhf_min.data import collate
 from rlhf_min.policy import Policy, disable_dropout, evaluating, scatter_tokens
 
-CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 HEADS = pytest.mark.parametrize(
     "make", [gpt2, llama, gemma2, cohere, granite], ids=lambda make: make.__name__
 )
@@ -61,11 +62,6 @@ def row_values(trunk, head, row):
     )
 
 
-def padded(rows):
-    """Rows as (B, T) with zeros at padding."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
 # Policy.forward
 
 
@@ -75,13 +71,13 @@ def test_logprobs_and_entropy_are_those_of_the_model_itself(make, temperature):
     model = policy_of(make())
     with torch.no_grad():
         found = model(BATCH, temperature=temperature)
-        logprobs = padded(row_logprobs(model.lm, b, temperature=temperature) for b in range(4))
+        logprobs = stacked(row_logprobs(model.lm, b, temperature=temperature) for b in range(4))
         entropies = []
         for b in range(4):
             p = row_logits(model.lm, b, temperature=temperature).softmax(-1)
             entropies.append(torch.special.entr(p).sum(-1))
     assert_close(found.logprobs, logprobs, FP64)
-    assert_close(found.entropy, padded(entropies), FP64)
+    assert_close(found.entropy, stacked(entropies), FP64)
     assert found.values is None
 
 
@@ -99,8 +95,8 @@ def test_gradients_are_those_of_the_plain_computation(make, tolerance, chunk_tok
     found = model(BATCH, temperature=0.7)
     gradients = torch.autograd.grad(weighted(found.logprobs, found.values), parameters)
     plain = weighted(
-        padded(row_logprobs(model.lm, b, temperature=0.7) for b in range(4)),
-        padded(row_values(model.lm.base_model, model.value_head, b) for b in range(4)),
+        stacked(row_logprobs(model.lm, b, temperature=0.7) for b in range(4)),
+        stacked(row_values(model.lm.base_model, model.value_head, b) for b in range(4)),
     )
     for now, expected in zip(gradients, torch.autograd.grad(plain, parameters), strict=True):
         assert now.abs().max() > 0
@@ -113,7 +109,7 @@ def test_values_are_the_head_on_the_hidden_state_before_each_token(make, critic)
     model = policy_of(make(), critic=critic)
     with torch.no_grad():
         trunk = model.lm.base_model if critic == "shared" else model.critic_trunk
-        expected = padded(row_values(trunk, model.value_head, b) for b in range(4))
+        expected = stacked(row_values(trunk, model.value_head, b) for b in range(4))
         assert_close(model(BATCH).values, expected, FP64)
 
 

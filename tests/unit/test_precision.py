@@ -3,7 +3,16 @@ head and losses in float32; a float64 model stays float64; and the equations in 
 
 import pytest
 import torch
-from small import DEMONSTRATIONS, PREFERENCES, PROMPTS, small_policy, small_reward_model, weights
+from small import (
+    DEMONSTRATIONS,
+    PREFERENCES,
+    PROMPTS,
+    TEXT_PAIRS,
+    lengths,
+    small_policy,
+    small_reward_model,
+    weights,
+)
 from strategies import assert_close, outputs_and_gradients
 from tolerances import FP32
 
@@ -24,10 +33,6 @@ from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_white
 from rlhf_min.rollout import collect
 
 BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1
-PAIRS = [
-    {"prompt": "red ball", "chosen": "one big", "rejected": "two"},
-    {"prompt": "big", "chosen": "small ball", "rejected": "green one two"},
-]
 
 
 def sft_steps(dtype, precision):
@@ -40,7 +45,7 @@ def sft_steps(dtype, precision):
 def reward_steps(dtype, precision):
     model = small_reward_model(dtype=dtype)
     config = reward.RewardConfig(epochs=1, precision=precision)
-    examples, _ = reward.prepare_pairs(model, PAIRS)
+    examples, _ = reward.prepare_pairs(model, TEXT_PAIRS)
     return model, reward.train(model, config, reward.new_state(model, examples, config))
 
 
@@ -59,10 +64,6 @@ def dpo_steps(dtype, precision):
     reference = policy.reference()
     state = dpo.new_state(policy, reference, PREFERENCES, config)
     return policy, dpo.train(policy, reference, config, state)
-
-
-def lengths(_prompts, responses):
-    return [float(len(response)) for response in responses]
 
 
 STAGES = pytest.mark.parametrize("steps", [sft_steps, reward_steps, ppo_steps, dpo_steps])
@@ -119,7 +120,7 @@ def looked_at(stage):
     if stage == "reward":
         model = small_reward_model(dtype=torch.float32)
         config = reward.RewardConfig(epochs=1, precision="bf16")
-        pairs, _ = reward.prepare_pairs(model, PAIRS)
+        pairs, _ = reward.prepare_pairs(model, TEXT_PAIRS)
         state = reward.new_state(model, pairs, config)
         steps = reward.train(model, config, state, heldout=pairs)
         return steps, state, lambda: reward.evaluate(model, pairs, config)

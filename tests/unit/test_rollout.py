@@ -13,14 +13,16 @@ import pandas as pd
 import pytest
 import torch
 from small import (
+    CAUSAL,
     EOS,
     SYLLABLES,
     bert,
     bert_syllables,
+    generator,
     gpt2,
-    llama,
     policy_of,
     row_logprobs,
+    stacked,
     syllables,
     text,
     token_rows,
@@ -39,7 +41,6 @@ from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import Rollout, RolloutBuffer, collect, score_rollout
 from rlhf_min.sampling import sample
 
-CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 1, 5, 2, 4], [2, 6, 1, 4, 6]
 PROMPTS = token_rows(PROMPT_LENGTHS, seed=30)
 RESPONSES = token_rows(RESPONSE_LENGTHS, seed=31)
@@ -48,10 +49,6 @@ for _row in (0, 2, 3):
 RESPONSES[4][2] = EOS  # in the middle: not where a response ends
 SCORES = torch.tensor([1.0, -2.0, 0.5, 0.25, 3.0], dtype=torch.float64)
 FIELDS = ("scores", "ended", "logprobs", "ref_logprobs", "kl", "entropy", "values")
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def scored(model, ref_model, *, temperature=1.0, kl="k1", max_tokens=10_000):
@@ -67,10 +64,6 @@ def scored(model, ref_model, *, temperature=1.0, kl="k1", max_tokens=10_000):
     )
 
 
-def padded(rows):
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
 def taken(logp, response):
     return torch.stack([logp[t, token] for t, token in enumerate(response.tolist())])
 
@@ -84,12 +77,12 @@ def test_scoring_passes_are_the_plain_ones(make):
     found = scored(model, ref_model, temperature=0.7)
     logp = [row_logprobs(model, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
     ref_logp = [row_logprobs(ref_model, *row, 0.7) for row in zip(PROMPTS, RESPONSES, strict=True)]
-    logprobs = padded(map(taken, logp, RESPONSES))
-    ref_logprobs = padded(map(taken, ref_logp, RESPONSES))
+    logprobs = stacked(map(taken, logp, RESPONSES))
+    ref_logprobs = stacked(map(taken, ref_logp, RESPONSES))
     assert_close(found.logprobs, logprobs, FP64)
     assert_close(found.ref_logprobs, ref_logprobs, FP64)
     assert_close(found.kl, logprobs - ref_logprobs, FP64)
-    assert_close(found.entropy, padded(torch.special.entr(p.exp()).sum(-1) for p in logp), FP64)
+    assert_close(found.entropy, stacked(torch.special.entr(p.exp()).sum(-1) for p in logp), FP64)
     assert_close(found.values, model(found.sequences).values.detach(), FP64)
     assert_close(found.scores, SCORES, EXACT)
     assert (found.prompts, found.responses) == ([], [])
@@ -107,7 +100,7 @@ def test_full_kl_is_the_sum_over_the_vocabulary():
             for pair in zip(p, r, strict=True)
         ]
         expected.append(torch.tensor(sums, dtype=torch.float64))
-    assert_close(found.kl, padded(expected), FP64)
+    assert_close(found.kl, stacked(expected), FP64)
 
 
 @pytest.mark.parametrize(

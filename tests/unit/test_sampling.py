@@ -10,7 +10,18 @@ from itertools import accumulate, product
 
 import pytest
 import torch
-from small import EOS, PAD, gpt2, llama, llama_like, policy_of, seeded, token_rows
+from small import (
+    CAUSAL,
+    EOS,
+    PAD,
+    generator,
+    gpt2,
+    llama,
+    llama_like,
+    policy_of,
+    seeded,
+    token_rows,
+)
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
@@ -35,7 +46,6 @@ from rlhf_min.sampling import (
 )
 from rlhf_min.speed.cache import CACHE_NAMES, cache_bytes, rows_at_once
 
-CAUSAL = pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
 EDGE = 1e-12  # from an edge of the cdf, where float32 would be 1e-8 off
 FEW = 5  # tokens in the vocabulary, so that EOS comes now and then
 PROMPTS = token_rows([3, 1, 7, 2, 5, 1], seed=20, vocabulary=FEW)
@@ -45,10 +55,6 @@ def wide_heads():
     """Heads whose width is not the model's over their number."""
     config = LlamaConfig(**llama_like(), head_dim=6)
     return seeded(lambda: LlamaForCausalLM(config))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(model, prompts, *, tokens=8, temperature=1.0, seed=0):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small import lengths
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -115,10 +116,6 @@ def reward_step(folder, precision):
     config = reward.RewardConfig(epochs=1, batch_size=ROWS, precision=precision)
     examples, _ = reward.prepare_pairs(model, pairs)
     return model, reward.train(model, config, reward.new_state(model, examples, config))
-
-
-def lengths(_prompts, responses):
-    return [float(len(response)) for response in responses]
 
 
 def take(step, folder, precision):
