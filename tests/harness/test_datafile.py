@@ -301,246 +301,111 @@ SEVERAL = (
 )
 FILES = "give a .csv, .json, .jsonl or .parquet file"
 
+# Name, content, stage, and what is said.
+# fmt: off
 REFUSED: list[tuple[str, str | bytes, Stage, str]] = [
-    (
-        "pairs.csv",
-        "question,answer\na,b",
-        "dpo",
-        "pairs.csv: DPO needs the columns prompt, chosen, rejected; found question, answer; "
-        'rename or add "chosen" and "rejected", or give --columns chosen=NAME,rejected=NAME'
-        f"{SEVERAL}",
-    ),
-    (
-        "a.csv",
-        "text\nb",
-        "ppo",
-        "a.csv: PPO needs the column prompt; found text; "
-        'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME',
-    ),
-    (
-        "a.jsonl",
-        '{"input\\n": 1, "": 2}',
-        "sft",
-        "a.jsonl: SFT needs the columns prompt, response; found 'input\\n', ''; "
-        'rename or add "prompt" (or question, instruction, query) and '
-        '"response" (or output, completion, answer, chosen), '
-        "or give --columns prompt=NAME,response=NAME",
-    ),
-    (
-        "a.jsonl",
-        '{"prompt": "a"}',
-        "evaluation",
-        "a.jsonl: evaluation needs the columns prompt, references; found prompt; rename or add "
-        '"references" (or reference, response, output, completion, answer, chosen), '
-        "or give --columns references=NAME",
-    ),
-    (
-        "a.json",
-        "[{}]",
-        "reward",
-        "a.json: reward training needs the columns prompt, chosen, rejected; found none; rename "
-        'or add "prompt" (or question, instruction, query) and "chosen" and "rejected", '
-        f"or give --columns prompt=NAME,chosen=NAME,rejected=NAME{SEVERAL}",
-    ),
-    (
-        "a.csv",
-        "x" * 60 + "," + ",".join("bcdefghijk") + "\n" + ",".join("abcdefghijk"),
-        "ppo",
-        f"a.csv: PPO needs the column prompt; found {'x' * 37}..., b, c, d, e, f, g, h, ...; "
-        'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME',
-    ),
-    (
-        "a.jsonl",
-        '{"Prompt": "a"}\n{"query": "b"}',
-        "ppo",
-        'a.jsonl: the columns "Prompt" and "query" could both be the "prompt"; '
-        "remove or rename one of them",
-    ),
-    (
-        "a.csv",
-        "prompt,answer,chosen\na,b,c",
-        "sft",
-        'a.csv: the columns "answer" and "chosen" could both be the "response"; '
-        "remove or rename one of them",
-    ),
-    (
-        "a.csv",
-        "prompt,reference,response\na,b,c",
-        "evaluation",
-        'a.csv: the columns "reference" and "response" could both be the "references"; '
-        "remove or rename one of them",
-    ),
-    (
-        "a.csv",
-        "prompt,response\na,b\n\nc,d\ne\n",
-        "sft",
-        "a.csv: row 3 has 1 field, but the header has 2; put cells that hold commas in quotes",
-    ),
-    (
-        "a.csv",
-        'prompt,response\n"a\nb",c\nd,e,f\n',
-        "sft",
-        "a.csv: row 2 has 3 fields, but the header has 2; put cells that hold commas in quotes",
-    ),
-    (
-        "a.csv",
-        "prompt;chosen;rejected\na;b, c;d\n",
-        "dpo",
-        "a.csv: semicolons, not commas, part the header prompt;chosen;rejected; save with commas",
-    ),
-    (
-        "a.csv",
-        '"prompt"\t"text, of it"\n"a"\t"b"\n',
-        "ppo",
-        'a.csv: tabs, not commas, part the header \'"prompt"\\t"text, of it"\'; save with commas',
-    ),
-    (
-        "a.csv",
-        "prompt|response\na|b\n",
-        "sft",
-        "a.csv: bars, not commas, part the header prompt|response; save with commas",
-    ),
-    (
-        "a.csv",
-        "sep=;\nprompt;response\na;b\n",
-        "sft",
-        "a.csv: the first line sep=; is no header; remove it, and save with commas",
-    ),
-    (
-        "a.csv",
-        'prompt,response\na,b\n"a","say \\"no\\", then"\n',
-        "sft",
-        "a.csv: row 2 is not valid CSV (',' expected after '\"'); a quote in a cell is written as "
-        '\\" here; write it as ""',
-    ),
-    (
-        "a.csv",
-        'prompt,response\n"a","5\\", wide"\n',
-        "sft",
-        "a.csv: row 1 has 3 fields, but the header has 2; a quote in a cell is written as "
-        '\\" here; write it as ""',
-    ),
-    (
-        "a.csv",
-        parquet([{"prompt": "a"}]),
-        "ppo",
-        "a.csv: line 2 is not UTF-8 but looks like Parquet; name the file .parquet",
-    ),
-    (
-        "a.csv",
-        "prompt\na\n".encode("utf-16"),
-        "ppo",
-        "a.csv: line 1 is not UTF-8 but looks like UTF-16; save the file as UTF-8",
-    ),
-    (
-        "a.csv",
-        'prompt\na\n"b\nc\n',
-        "ppo",
-        "a.csv: row 2 is not valid CSV (unexpected end of data); "
-        'put cells that hold quotes or line ends in quotes and write " as "" there',
-    ),
-    (
-        "a.csv",
-        '"prompt\na\n',
-        "ppo",
-        "a.csv: the header is not valid CSV (unexpected end of data); "
-        'put cells that hold quotes or line ends in quotes and write " as "" there',
-    ),
-    (
-        "a.csv",
-        "prompt,prompt\na,b",
-        "ppo",
-        "a.csv: the header has the column prompt twice; remove or rename one of them",
-    ),
+    ("pairs.csv", "question,answer\na,b", "dpo",
+     "pairs.csv: DPO needs the columns prompt, chosen, rejected; found question, answer; "
+     'rename or add "chosen" and "rejected", or give --columns chosen=NAME,rejected=NAME'
+     f"{SEVERAL}"),
+    ("a.csv", "text\nb", "ppo",
+     "a.csv: PPO needs the column prompt; found text; "
+     'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME'),
+    ("a.jsonl", '{"input\\n": 1, "": 2}', "sft",
+     "a.jsonl: SFT needs the columns prompt, response; found 'input\\n', ''; "
+     'rename or add "prompt" (or question, instruction, query) and '
+     '"response" (or output, completion, answer, chosen), '
+     "or give --columns prompt=NAME,response=NAME"),
+    ("a.jsonl", '{"prompt": "a"}', "evaluation",
+     "a.jsonl: evaluation needs the columns prompt, references; found prompt; rename or add "
+     '"references" (or reference, response, output, completion, answer, chosen), '
+     "or give --columns references=NAME"),
+    ("a.json", "[{}]", "reward",
+     "a.json: reward training needs the columns prompt, chosen, rejected; found none; rename "
+     'or add "prompt" (or question, instruction, query) and "chosen" and "rejected", '
+     f"or give --columns prompt=NAME,chosen=NAME,rejected=NAME{SEVERAL}"),
+    ("a.csv", "x" * 60 + "," + ",".join("bcdefghijk") + "\n" + ",".join("abcdefghijk"), "ppo",
+     f"a.csv: PPO needs the column prompt; found {'x' * 37}..., b, c, d, e, f, g, h, ...; "
+     'rename or add "prompt" (or question, instruction, query), or give --columns prompt=NAME'),
+    ("a.jsonl", '{"Prompt": "a"}\n{"query": "b"}', "ppo",
+     'a.jsonl: the columns "Prompt" and "query" could both be the "prompt"; '
+     "remove or rename one of them"),
+    ("a.csv", "prompt,answer,chosen\na,b,c", "sft",
+     'a.csv: the columns "answer" and "chosen" could both be the "response"; '
+     "remove or rename one of them"),
+    ("a.csv", "prompt,reference,response\na,b,c", "evaluation",
+     'a.csv: the columns "reference" and "response" could both be the "references"; '
+     "remove or rename one of them"),
+    ("a.csv", "prompt,response\na,b\n\nc,d\ne\n", "sft",
+     "a.csv: row 3 has 1 field, but the header has 2; put cells that hold commas in quotes"),
+    ("a.csv", 'prompt,response\n"a\nb",c\nd,e,f\n', "sft",
+     "a.csv: row 2 has 3 fields, but the header has 2; put cells that hold commas in quotes"),
+    ("a.csv", "prompt;chosen;rejected\na;b, c;d\n", "dpo",
+     "a.csv: semicolons, not commas, part the header prompt;chosen;rejected; save with commas"),
+    ("a.csv", '"prompt"\t"text, of it"\n"a"\t"b"\n', "ppo",
+     'a.csv: tabs, not commas, part the header \'"prompt"\\t"text, of it"\'; save with commas'),
+    ("a.csv", "prompt|response\na|b\n", "sft",
+     "a.csv: bars, not commas, part the header prompt|response; save with commas"),
+    ("a.csv", "sep=;\nprompt;response\na;b\n", "sft",
+     "a.csv: the first line sep=; is no header; remove it, and save with commas"),
+    ("a.csv", 'prompt,response\na,b\n"a","say \\"no\\", then"\n', "sft",
+     "a.csv: row 2 is not valid CSV (',' expected after '\"'); a quote in a cell is written as "
+     '\\" here; write it as ""'),
+    ("a.csv", 'prompt,response\n"a","5\\", wide"\n', "sft",
+     "a.csv: row 1 has 3 fields, but the header has 2; a quote in a cell is written as "
+     '\\" here; write it as ""'),
+    ("a.csv", parquet([{"prompt": "a"}]), "ppo",
+     "a.csv: line 2 is not UTF-8 but looks like Parquet; name the file .parquet"),
+    ("a.csv", "prompt\na\n".encode("utf-16"), "ppo",
+     "a.csv: line 1 is not UTF-8 but looks like UTF-16; save the file as UTF-8"),
+    ("a.csv", 'prompt\na\n"b\nc\n', "ppo",
+     "a.csv: row 2 is not valid CSV (unexpected end of data); "
+     'put cells that hold quotes or line ends in quotes and write " as "" there'),
+    ("a.csv", '"prompt\na\n', "ppo",
+     "a.csv: the header is not valid CSV (unexpected end of data); "
+     'put cells that hold quotes or line ends in quotes and write " as "" there'),
+    ("a.csv", "prompt,prompt\na,b", "ppo",
+     "a.csv: the header has the column prompt twice; remove or rename one of them"),
     ("a.csv", "prompt,response\n", "sft", "a.csv: the file has no rows; add at least one"),
     ("a.json", "[]", "sft", "a.json: the file has no rows; add at least one"),
     ("a.parquet", parquet([]), "sft", "a.parquet: the file has no rows; add at least one"),
     ("a.jsonl", " \n\n", "sft", "a.jsonl: the file is empty; add at least one row"),
     ("a.parquet", b"", "sft", "a.parquet: the file is empty; add at least one row"),
     ("a.csv", b"\xef\xbb\xbf\n", "sft", "a.csv: the file is empty; add at least one row"),
-    (
-        "a.jsonl",
-        OK + '\n\n{"prompt": \n',
-        "ppo",
-        "a.jsonl: line 3: broken JSON (Expecting value at column 12); "
-        "write one JSON object on each line",
-    ),
-    (
-        "a.jsonl",
-        OK + '\n["a"]',
-        "ppo",
-        "a.jsonl: line 2 is not an object; write it as {...}",
-    ),
-    (
-        "a.json",
-        '[{"prompt": "a"},\n {"prompt": b}]',
-        "ppo",
-        f"a.json: broken JSON (Expecting value at line 2, column 13); {ONE_LIST}",
-    ),
-    (
-        "a.json",
-        OK + "\n" + OK,
-        "ppo",
-        f"a.json: broken JSON (Extra data at line 2, column 1); {ONE_LIST}",
-    ),
+    ("a.jsonl", OK + '\n\n{"prompt": \n', "ppo",
+     "a.jsonl: line 3: broken JSON (Expecting value at column 12); "
+     "write one JSON object on each line"),
+    ("a.jsonl", OK + '\n["a"]', "ppo", "a.jsonl: line 2 is not an object; write it as {...}"),
+    ("a.json", '[{"prompt": "a"},\n {"prompt": b}]', "ppo",
+     f"a.json: broken JSON (Expecting value at line 2, column 13); {ONE_LIST}"),
+    ("a.json", OK + "\n" + OK, "ppo",
+     f"a.json: broken JSON (Extra data at line 2, column 1); {ONE_LIST}"),
     ("a.json", "3", "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
     ("a.json", OK, "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
     ("a.json", '{"data": {}}', "ppo", f"a.json: this is not a list of objects; {ONE_LIST}"),
-    (
-        "a.json",
-        '{"data": [], "data": []}',
-        "ppo",
-        "a.json: the outer object has the key data twice; remove or rename one of them",
-    ),
+    ("a.json", '{"data": [], "data": []}', "ppo",
+     "a.json: the outer object has the key data twice; remove or rename one of them"),
     ("a.json", f"[{OK}, 3]", "ppo", "a.json: row 2 is not an object; write it as {...}"),
-    (
-        "a.json",
-        f'[{OK}, {{"prompt": "a", "prompt": "b"}}]',
-        "ppo",
-        "a.json: row 2 has the key prompt twice; remove or rename one of them",
-    ),
-    (
-        "a.jsonl",
-        OK + '\n{"prompt": "a", "more": [{"k\\n": 1, "k\\n": 2}]}',
-        "ppo",
-        "a.jsonl: line 2 has the key 'k\\n' twice; remove or rename one of them",
-    ),
-    (
-        "a.jsonl",
-        OK + '\n{"prompt": "b", "more": ' + DEEP + "}",
-        "ppo",
-        "a.jsonl: line 2: nested too deeply; flatten the columns",
-    ),
+    ("a.json", f'[{OK}, {{"prompt": "a", "prompt": "b"}}]', "ppo",
+     "a.json: row 2 has the key prompt twice; remove or rename one of them"),
+    ("a.jsonl", OK + '\n{"prompt": "a", "more": [{"k\\n": 1, "k\\n": 2}]}', "ppo",
+     "a.jsonl: line 2 has the key 'k\\n' twice; remove or rename one of them"),
+    ("a.jsonl", OK + '\n{"prompt": "b", "more": ' + DEEP + "}", "ppo",
+     "a.jsonl: line 2: nested too deeply; flatten the columns"),
     ("a.json", DEEP, "ppo", "a.json: nested too deeply; flatten the columns"),
-    (
-        "a.jsonl",
-        '{"prompt": ' + "1" * 5000 + "}",
-        "ppo",
-        "a.jsonl: line 1: a number has too many digits; write it as a string",
-    ),
+    ("a.jsonl", '{"prompt": ' + "1" * 5000 + "}", "ppo",
+     "a.jsonl: line 1: a number has too many digits; write it as a string"),
     ("a.csv", b"prompt\na\n\xff\n", "ppo", "a.csv: line 3 is not UTF-8; save the file as UTF-8"),
-    (
-        "a.jsonl",
-        OK + "\n\0",
-        "ppo",
-        "a.jsonl: line 2 has a NUL byte; save the file as UTF-8 text",
-    ),
-    (
-        "a.csv",
-        "prompt\n\na\0b\n",
-        "ppo",
-        "a.csv: line 3 has a NUL byte; save the file as UTF-8 text",
-    ),
+    ("a.jsonl", OK + "\n\0", "ppo", "a.jsonl: line 2 has a NUL byte; save the file as UTF-8 text"),
+    ("a.csv", "prompt\n\na\0b\n", "ppo",
+     "a.csv: line 3 has a NUL byte; save the file as UTF-8 text"),
     ("a.txt", "prompt\na", "ppo", f"a.txt: the format is unknown; {FILES}"),
     ("rows", "prompt\na", "ppo", f"rows: the format is unknown; {FILES}"),
-    (
-        "a.csv",
-        'prompt,response\n,a\n" ",b\nc,\n',
-        "sft",
-        "a.csv: no usable row among the 3 read: prompt is empty (2: rows 1, 2), "
-        "response is empty (1: row 3); correct these rows",
-    ),
+    ("a.csv", 'prompt,response\n,a\n" ",b\nc,\n', "sft",
+     "a.csv: no usable row among the 3 read: prompt is empty (2: rows 1, 2), "
+     "response is empty (1: row 3); correct these rows"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize(("name", "content", "stage", "message"), REFUSED)
