@@ -123,29 +123,21 @@ def test_further_keys_of_a_message_are_left_out():
         ({"rejected": talk("a:c ")}, "chosen equals rejected"),
         ({"rejected": talk("u:q")}, "chosen and rejected have no common prompt"),
         ({"rejected": talk("u:p")}, "rejected is empty after the common prompt"),
-        (
-            {"rejected": talk("a:r", "u:2", "a:3")},
-            "rejected is not one assistant message after the common prompt",
-        ),
-        (
-            {"chosen": talk("a:c", "t:2")},
-            "chosen is not one assistant message after the common prompt",
-        ),
-        (
-            {"chosen": [{"role": "assistant", "content": ["c"]}]},
-            "chosen has a message whose role or content is not a string",
-        ),
-        (
-            {"prompt": [{"role": None, "content": "p"}]},
-            "prompt has a message whose role or content is not a string",
-        ),
+        ({"rejected": talk("a:r", "u:2", "a:3")},
+         "rejected is not one assistant message after the common prompt"),
+        ({"chosen": talk("a:c", "t:2")},
+         "chosen is not one assistant message after the common prompt"),
+        ({"chosen": [{"role": "assistant", "content": ["c"]}]},
+         "chosen has a message whose role or content is not a string"),
+        ({"prompt": [{"role": None, "content": "p"}]},
+         "prompt has a message whose role or content is not a string"),
         ({"prompt": [{"content": "p"}]}, "prompt is not a string"),
         ({"prompt": [*talk("u:p"), "p"]}, "prompt is not a string"),
         ({"chosen": [{"from": "gpt"}]}, "chosen is not a string"),
         ({"prompt": talk("u:\ud800")}, "prompt contains invalid Unicode"),
         ({"rejected": talk("a:\ud800")}, "rejected contains invalid Unicode"),
     ],
-)
+)  # fmt: skip
 def test_explicit_prompt_is_dropped(changes, why):
     row = {"prompt": talk("u:p"), "chosen": talk("a:c"), "rejected": talk("a:r")}
     assert reason(row | changes, "dpo") == why
@@ -428,30 +420,17 @@ def both(chosen: Any, rejected: Any) -> dict[str, Any]:
 IMPLICIT = [
     # the longest common beginning, in messages
     (talk("u:p", "a:c"), talk("u:p", "a:r"), talk("u:p"), "c", "r"),
-    (
-        talk("s:x", "u:p", "a:1", "u:2", "a:c"),
-        talk("s:x", "u:p", "a:1", "u:2", "a:r"),
-        talk("s:x", "u:p", "a:1", "u:2"),
-        "c",
-        "r",
-    ),
+    (talk("s:x", "u:p", "a:1", "u:2", "a:c"), talk("s:x", "u:p", "a:1", "u:2", "a:r"),
+     talk("s:x", "u:p", "a:1", "u:2"), "c", "r"),
     (talk("u:p ", "a:c"), talk("u:p", "a:r"), talk("u:p "), "c", "r"),
     # in turns of a transcript
-    (
-        "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: So long.",
-        "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: So",
-        talk("u:Hi", "a:Hello.", "u:Bye"),
-        "So long.",
-        "So",
-    ),
+    ("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: So long.",
+     "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: So",
+     talk("u:Hi", "a:Hello.", "u:Bye"), "So long.", "So"),
     # a turn is several paragraphs; a space at its end is no difference
-    (
-        "\n\nHuman: One\n\nTwo: three \n\nAssistant: c\n\nd",
-        "Human: One\n\nTwo: three\n\nAssistant:c\n\nHuman said: d",
-        talk("u:One\n\nTwo: three"),
-        "c\n\nd",
-        "c\n\nHuman said: d",
-    ),
+    ("\n\nHuman: One\n\nTwo: three \n\nAssistant: c\n\nd",
+     "Human: One\n\nTwo: three\n\nAssistant:c\n\nHuman said: d", talk("u:One\n\nTwo: three"),
+     "c\n\nd", "c\n\nHuman said: d"),
     # in words of a text
     ("The sky is blue.", "The sky is green.", None, " blue.", " green."),
     ("The sky is blue", "The sky is black", None, " blue", " black"),
@@ -459,7 +438,7 @@ IMPLICIT = [
     ("Q: sky?\nblue", "Q: sky?\nblack", "Q: sky?\n", "blue", "black"),
     ("Q: sky?  blue", "Q: sky?  black", "Q: sky? ", " blue", " black"),
     ("Hi there", "Hi thereafter", "Hi", " there", " thereafter"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("chosen", "rejected", "prompt", "first", "second"), IMPLICIT)
@@ -490,29 +469,20 @@ def test_implicit_prompt(chosen, rejected, prompt, first, second):
         # one a beginning of the other
         ("a b", "a b c", "chosen is empty after the common prompt"),
         (talk("u:p", "a:c"), talk("u:p"), "rejected is empty after the common prompt"),
-        (
-            "\n\nHuman: p\n\nAssistant: c",
-            "\n\nHuman: p\n\nAssistant: c\n\nHuman: 2\n\nAssistant: d",
-            "chosen is empty after the common prompt",
-        ),
+        ("\n\nHuman: p\n\nAssistant: c", "\n\nHuman: p\n\nAssistant: c\n\nHuman: 2\n\nAssistant: d",
+         "chosen is empty after the common prompt"),
         # another first character, word or turn
         ("a b", "c b", "chosen and rejected have no common prompt"),
         ("about", "above", "chosen and rejected have no common prompt"),
         (" a", " b", "chosen and rejected have no common prompt"),
         (talk("u:p", "a:c"), talk("u:q", "a:c"), "chosen and rejected have no common prompt"),
-        (
-            "\n\nHuman: p\n\nAssistant: c",
-            "\n\nHuman: q\n\nAssistant: c",
-            "chosen and rejected have no common prompt",
-        ),
+        ("\n\nHuman: p\n\nAssistant: c", "\n\nHuman: q\n\nAssistant: c",
+         "chosen and rejected have no common prompt"),
         # a space at the end
         ("a b", "a b ", "chosen equals rejected"),
         (talk("u:p", "a:c"), talk("u:p", "a:c "), "chosen equals rejected"),
-        (
-            "\n\nHuman: p\n\nAssistant: c",
-            "\n\nHuman: p \n\nAssistant: c ",
-            "chosen equals rejected",
-        ),
+        ("\n\nHuman: p\n\nAssistant: c", "\n\nHuman: p \n\nAssistant: c ",
+         "chosen equals rejected"),
         # empty
         ("", "a b", "chosen is empty"),
         ("a b", " ", "rejected is empty"),
@@ -521,22 +491,16 @@ def test_implicit_prompt(chosen, rejected, prompt, first, second):
         ("\n\nHuman: p\n\nAssistant:", "\n\nHuman: p\n\nAssistant: r", "chosen is empty"),
         ("\n\nHuman:\n\nAssistant: c", "\n\nHuman: \n\nAssistant: r", "prompt is empty"),
         # apart before the last turn
-        (
-            "\n\nHuman: p\n\nAssistant: 1\n\nHuman: 2\n\nAssistant: c",
-            "\n\nHuman: p\n\nAssistant: r",
-            "chosen is not one assistant message after the common prompt",
-        ),
-        (
-            talk("u:p", "a:c"),
-            talk("u:p", "u:r"),
-            "rejected is not one assistant message after the common prompt",
-        ),
+        ("\n\nHuman: p\n\nAssistant: 1\n\nHuman: 2\n\nAssistant: c", "\n\nHuman: p\n\nAssistant: r",
+         "chosen is not one assistant message after the common prompt"),
+        (talk("u:p", "a:c"), talk("u:p", "u:r"),
+         "rejected is not one assistant message after the common prompt"),
         # of two kinds
         (talk("u:p", "a:c"), "p r", "chosen is not a string"),
         (None, "p r", "chosen is not a string"),
         ("p \ud800", "p r", "chosen contains invalid Unicode"),
     ],
-)
+)  # fmt: skip
 def test_implicit_prompt_is_dropped(chosen, rejected, why):
     assert reason(both(chosen, rejected), "dpo") == why
 
