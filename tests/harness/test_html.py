@@ -428,6 +428,19 @@ def test_a_curve_that_leaves_its_range_is_marked_there(tmp_path):
     assert ys["0"] - offset < min(below[1::2]) < ys["0"] - offset + 10
 
 
+def test_a_range_is_drawn_from_where_its_line_begins_and_shaded_at_its_edge_only(tmp_path):
+    rows = [
+        {"stage": "sft", "step": step, "loss": 60 / step}
+        | ({"eval/loss": 2 - step / 60} if step % 15 == 0 else {})
+        for step in range(1, 61)
+    ]
+    (svg,) = svgs(page([read_run(write_run(tmp_path / "r", metrics=rows, **NO_MORE))]))
+    (outside,), (held_out, _) = paths(svg, "outside"), paths(svg, "line")
+    assert min(outside[::2]) == pytest.approx(held_out[0], abs=0.1)
+    assert max(outside[::2]) == figures.WIDTH - figures.RIGHT
+    assert max(outside[1::2]) - min(outside[1::2]) == pytest.approx(figures.EDGE, abs=0.2)
+
+
 def test_a_healthy_curve_has_no_mark(text):
     assert not any(svg.find(".//g[@class='mark']") is not None for svg in svgs(text))
 

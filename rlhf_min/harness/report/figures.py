@@ -44,6 +44,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 94, 18, 34  # margins; at the right stand the nam
 HEADING = 26  # above each panel of the picture
 PANELS = 3  # in a row of it
 MOST_POINTS = 80  # of a line; a longer one becomes means with the band that they lie in
+EDGE = 8  # points by which the outside of a range is shaded; more would hide what is healthy
 DOTTED = 12  # a line of so few points has a dot at each
 
 # A model may draw any byte, and a folder may have any name.
@@ -173,7 +174,7 @@ def _lines(curve: Curve, runs: Sequence[Run]) -> Iterator[_Line]:
 
 
 def _draw(axes: "Axes", curve: Curve, runs: Sequence[Run]) -> None:
-    """Lines over the steps, with what lies outside the range shaded, and where it was left."""
+    """Lines over the steps, the edges of the range, shaded outside, and where it was left."""
     lines = [line for line in _lines(curve, runs) if line.xs]
     points = [_thinned(line) for line in lines]
     x_low, x_high = _room([x for line in lines for x in line.xs])
@@ -185,11 +186,15 @@ def _draw(axes: "Axes", curve: Curve, runs: Sequence[Run]) -> None:
     y_low, y_high = min([y_low, *near]), max([y_high, *near])
     _scale(axes, (x_low, x_high, y_low, y_high), "step", curve.unit)
 
-    for limit, edge in zip(limits, (y_low, y_high), strict=True):
+    for limit, depth in zip(limits, (-EDGE, EDGE), strict=True):
         if limit in near:
-            box = axes.axhspan(limit, edge, color=INK["alarm"], alpha=0.1, linewidth=0)
+            first = curve.checked(runs[0])[0][0]  # before, there was nothing to check
+            since = (first - x_low) / (x_high - x_low)
+            end = limit + depth / _INNER[1] * (y_high - y_low)
+            end = min(max(end, y_low), y_high)
+            box = axes.axhspan(limit, end, since, color=INK["alarm"], alpha=0.15, linewidth=0)
             box.set_gid("outside")
-            axes.axhline(limit, **_LIMIT)
+            axes.axhline(limit, since, **_LIMIT)
     for line, thin in zip(lines, points, strict=True):
         xs, lowest, means, highest = zip(*thin, strict=True)
         if len(line.xs) > MOST_POINTS:
