@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .advantages import gae
     from .data import PreferenceExample, PromptExample, Sequences, SFTExample, collate
     from .encoding.codec import Codec
-    from .errors import BadInput, NonFinite
+    from .errors import BadInput, Diverged, NonFinite
     from .harness.run.saved_models import save_policy, save_reward_model
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
@@ -29,6 +29,7 @@ __all__ = [
     "AdaptiveKL",
     "BadInput",
     "Codec",
+    "Diverged",
     "FixedKL",
     "NonFinite",
     "Policy",
@@ -78,7 +79,7 @@ _NAMES = {
     "advantages": "gae",
     "data": "PreferenceExample PromptExample Sequences SFTExample collate",
     "encoding.codec": "Codec",
-    "errors": "BadInput NonFinite",
+    "errors": "BadInput Diverged NonFinite",
     "harness.run.saved_models": "save_policy save_reward_model",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",

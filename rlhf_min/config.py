@@ -71,7 +71,7 @@ def check_options(config: Any) -> None:
             require(value in choices, f"{where} {value!r}; it must be one of {one_of}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What all algorithms share: AdamW, its schedule, memory, precision and seed."""
 
@@ -86,13 +86,15 @@ class TrainingConfig:
     )
     max_tokens: int = option(1024, "Padded tokens in one forward pass; memory only.", above=0)
     precision: Precision = option("fp32", "Of forward passes, by autocast; weights stay fp32.")
-    seed: int = option(0, "Order of the data, and of all sampling.", at_least=0, at_most=MAX_SEED)
+    seed: int = option(
+        0, "Order of the data, and of all that is drawn.", at_least=0, at_most=MAX_SEED
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainingConfig):
     """Options of supervised fine-tuning."""
 
@@ -118,7 +120,7 @@ class SFTConfig(TrainingConfig):
     eval_every: int = option(100, "Steps between evaluations on held-out demonstrations.", above=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainingConfig):
     """Options of reward training."""
 
@@ -137,7 +139,7 @@ class RewardConfig(TrainingConfig):
     eval_every: int = option(200, "Steps between evaluations on held-out pairs.", above=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainingConfig):
     """Options of DPO."""
 
@@ -160,7 +162,7 @@ class DPOConfig(TrainingConfig):
     eval_every: int = option(25, "Steps between evaluations on held-out pairs.", above=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(TrainingConfig):
     """Options of PPO.
 

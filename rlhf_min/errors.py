@@ -19,7 +19,9 @@ class BadInput(ValueError):
 
 
 class NonFinite(ArithmeticError):
-    """A loss or a gradient is infinite or NaN. The weights are still those of the last good step.
+    """A loss, a gradient or a metric is infinite or NaN.
+
+    The weights are still those of the last good step.
 
     Args:
         step: the optimizer step that was about to happen, counted from 0.
@@ -40,7 +42,7 @@ class NonFinite(ArithmeticError):
 
 
 class Diverged(ArithmeticError):
-    """Weights, or what they give, are infinite or NaN after an update: no such model is kept."""
+    """Weights, or what they give, are infinite or NaN: no such model is kept."""
 
 
 def require(condition: bool, message: str) -> None:

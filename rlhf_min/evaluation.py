@@ -76,7 +76,9 @@ def evaluate_policies(
         text_metrics.check_texts([prompt.text for prompt in prompts], references)
     for policy in (*policies.values(), ref_policy):
         policy.require_room(([prompt.ids] for prompt in prompts), new_tokens=max_new_tokens)
-    config = PPOConfig(max_new_tokens=max_new_tokens, max_tokens=max_tokens)
+    config = PPOConfig(
+        max_new_tokens=max_new_tokens, temperature=1.0, kl="k1", max_tokens=max_tokens
+    )
     samples = {}
     for name, policy in policies.items():
         require(

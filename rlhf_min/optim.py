@@ -116,6 +116,7 @@ class Optimizer:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             return True
         fault = fault or self._gradient_at_fault()
+        self.scaler.update()  # or the next step could not unscale
         self.optimizer.zero_grad(set_to_none=True)
         raise NonFinite(self.steps, fault, batch)
 
@@ -227,7 +228,7 @@ def accumulate(
     would be without micro-batches.
 
     Args:
-        batch_loss: of a micro-batch; of what has a number for each example, the mean is taken.
+        batch_loss: of a micro-batch, with means over it or with a number for each example.
         total: what the losses' counts sum up to: response tokens, or pairs.
         length: of an example, in tokens.
         max_tokens: padded tokens in one forward pass; a matter of memory only.
@@ -239,11 +240,14 @@ def accumulate(
             found = batch_loss(part)
         if optimizer is not None:
             optimizer.backward(found.loss * found.count / total)
+        count = int(found.count)
         for name, value in found._asdict().items():
             if name != "count":
-                # In double, or a share of 0.65 would be 0.6499999980.
-                mean = float(value.detach().to("cpu", torch.float64).mean())
-                means[name] = means.get(name, 0.0) + mean * int(found.count) / total
+                # In double, or a share of 0.65 would be 0.6499999980; on the CPU, since Apple's
+                # GPUs have none.
+                numbers = value.detach().cpu().double()
+                sum_ = float(numbers.sum() if numbers.dim() else numbers * count)
+                means[name] = means.get(name, 0.0) + sum_ / total
     return means
 
 

@@ -45,6 +45,7 @@ class Policy(nn.Module):
             moves too, ``"separate"`` off a copy of it with weights of its own, ``"none"`` has no
             values (SFT, DPO, the reference).
         plain: compute as a textbook does, and slower. The numbers are the same up to rounding.
+            For an `lm` that no other policy has sped up, which happens in place.
 
     The value of response token t is read where that token is predicted, so it has not seen it. A
     new value head is zero: the first advantages are sums of rewards, discounted by gamma * lam.

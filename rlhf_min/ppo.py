@@ -11,7 +11,7 @@ from torch import Tensor
 from .advantages import gae
 from .config import PPOConfig
 from .data import Cursor, PromptExample, micro_batches
-from .errors import require
+from .errors import NonFinite, require
 from .kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
 from .loading.reward_function import RewardFunction, call_reward
 from .losses import ppo_policy_loss, ppo_value_loss
@@ -296,10 +296,11 @@ def train(
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
+        Diverged: if the policy gives NaN while it samples.
     """
     monitors = monitors or {}
-    prompts = [*state.cursor.examples, *eval_prompts]
-    policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
+    for prompts in (state.cursor.examples, eval_prompts):
+        policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and keep what policy, value head and reference gave for them.
         prompts = state.cursor.take_across(config.batch_size)
@@ -311,6 +312,8 @@ def train(
         if moments is not None:
             moments.update(rollout.scores)
         buffer = judge(rollout, config, kl_coef=state.kl_control.coef, moments=moments)
+        if not bool(torch.isfinite(buffer.advantages + buffer.returns).all()):
+            raise NonFinite(state.optimizer.steps, "advantages", buffer)
 
         # Learn: several passes over the same rollout, never far from it.
         learning_rate = state.optimizer.learning_rate

@@ -57,6 +57,8 @@ class PretendedDevices(TorchFunctionMode):
         assert len(there) <= 1, f"{name} mixes tensors on {sorted(map(str, there))}"
         device = there.pop() if there else HOST
         assert name != "numpy" or device == HOST, f"numpy of a tensor on {device}"
+        if name == "to" and device.type == "mps":
+            assert torch.float64 not in (*args, *kwargs.values()), "Apple's GPUs have no float64"
         if name == "cpu" or asked is not None:
             device = torch.device(asked or HOST)
         found = function(*args, **kwargs)

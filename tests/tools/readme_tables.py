@@ -108,9 +108,16 @@ PLACES = {
         *("logprobs.py", "entropy = log_total[:, 0] -"),
         *("logprobs.py", "return logits.logsumexp(-1) - mean_logit"),
     ),
-    "is a value read": ("policy.py", "self.value_head(hidden)"),
+    "is a value read, where its token is predicted": (
+        *("policy.py", "self.value_head(hidden)"),
+        *("policy.py", "entropy(logits.detach()), hidden[rows, at]"),
+    ),
     "is the reference frozen": ("policy.py", "reference.requires_grad_(False)"),
-    "is dropout turned off": ("policy.py", "def disable_dropout("),
+    "is dropout turned off, in PPO (SFT and the reward model keep it)": (
+        *("ppo.py", "disable_dropout(policy)"),
+    ),
+    "do policy and reference score the responses": ("rollout.py", "output = policy(part, "),
+    "is the KL of each token estimated": ("rollout.py", "kls = kl_estimate("),
     "is a token drawn": ("sampling.py", "tokens = _inverse_cdf("),
     "are keys and values kept while sampling": (
         *("sampling.py", "hidden = cache.hidden_states("),
@@ -126,6 +133,7 @@ PLACES = {
     "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
     "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
     "are advantages whitened, over the whole rollout": ("ppo.py", "advantages = masked_whiten("),
+    "does an update end early": ("ppo.py", "> config.stop_kl:"),
     "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
     "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
     "is PPO's loss averaged, over the tokens of a minibatch": ("ppo.py", ".count) / tokens"),

@@ -14,6 +14,7 @@ from small import (
     RED,
     TWO,
     ids,
+    largest_difference,
     lengths,
     real_copy,
     small_policy,
@@ -210,6 +211,25 @@ def test_a_rollout_that_is_not_finite_is_named(tensor, broken):
     assert_untouched(policy, before)
 
 
+def test_a_rollout_that_is_not_finite_in_one_row_moves_no_weight():
+    """Without whitening only one minibatch of four would see it."""
+    policy = small_policy(critic="shared", dtype=torch.float32)
+    ref_policy = small_policy(seed=1, dtype=torch.float32)
+    config = ppo.PPOConfig(
+        steps=1, batch_size=8, minibatch_size=1, max_new_tokens=3, whiten_advantages=False
+    )
+    state = ppo.new_state(policy, PROMPTS, config)
+    with torch.no_grad():
+        ref_policy.lm.transformer.wpe.weight[POSITION] = math.nan
+    before = weights(policy)
+    with pytest.raises(NonFinite) as caught:
+        next(ppo.train(policy, ref_policy, lengths, config, state))
+    name, rows = first_nonfinite(ppo_stage.alone(policy, config, caught.value.batch))
+    assert (name, state.optimizer.steps) == ("ref_logprobs", 0)
+    assert 0 < len(rows) < 8
+    assert_untouched(policy, before)
+
+
 def overflow_in_row_1(_prompts, _responses):
     return [1.0, 1e39, 2.0]  # finite, but not in the policy's float32
 
@@ -366,6 +386,9 @@ def test_under_fp16_so_many_overflows_in_a_row_are_no_accident():
         overflow(module, optimizer)
     assert optimizer.skipped == optimizer.steps == MAX_OVERFLOWS
     assert_untouched(module, before)
+    optimizer.backward(module(torch.ones(2)).sum())  # whoever has caught it may go on
+    optimizer.step()
+    assert largest_difference(module, before) > 0
 
 
 def test_a_good_step_between_starts_the_count_again():

@@ -323,8 +323,9 @@ def note(folder: Path, stage: str, **facts: Any) -> None:
 
 
 def _timed(steps: Iterable[dict[str, float]], optimizer: Any) -> Iterator[dict[str, float]]:
-    """The metrics of each step with its seconds, unless it has said where they went; its tokens for
-    each second, in the place of the tokens; and the number of steps that fp16 has skipped so far.
+    """The metrics of each step with its seconds, evaluation included, unless it has said where they
+    went; its tokens for each second, in the place of the tokens; and the number of steps that fp16
+    has skipped so far.
     """
     started = time.perf_counter()
     for metrics in steps:
