@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_min.encoding.conversation import PlacedRow
 from rlhf_min.errors import require
-from rlhf_min.harness.cli import RunOptions
+from rlhf_min.harness.cli import OF_OWN_ROWS, RunOptions
 from rlhf_min.harness.rows.columns import Stage, parse_columns
 from rlhf_min.harness.rows.files import plural, printable
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
@@ -61,7 +61,7 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         BadInput: if the file does not have what the stage needs.
     """
     if options.data is None:
-        for name in ("columns", "split", "limit", "heldout_data"):
+        for name in OF_OWN_ROWS:
             require(getattr(options, name) is None, f"--{name} is for your own rows; give --data")
         from rlhf_min.world import make_world
 

@@ -68,14 +68,14 @@ def test_a_copy_to_train_is_as_plain_as_its_original():
     assert copy_policy(plain, critic="shared").plain
 
 
-GRPO = """
+ANOTHER = """
 from dataclasses import dataclass
 
 @dataclass(frozen=True)
-class GRPOConfig:
+class ANOTHERConfig:
     steps: int = 3
 
-STAGE, TITLE, ROWS, CONFIG = "grpo", "GRPO", "prompts", GRPOConfig
+STAGE, TITLE, ROWS, CONFIG = "another", "ANOTHER", "prompts", ANOTHERConfig
 MEASURED = {"score": "higher", "surprise": "lower"}
 MONITORS, WRITES, CURVES = True, (), ()
 
@@ -85,32 +85,32 @@ def trained_before(options):
 
 
 @pytest.fixture
-def grpo(monkeypatch, tmp_path):
+def another(monkeypatch, tmp_path):
     """A stage whose file lies beside the others."""
-    (tmp_path / "grpo.py").write_text(GRPO, encoding="utf-8")
+    (tmp_path / "another.py").write_text(ANOTHER, encoding="utf-8")
     monkeypatch.setattr(folder, "_held", {})  # no run is this process's own afterwards
     monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
     stage_modules.cache_clear()
-    yield stage_modules()["grpo"]
+    yield stage_modules()["another"]
     stage_modules.cache_clear()
-    del sys.modules["rlhf_min.harness.stages.grpo"]
+    del sys.modules["rlhf_min.harness.stages.another"]
 
 
-def test_another_stage_is_known_where_its_file_is_put(grpo, tmp_path):
+def test_another_stage_is_known_where_its_file_is_put(another, tmp_path):
     run = tmp_path / "run"
     start = partial(start_log, run, monitors=["gold_reward"])
     for name in ("eval/surprise", "eval/gold_reward", "eval/perplexity"):
-        start(RunOptions(keep_best=name), grpo.CONFIG())
+        start(RunOptions(keep_best=name), another.CONFIG())
     with pytest.raises(BadInput, match="--keep_best eval/ties is measured by no stage"):
-        start(RunOptions(keep_best="eval/ties"), grpo.CONFIG())
-    assert measures("grpo", "eval/surprise")
+        start(RunOptions(keep_best="eval/ties"), another.CONFIG())
+    assert measures("another", "eval/surprise")
     assert not measures("sft", "eval/surprise")
 
-    log = start(RunOptions(), grpo.CONFIG())
-    log._write("grpo", 2, {"epoch": 1.0})
-    assert read_run(run).unfinished() == ["grpo is at step 2 of 3"]
-    assert title("grpo") == "GRPO"
-    ours = ["grpo/config.json", "checkpoints/grpo/step-000001/weights.safetensors"]
+    log = start(RunOptions(), another.CONFIG())
+    log._write("another", 2, {"epoch": 1.0})
+    assert read_run(run).unfinished() == ["another is at step 2 of 3"]
+    assert title("another") == "ANOTHER"
+    ours = ["another/config.json", "checkpoints/another/step-000001/weights.safetensors"]
     for name in (*ours, "mine/config.json"):
         (run / name).parent.mkdir(parents=True)
         (run / name).touch()

@@ -9,7 +9,7 @@ import shutil
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -311,14 +311,15 @@ def _lock(out: Path) -> None:
 def _check_same(out: Path, options: Any, configs: tuple[Any, ...]) -> dict[str, Any] | None:
     """The run's record with what has changed, if anything has; by permission only."""
     record, now = read_record(out), _config_values((options, *configs))
-    # An option that did not exist when the run was started had what is now its default.
-    defaults = _config_values([type(config)() for config in (options, *configs)])
     changed = {}
-    for name, values in now.items():
-        was = {**defaults[name], **record["config"].get(name, {})}
+    for config in (options, *configs):
+        name = type(config).__name__
+        values, recorded = now[name], record["config"].get(name, {})
+        # An option that did not exist when the run was started had what is now its default.
+        was = {**_json_values(_defaults(config)), **recorded}
         for key in values:
-            if key not in FREE and was[key] != values[key]:
-                changed[f"{name}.{key}"] = [was[key], values[key]]
+            if key not in FREE and was.get(key) != values[key]:
+                changed[f"{name}.{key}"] = [was.get(key), values[key]]
     if not changed:
         return None
     differences = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in changed.items())
@@ -347,13 +348,21 @@ def _circumstances() -> dict[str, Any]:
 
 
 def _config_values(configs: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """As JSON, which has no infinity: it becomes the word that the command line understands."""
+    return {type(config).__name__: _json_values(asdict(config)) for config in configs}
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Of its fields; all of them together may not make a config, where some must be given."""
     return {
-        type(config).__name__: {
-            k: str(v) if v in (math.inf, -math.inf) else v for k, v in asdict(config).items()
-        }
-        for config in configs
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config)
+        if (field.default, field.default_factory) != (MISSING, MISSING)
     }
+
+
+def _json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON, which has no infinity: it becomes the word that the command line understands."""
+    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in values.items()}
 
 
 def _from_json(value: Any, hint: Any) -> Any:
