@@ -329,7 +329,7 @@ def keep(folder: Path, newest: Path, n: int) -> None:
     for path in [*paths[: max(0, place + 1 - n)], *paths[place + 1 :]]:
         try:
             remove(path)
-        except OSError as error:  # there is one too many, which harms nobody
+        except OSError as error:  # one checkpoint more than asked for does no harm
             print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
 
 

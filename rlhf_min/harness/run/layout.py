@@ -1,4 +1,4 @@
-"""What lies where in a run's folder, and which of it the run wrote: only that is ever removed."""
+"""What lies where in a run's folder, what of it is the run's own, and which stages there are."""
 
 import os
 import pkgutil

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics and samples line by line, and its checkpoints."""
+"""The loop over a stage's steps, and what it writes: metrics and samples, line by line."""
 
 import contextlib
 import json
@@ -38,7 +38,8 @@ DAMAGED = "damaged; put the file back as the run wrote it"
 
 
 class MetricsLog:
-    """Appends each step's metrics to ``metrics.jsonl``, and saves the stages on the way.
+    """Runs stages step by step: appends each step's metrics to ``metrics.jsonl``, has the stage
+    saved on the way, and takes it up again in a resumed run.
 
     Args:
         open_run: makes the run's folder and returns it. Called when the first stage starts to

@@ -1,4 +1,4 @@
-"""When a stage that is under way is saved: its checkpoints, and its best model."""
+"""When a stage under way is saved, and its best model kept; `checkpoint.py` deletes old ones."""
 
 import json
 import math

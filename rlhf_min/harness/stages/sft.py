@@ -96,7 +96,7 @@ def alone(
 # What a report shows
 
 TURNED_UP = "the held-out loss turned up"
-RISE = 1.05  # times its lowest value: a held-out loss that says that examples are learned
+RISE = 1.05  # times its lowest value: then the held-out loss says that examples are learned
 CURVES = (
     Curve(
         STAGE,
