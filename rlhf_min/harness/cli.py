@@ -308,8 +308,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except Stopped as stop:  # on request, so it is no error
             from rlhf_min.harness.report import finish
 
+            print(stop, file=sys.stderr)  # first, in case that no page can be made
             finish.show(stop.folder)
-            print(stop, file=sys.stderr)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt as stop:
             print(f"stopped at once; {KEPT}{how_to_go_on()}", file=sys.stderr)

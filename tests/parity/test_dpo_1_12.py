@@ -14,6 +14,7 @@ from trainer_harness import (
     RATE,
     SEED,
     SHIMMED,
+    THEIRS,
     VERSION,
     Parity,
     Row,
@@ -97,7 +98,7 @@ def their_trainer(rows: list[Row], folder: Path, *, cached: bool, **own: Any) ->
     return trl.DPOTrainer(
         model=copy.deepcopy(LM),
         ref_model=copy.deepcopy(REF_LM),
-        args=trl.DPOConfig(**options(folder, **(settings | own))),
+        args=trl.DPOConfig(**options(folder, **(THEIRS | settings | own))),
         processing_class=syllables(),
         train_dataset=Dataset.from_list(rows),
     )

@@ -14,6 +14,7 @@ from trainer_harness import (
     OURS,
     SEED,
     SHIMMED,
+    THEIRS,
     VERSION,
     Parity,
     Row,
@@ -96,7 +97,7 @@ def their_trainer(kind: str, ours: RewardModel, rows: list[Row], folder: Path, *
         data, collator = rows, None
     return trl.RewardTrainer(
         model=copy.deepcopy(BERT if kind == "bert" else GPT2),
-        args=trl.RewardConfig(**options(folder, **(settings | own))),
+        args=trl.RewardConfig(**options(folder, **(THEIRS | settings | own))),
         processing_class=copy.deepcopy(ours.tokenizer),
         train_dataset=Dataset.from_list(data),
         data_collator=collator,

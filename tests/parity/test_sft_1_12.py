@@ -11,6 +11,7 @@ from torch import tensor
 from trainer_harness import (
     OURS,
     SHIMMED,
+    THEIRS,
     VERSION,
     Parity,
     Row,
@@ -64,7 +65,7 @@ def their_trainer(rows: list[Row], folder: Path, **own: Any) -> Any:
     data = [{"prompt": row["prompt"], "completion": row["response"]} for row in rows]
     return trl.SFTTrainer(
         model=copy.deepcopy(LM),
-        args=trl.SFTConfig(**options(folder, **(settings | own))),
+        args=trl.SFTConfig(**options(folder, **(THEIRS | settings | own))),
         processing_class=syllables(),
         train_dataset=Dataset.from_list(data),
     )

@@ -33,7 +33,7 @@ SEED = 7  # of the order of the rows, on both sides
 # Where a gradient is 0 but for rounding, as that of a key's bias, Adam divides rounding by 1e-8:
 # only a low rate keeps two right runs within FP64 of each other.
 RATE = 3e-5
-# What the runs of both sides have in common, in our words and in trl's.
+# What the runs of SFT, reward training and DPO have in common, in our words and in trl's.
 OURS: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 4,
@@ -118,7 +118,7 @@ def options(folder: Path, **own: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        **THEIRS,
+        "seed": SEED,
         **own,
     }
 

@@ -565,7 +565,7 @@ TABLE = [
      "unit/test_pairs.py::test_what_a_text_spells_is_no_special_token[unigram]",
      ("special tokens that a text spells stay", "unknown_id if i in self.spelled else i", "i")),
     ("encoding/pairs.PairCodec._read",
-     "unit/test_pairs.py::test_elsewhere_a_new_line_and_an_eos_are_added[words]",
+     "unit/test_pairs.py::test_elsewhere_a_new_line_and_an_eos_are_added[syllables]",
      ("no EOS where nothing separates", "ids.append(eos_id)", "pass")),
     ("encoding/pairs.PairCodec._read",
      "unit/test_pairs.py::test_a_text_that_is_far_too_long_is_not_tokenised_whole[True]",
