@@ -92,7 +92,7 @@ def test_loss_gradient_and_metrics_of_batches(
         pairs = [ours.state.cursor.examples[row] for row in batch]
         assert all((pair.ref_logprobs is not None) == cached for pair in pairs)
         found = dpo.batch_loss(ours.policy, ours.ref_policy, pairs, ours.config)
-        means = {name: float(x.double().mean()) for name, x in found._asdict().items()}
+        means = {name: float(x.detach().double().mean()) for name, x in found._asdict().items()}
         logits = ours.mean_logits(pairs)
         names = DPO_METRICS | {"loss": "loss"} | {name: name for name in logits}
         assert set(names.values()) == theirs.keys()
