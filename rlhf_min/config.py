@@ -8,6 +8,7 @@ import math
 import operator
 import typing
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 from .errors import require
@@ -71,16 +72,23 @@ def check_options(config: Any) -> None:
             require(value in choices, f"{where} {value!r}; it must be one of {one_of}")
 
 
+# Options that several algorithms have, with other defaults.
+_rate = partial(option, help="AdamW's rate after warm-up.", above=0)
+_schedule = partial(option, help="How the rate falls after warm-up.")
+_warmup = partial(
+    option, help="Share of the steps in which the rate rises from 0.", at_least=0, at_most=1
+)
+_decay = partial(option, help="AdamW's decay of matrices.", at_least=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What all algorithms share: AdamW, its schedule, memory, precision and seed."""
 
-    learning_rate: float = option(1e-4, "AdamW's rate after warm-up.", above=0)
-    schedule: Schedule = option("linear", "How the rate falls after warm-up.")
-    warmup_share: float = option(
-        0.1, "Share of the steps in which the rate rises from 0.", at_least=0, at_most=1
-    )
-    weight_decay: float = option(0.0, "AdamW's decay of matrices.", at_least=0)
+    learning_rate: float = _rate(1e-4)
+    schedule: Schedule = _schedule("linear")
+    warmup_share: float = _warmup(0.1)
+    weight_decay: float = _decay(0.0)
     max_grad_norm: float | None = option(
         1.0, "Gradients longer than this are scaled down to it.", above=0
     )
@@ -100,23 +108,10 @@ class SFTConfig(TrainingConfig):
 
     epochs: int = option(3, "Passes over the demonstrations.", above=0)
     batch_size: int = option(32, "Demonstrations for each optimizer step.", above=0)
-    learning_rate: float = option(
-        1.5e-3,
-        "AdamW's rate after warm-up.",
-        above=0,
-        pretrained=(2e-5, "Alpaca, Taori et al. 2023"),
-    )
-    schedule: Schedule = option("cosine", "How the rate falls after warm-up.")
-    warmup_share: float = option(
-        0.1,
-        "Share of the steps in which the rate rises from 0.",
-        at_least=0,
-        at_most=1,
-        pretrained=(0.03, "Alpaca"),
-    )
-    weight_decay: float = option(
-        0.01, "AdamW's decay of matrices.", at_least=0, pretrained=(0.0, "Alpaca")
-    )
+    learning_rate: float = _rate(1.5e-3, pretrained=(2e-5, "Alpaca, Taori et al. 2023"))
+    schedule: Schedule = _schedule("cosine")
+    warmup_share: float = _warmup(0.1, pretrained=(0.03, "Alpaca"))
+    weight_decay: float = _decay(0.01, pretrained=(0.0, "Alpaca"))
     eval_every: int = option(100, "Steps between evaluations on held-out demonstrations.", above=0)
 
 
@@ -128,10 +123,8 @@ class RewardConfig(TrainingConfig):
         4, "Passes over the preference pairs.", above=0, pretrained=(3, "BERT, Devlin et al. 2019")
     )
     batch_size: int = option(32, "Pairs for each optimizer step.", above=0)
-    learning_rate: float = option(
-        7e-4, "AdamW's rate after warm-up.", above=0, pretrained=(2e-5, "BERT")
-    )
-    weight_decay: float = option(0.01, "AdamW's decay of matrices.", at_least=0)
+    learning_rate: float = _rate(7e-4, pretrained=(2e-5, "BERT"))
+    weight_decay: float = _decay(0.01)
     center_coef: float = option(
         0.01, "Pulls the scores, of which only differences count, to 0.", at_least=0
     )
@@ -145,12 +138,7 @@ class DPOConfig(TrainingConfig):
 
     epochs: int = option(1, "Passes over the preference pairs.", above=0)
     batch_size: int = option(64, "Pairs for each optimizer step.", above=0)
-    learning_rate: float = option(
-        1e-4,
-        "AdamW's rate after warm-up.",
-        above=0,
-        pretrained=(1e-6, "Rafailov et al. 2023"),
-    )
+    learning_rate: float = _rate(1e-4, pretrained=(1e-6, "Rafailov et al. 2023"))
     beta: float = option(
         0.3,
         "DPO's temperature; larger keeps the policy nearer the reference.",
@@ -183,15 +171,8 @@ class PPOConfig(TrainingConfig):
     temperature: float = option(
         1.0, "Divides the logits, in sampling and in scoring alike.", above=0
     )
-    learning_rate: float = option(
-        3e-4,
-        "AdamW's rate after warm-up.",
-        above=0,
-        pretrained=(1.41e-5, "trl 0.11's GPT-2 runs"),
-    )
-    warmup_share: float = option(
-        0.05, "Share of the steps in which the rate rises from 0.", at_least=0, at_most=1
-    )
+    learning_rate: float = _rate(3e-4, pretrained=(1.41e-5, "trl 0.11's GPT-2 runs"))
+    warmup_share: float = _warmup(0.05)
     adam_eps: float = option(1e-5, "AdamW's epsilon; a larger one calms the first steps.", above=0)
     gamma: float = option(1.0, "Discount for each token.", at_least=0, at_most=1)
     lam: float = option(

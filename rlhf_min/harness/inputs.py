@@ -1,8 +1,7 @@
 """What a run works on: rows of the embedded world or of the user's file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +74,7 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         limit=options.limit,
         seed=seed,
     )
-    report: list[str] = []
-    tell = partial(_tell, report)
-    tell(f"{loaded.report()}\n{loaded.details()}")
+    report = print_report(loaded.report(), loaded.details())
     if stage == "evaluation":
         require(
             options.heldout_data is None,
@@ -98,10 +95,10 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
             split=options.heldout_split,
             usual_split="test",
         )
-        tell(f"{own.report()}\n{own.details()}")
-        _check_heldout(loaded, own, tell)
+        report += print_report(own.report(), own.details())
+        report += _check_heldout(loaded, own)
         train, heldout, told = loaded.rows, own.rows, printable(own.source)
-    tell(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
+    report += print_report(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
     inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout), report=report)
     if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
         inputs.prompts, inputs.eval_prompts = train, heldout
@@ -115,13 +112,14 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
     return inputs
 
 
-def _tell(report: list[str], text: str) -> None:
-    print(text)
-    report.extend(text.splitlines())
+def print_report(*texts: str) -> list[str]:
+    """Print texts, and return their lines for the run's notes."""
+    print(*texts, sep="\n")
+    return [line for text in texts for line in text.splitlines()]
 
 
-def _check_heldout(loaded: LoadedRows, own: LoadedRows, tell: Callable[[str], None]) -> None:
-    """Count the prompts that stand in both files.
+def _check_heldout(loaded: LoadedRows, own: LoadedRows) -> list[str]:
+    """Count the prompts that stand in both files; the lines that say so, if there are some.
 
     Raises:
         BadInput: if a column that reward functions may name stands in the first one only.
@@ -134,11 +132,13 @@ def _check_heldout(loaded: LoadedRows, own: LoadedRows, tell: Callable[[str], No
     )
     trained_on = {row["prompt"].strip() for row in loaded.rows}
     prompts = {row["prompt"].strip() for row in own.rows}
-    if both := len(prompts & trained_on):
-        tell(
-            f"warning: {both} of {plural(len(prompts), 'held-out prompt')} are trained on too, so "
-            "what is measured on them says little of new ones; take them out of one of the files"
-        )
+    both = len(prompts & trained_on)
+    if not both:
+        return []
+    return print_report(
+        f"warning: {both} of {plural(len(prompts), 'held-out prompt')} are trained on too, so "
+        "what is measured on them says little of new ones; take them out of one of the files"
+    )
 
 
 def world_inputs(world: "World") -> Inputs:

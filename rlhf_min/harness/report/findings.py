@@ -192,7 +192,8 @@ def _test(run: Run) -> Iterator[Finding]:
                 f"{model}'s score rose, the gold reward is not shown to have risen",
                 "on the test prompts",
                 _two(run, model, "gold_reward"),
-                "the reward model may be exploited: raise --kl_coef, or train it on more pairs",
+                "the reward model may be exploited: raise --kl_coef (of DPO: --beta), or train on "
+                "more pairs",
             )
 
 

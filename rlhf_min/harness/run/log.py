@@ -113,7 +113,7 @@ class MetricsLog:
         else:
             checkpoint.keep(newest.folder.parent, newest.folder, self._saving.keep_last)
             print(f"{snapshot.stage}: continued after step {newest.step} of {snapshot.total}")
-        more_steps = newest is not None and max(newest.step, newest.total) < snapshot.total
+        more_steps = newest is not None and newest.total < snapshot.total
         if not at_end or more_steps:
             self.resuming = False
             self.note_changes()

@@ -14,7 +14,7 @@ from rlhf_min.errors import require
 from rlhf_min.estimates import proportion_estimate
 from rlhf_min.harness import preflight
 from rlhf_min.harness.cli import RunOptions
-from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, print_report
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report.curves import Curve, Range
 from rlhf_min.harness.report.findings import Estimated, Finding, by_heart, interval
@@ -24,7 +24,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, print_report, run_stage
+from rlhf_min.harness.stages.run_stage import copy_policy, run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 

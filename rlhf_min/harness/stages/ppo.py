@@ -14,7 +14,7 @@ from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness import preflight
 from rlhf_min.harness.cli import RunOptions, check_room
-from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.inputs import Inputs, print_report
 from rlhf_min.harness.preflight import Check, Row
 from rlhf_min.harness.report.curves import Curve, Range
 from rlhf_min.harness.report.findings import Finding, last_fifth
@@ -26,7 +26,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, print_report, run_stage, sample_responses
+from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, sample_responses
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Policy

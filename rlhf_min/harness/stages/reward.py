@@ -14,7 +14,7 @@ from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, require
 from rlhf_min.estimates import Estimate, mean_estimate, proportion_estimate
 from rlhf_min.harness import preflight
-from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs
+from rlhf_min.harness.inputs import HELDOUT_ROWS, Inputs, print_report
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report import results
 from rlhf_min.harness.report.curves import Curve, Range
@@ -32,7 +32,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_reward_model
-from rlhf_min.harness.stages.run_stage import print_report, run_stage, sample_texts
+from rlhf_min.harness.stages.run_stage import run_stage, sample_texts
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.policy import Policy, evaluating

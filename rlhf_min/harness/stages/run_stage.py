@@ -17,12 +17,6 @@ from rlhf_min.policy import Critic, Policy
 from rlhf_min.sampling import sample
 
 
-def print_report(*texts: str) -> list[str]:
-    """Print texts, and return their lines for the run's notes."""
-    print(*texts, sep="\n")
-    return [line for text in texts for line in text.splitlines()]
-
-
 def run_stage(
     snapshot: Snapshot,
     checks: Iterator[Check],

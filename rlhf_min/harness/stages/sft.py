@@ -9,7 +9,7 @@ from rlhf_min import sft
 from rlhf_min.data import SFTExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness import preflight
-from rlhf_min.harness.inputs import Inputs
+from rlhf_min.harness.inputs import Inputs, print_report
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.report.curves import Curve, Range, number
 from rlhf_min.harness.report.findings import Finding
@@ -18,7 +18,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import print_report, run_stage
+from rlhf_min.harness.stages.run_stage import run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
