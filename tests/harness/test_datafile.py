@@ -950,6 +950,7 @@ def test_hub_says_no(monkeypatch, error):
     def load_dataset(name: str, *, split: str) -> datasets.Dataset:  # noqa: ARG001
         raise error
 
+    monkeypatch.setattr(sources, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = refusal("some/pairs", "ppo")
     assert message.startswith(
