@@ -1,0 +1,1 @@
+"""Our runs beside trl's: what `compare_with_trl.py` consists of."""
