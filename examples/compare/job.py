@@ -47,6 +47,7 @@ class Job:
         script: a script of the user's that trains with trl, or None: then trl is driven here.
         script_arguments: its command line.
         rollouts: of PPO, one for each step.
+        dropout: False: it is switched off in all modules, whatever the options say.
     """
 
     stage: Stage
@@ -58,6 +59,7 @@ class Job:
     script: str | None = None
     script_arguments: list[str] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    dropout: bool = True
 
     def save(self, file: Path) -> None:
         """Write it as JSON."""
