@@ -1,6 +1,6 @@
 """A comparison with trl is a test with a mark that says what is compared, and a gap that it found.
 
-The marks and the gaps together are the table that ``examples/compare_with_trl.py`` prints.
+The marks and the gaps together are the table that ``tests/tools/parity_table.py`` prints.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -41,7 +41,7 @@ def section(title: str) -> str:
 @pytest.fixture(scope="module")
 def printed() -> dict[str, list[Cells]]:
     """The tables that the command prints, by its option; both processes run at once."""
-    script = str(ROOT / "examples/compare_with_trl.py")
+    script = str(ROOT / "tests/tools/parity_table.py")
     started = {
         option: subprocess.Popen(
             [sys.executable, script, option, *more], stdout=subprocess.PIPE, encoding="utf-8"

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the next lines are imp
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
 
-TESTS = Path(__file__).parent.parent / "tests" / "parity"
+TESTS = Path(__file__).parents[1] / "parity"
 ORDER = ("functions", "ppo", "dpo", "reward", "sft")
 HEADER = ("function", "trl", "dtype", "cases", "largest difference", "convention removed")
 
