@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Setup = TypeVar("Setup")  # all that a run of ours depends on; each stage has its own
 
@@ -23,4 +23,4 @@ class Cause(Generic[Setup]):
     says: str
     follow: Callable[[Setup], Setup] | None = None
     row: str = ""
-    undo: tuple[tuple[str, object], ...] = ()
+    undo: tuple[tuple[str, Any], ...] = ()

@@ -44,6 +44,12 @@ def in_our_words(stage: str, trl: dict[str, Any], *, total_steps: int) -> dict[s
     return ours
 
 
+def ignores_label_smoothing(record: Any) -> bool:
+    """Whether trl's loss takes no notice of that option: 'sigmoid' does so from 1.0 on."""
+    new = not record.versions["trl"].startswith("0.")
+    return new and record.options.get("loss_type") in ("sigmoid", ["sigmoid"])
+
+
 def in_trl_words(stage: str, ours: dict[str, Any], *, steps: int) -> dict[str, Any]:
     """Fields of trl's config that say what the given ones of ours do.
 

@@ -1,0 +1,246 @@
+"""What of SFT, reward training and DPO is known to differ between a run of trl's and ours."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compare import options, tokens
+from compare.conventions import Cause
+from compare.job import Ids, Record
+from compare.ours.stages import Setup, Side
+from rlhf_min.errors import BadInput
+
+# trl's options that change numbers, have no counterpart here, and the value with which they do not.
+FOREIGN: dict[str, dict[str, Any]] = {
+    "sft": {
+        "assistant_only_loss": False,
+        "completion_only_loss": (None, True),
+        "label_smoothing_factor": 0.0,
+        "loss_type": ("nll", "chunked_nll"),
+        "neftune_noise_alpha": None,
+        "packing": False,
+        "padding_free": False,
+    },
+    "reward": {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None},
+    "dpo": {
+        "f_divergence_type": ("reverse_kl", "FDivergenceType.REVERSE_KL"),
+        "label_smoothing_factor": 0.0,
+        "ld_alpha": None,
+        "loss_type": ("sigmoid", ["sigmoid"]),
+        "loss_weights": (None, [1.0]),
+        "neftune_noise_alpha": None,
+        "reference_free": False,
+        "rpo_alpha": None,
+        "sync_ref_model": False,
+        "use_weighting": False,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of a comparison before a cause is followed.
+
+    Args:
+        record: trl's.
+        side: our model.
+        setup: of our run by our own conventions.
+        left_out: rows that have no ids here, and why.
+        places: number of a row -> what it is called in the user's file.
+    """
+
+    record: Record
+    side: Side
+    setup: Setup
+    left_out: Mapping[int, str]
+    places: Mapping[int, Any]
+
+    def named(self, rows: Sequence[int]) -> str:
+        """Rows by their places in the file."""
+        return tokens.rows_named(rows, self.places)
+
+
+def causes(sides: Sides) -> list[Cause[Setup]]:
+    """All that differs, in the order in which readers would look for it."""
+    found = [*_options(sides), *_optimizer(sides), *_model(sides), *_rows(sides), *_texts(sides)]
+    found = [_checked(cause, sides.setup) for cause in found]
+    found += _order(sides, found)
+    return [*found, *_micro_batches(sides), *_foreign(sides)]
+
+
+def _options(sides: Sides) -> list[Cause[Setup]]:
+    """Options that both sides have, with other values."""
+    setup, record = sides.setup, sides.record
+    theirs = options.in_our_words(record.stage, record.options, total_steps=setup.total_steps)
+    found: list[Cause[Setup]] = []
+    for name, value in theirs.items():
+        here = getattr(setup.config, name)
+        if name == "label_smoothing" and options.ignores_label_smoothing(record):
+            if here:
+                says = "trl's loss 'sigmoid' ignores label_smoothing, here it is heeded: {here}"
+                found.append(_option(name, 0.0, says.format(here=here), "label smoothing ignored"))
+        elif value != here:
+            found.append(_option(name, value, _says(name, value, here, record)))
+    return found
+
+
+def _option(name: str, value: Any, says: str, title: str = "") -> Cause[Setup]:
+    def follow(setup: Setup) -> Setup:
+        return replace(setup, config=replace(setup.config, **{name: value}))
+
+    return Cause(title or name, says, follow)
+
+
+def _says(name: str, value: Any, here: Any, record: Record) -> str:
+    if name == "batch_size":
+        accumulated = record.options["gradient_accumulation_steps"]
+        size = record.options["per_device_train_batch_size"]
+        of = f" ({size} in a micro-batch, {accumulated} accumulated)" if accumulated > 1 else ""
+        return f"a step of trl has {value} rows{of}, here {here}: accumulation or batch size"
+    return f"{name} is {value} in trl and {here} here"
+
+
+def _optimizer(sides: Sides) -> list[Cause[Setup]]:
+    """Of AdamW what no option of ours says."""
+    given, setup = sides.record.options, sides.setup
+    betas = (given["adam_beta1"], given["adam_beta2"])
+    found: list[Cause[Setup]] = []
+    if given["adam_epsilon"] != setup.eps:
+        says = f"AdamW's epsilon is {given['adam_epsilon']} in trl and {setup.eps} here"
+        found.append(
+            Cause("epsilon", says, lambda setup: replace(setup, eps=given["adam_epsilon"]))
+        )
+    if betas != setup.betas:
+        says = f"AdamW's betas are {betas} in trl and {setup.betas} here"
+        found.append(Cause("betas", says, lambda setup: replace(setup, betas=betas)))
+    if not str(given["optim"]).startswith("adamw_torch"):
+        found.append(Cause("optimizer", f"optim is {given['optim']} in trl, here it is AdamW"))
+    return found
+
+
+def _model(sides: Sides) -> list[Cause[Setup]]:
+    """What the two models do differently with the same ids."""
+    facts, side = sides.record.facts, sides.side
+    stage, found = sides.record.stage, []
+    theirs, ours = facts.get("dropout", 0.0), side.dropout if stage != "dpo" else 0.0
+
+    def without(setup: Setup) -> Setup:
+        return replace(setup, dropout=False)
+
+    if theirs:
+        here = f"{ours} here too, from other random numbers" if ours else "off here"
+        says = f"dropout is {theirs} in trl, so that its numbers are random, and {here}"
+        found.append(Cause("dropout", says, without, undo=(("dropout", False),)))
+    elif ours:
+        found.append(Cause("dropout", f"dropout is off in trl and {ours} here", without))
+    if stage == "reward":
+        model: Any = side.model
+        segments = getattr(model.model.config, "type_vocab_size", 0) > 1
+        if segments and not facts.get("token_type_ids", False):
+            says = "trl does not tell BERT which tokens are the response's, here it is told"
+            found.append(Cause("segments", says, lambda s: replace(s, segments=False)))
+        pad_id, here_id = facts.get("pad_id"), model.tokenizer.pad_token_id
+        if pad_id != here_id:
+            says = f"trl pads with id {pad_id}, and here it is {here_id}"
+            found.append(Cause("pad", says, lambda setup: replace(setup, pad_id=pad_id)))
+    return found
+
+
+def _rows(sides: Sides) -> list[Cause[Setup]]:
+    """Rows that one side trains on and the other leaves out."""
+    record, setup = sides.record, sides.setup
+    here = {row: why for row, why in sides.left_out.items() if row not in record.left_out}
+    there = {row: why for row, why in record.left_out.items() if row not in sides.left_out}
+    if not here and not there:
+        return []
+    parts = []
+    if there:
+        parts.append(f"trl leaves out {sides.named(list(there))} ({next(iter(there.values()))})")
+    if here:
+        parts.append(f"{sides.named(list(here))} left out here ({next(iter(here.values()))})")
+    kept = (setup.rows.keys() | sides.left_out.keys()) - record.left_out.keys()
+    rows = {row: setup.rows.get(row, record.rows.get(row, {})) for row in kept}
+    says = ", and ".join(parts) + ", so that the order is another one too"
+    return [Cause("left-out rows", says, lambda setup: replace(setup, rows=_merged(setup, rows)))]
+
+
+def _merged(setup: Setup, rows: Mapping[int, Ids]) -> dict[int, Ids]:
+    """These rows, of which the setup's own may have taken over ids of trl's already."""
+    return {row: setup.rows.get(row, ids) for row, ids in rows.items()}
+
+
+def _texts(sides: Sides) -> list[Cause[Setup]]:
+    """Rows that are read differently, by the kind of difference."""
+    record, tokenizer = sides.record, sides.side.tokenizer
+    found: list[Cause[Setup]] = []
+    for difference in tokens.differences(
+        sides.setup.rows, record.rows, tokenizer, max_length=record.options.get("max_length")
+    ):
+        says = f"{sides.named(list(difference.columns))}: {difference.says}"
+        found.append(Cause(difference.kind, says, _taking(record.rows, difference.columns)))
+    return found
+
+
+def _taking(
+    theirs: Mapping[int, Ids], columns: Mapping[int, tuple[str, ...]]
+) -> Callable[[Setup], Setup]:
+    def follow(setup: Setup) -> Setup:
+        rows = dict(setup.rows)
+        for row, names in columns.items():
+            rows[row] = rows[row] | {name: theirs[row][name] for name in names}
+        return replace(setup, rows=rows)
+
+    return follow
+
+
+def _order(sides: Sides, others: Sequence[Cause[Setup]]) -> list[Cause[Setup]]:
+    """The rows of each step, if they are others although all else was followed."""
+    theirs = [[row for part in micros for row in part] for micros in sides.record.batches]
+    setup = sides.setup
+    for cause in others:
+        setup = cause.follow(setup) if cause.follow else setup
+    ours = [[row for part in micros for row in part] for micros in setup.drawn()]
+    if ours == theirs or not {row for rows in theirs for row in rows} <= setup.rows.keys():
+        return []
+    step = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    says = f"step {step + 1} of trl has {sides.named(theirs[step])}, here {sides.named(ours[step])}"
+    return [Cause("order", says, lambda setup: replace(setup, batches=theirs))]
+
+
+def _micro_batches(sides: Sides) -> list[Cause[Setup]]:
+    """Micro-batches that weigh alike although they are of unequal size."""
+    record = sides.record
+    if record.stage == "sft":  # whose tokens are counted over the whole step
+        return []
+    uneven = [i for i, micros in enumerate(record.batches) if len({*map(len, micros)}) > 1]
+    if not uneven:
+        return []
+    sizes = " and ".join(str(len(part)) for part in record.batches[uneven[0]])
+    size = record.options["per_device_train_batch_size"]
+    says = (
+        f"in step {uneven[0] + 1} trl averages the means of micro-batches of {sizes} rows, "
+        "here each row weighs alike"
+    )
+    return [
+        Cause("mean of micro-batch means", says, lambda s: replace(s, micro_batch_size=size)),
+    ]
+
+
+def _foreign(sides: Sides) -> list[Cause[Setup]]:
+    """Options of trl's that nothing here follows."""
+    given, found = sides.record.options, []
+    for name, usual in FOREIGN[sides.record.stage].items():
+        usual = usual if isinstance(usual, tuple) else (usual,)
+        if name in given and given[name] not in usual:
+            found.append(Cause[Setup](name, f"{name} is {given[name]!r} in trl, which is not here"))
+    return found
+
+
+def _checked(cause: Cause[Setup], setup: Setup) -> Cause[Setup]:
+    """A cause that cannot be followed if our config refuses what trl's says."""
+    try:
+        if cause.follow is not None:
+            cause.follow(setup)
+    except BadInput:
+        return replace(cause, follow=None, says=f"{cause.says}, where trl's is not known")
+    return cause

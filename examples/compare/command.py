@@ -1,0 +1,150 @@
+"""The options of the command. Nothing here imports torch, so that a typo is answered at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from compare import options as words
+from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, option
+from rlhf_min.encoding.template import require_template
+from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.parser import Parser
+from rlhf_min.harness.rows.columns import parse_columns
+
+CONFIGS: dict[str, Any] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+}
+# What a run of a few steps has no use for; its steps and epochs follow from --steps.
+UNUSED = ("epochs", "steps", "eval_every", "normalise", "cache_reference")
+TRUTH = {"True": True, "False": False, "None": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared, where and how. `ours` holds the options of the stage that were given."""
+
+    stage: str | None = option(None, "sft, reward, dpo or ppo; a script tells it by itself.")
+    model: str | None = option(None, "Folder or name of the model that both start from.")
+    data: str | None = option(None, "Your rows: a file, or a dataset on the Hub.")
+    columns: str | None = option(None, "Your names of columns, like prompt=question,chosen=good.")
+    limit: int | None = option(None, "At most so many of the usable rows.", above=0)
+    template: str | None = option(
+        None, "What the model reads, with {prompt} in it, or chat. Default: the prompt alone."
+    )
+    max_length: int | None = option(None, "Longest row in tokens. Default: trl's.", above=0)
+    steps: int = option(4, "Optimizer steps to compare; of PPO rollouts.", above=0)
+    float64: bool = option(False, "Compute in float64: the proof, at twice the memory.")
+    trl_python: str | None = option(None, "A Python that has trl. Default: this one.")
+    trl: list[str] = field(
+        default_factory=list, metadata={"help": "Options of trl's config, like beta=0.2 seed=1."}
+    )
+    trl_data: str | None = option(None, "Rows for trl, if they are to be others.")
+    trl_script: str | None = option(None, "A script of yours that trains with trl.")
+    script_args: str = option("", "Its command line, in quotes.")
+    reward: str | None = option(None, "PPO's reward: FILE.py:FUNCTION, or a classifier's folder.")
+    trl_run: str | None = option(None, "A finished run of trl's: folder, CSV or JSONL.")
+    run: str | None = option(None, "The finished run of ours beside it.")
+    out: str | None = option(None, "Folder to write the comparison to.")
+    threads: int | None = option(None, "CPU threads of PyTorch on both sides.", above=0)
+    ours: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trl_options(self) -> dict[str, Any]:
+        """Those behind ``--trl``, as values."""
+        given = {}
+        for text in self.trl:
+            name, sign, value = text.partition("=")
+            require(bool(name and sign), f"--trl {text}: write an option as name=value")
+            given[name] = _value(value)
+        return given
+
+
+def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Raises:
+        BadInput: for what cannot be compared.
+        SystemExit: with code 2, for an unknown option or a value that cannot be read.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(description)
+    parser.add_fields(Options, without=("ours",))
+    stage = _stage(arguments)
+    if stage in CONFIGS:
+        parser.add_fields(CONFIGS[stage], without=(*UNUSED, *map(_name, fields(Options))))
+    given = vars(parser.parse_args(arguments))
+    names = {f.name for f in fields(Options)}
+    ours = {name: value for name, value in given.items() if name not in names}
+    options = Options(ours=ours, **{n: value for n, value in given.items() if n in names})
+    if stage in CONFIGS:
+        CONFIGS[stage](**ours)  # says what is out of bounds
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    if options.trl_run is not None:
+        require(options.run is not None, "--trl_run needs a run of ours beside it: --run DIR")
+        return
+    require(options.run is None, "--run is the run beside a --trl_run; give that too")
+    if options.trl_script is not None:
+        for name in ("model", "data", "columns", "trl_data", "limit"):
+            require(
+                getattr(options, name) is None,
+                f"a script brings its own model and rows; leave --{name} out",
+            )
+        require(not options.trl, "a script has its options in itself; leave --trl out")
+    else:
+        require(
+            options.stage is not None,
+            "give --stage sft, reward, dpo or ppo with --model and --data; or --trl_script FILE; "
+            "or --trl_run DIR with --run DIR",
+        )
+        require(options.model is not None, "give --model, the folder that both sides start from")
+        require(options.data is not None, "give --data, the rows that both sides train on")
+    require(
+        options.stage is None or options.stage in CONFIGS,
+        f"--stage {options.stage} is not known; there are {', '.join(CONFIGS)}",
+    )
+    if options.columns is not None:
+        parse_columns(options.columns)
+    if options.template is not None:
+        require_template(options.template.replace("\\n", "\n"))
+    options.trl_options  # noqa: B018  # raises for what is no name=value
+
+
+def given_to_trl(options: Options, stage: Any) -> dict[str, Any]:
+    """Options of trl's config that were given, in our words or in its own."""
+    given = words.in_trl_words(stage, options.ours, steps=options.steps)
+    if options.max_length is not None:
+        given["max_length"] = options.max_length
+    return given | options.trl_options
+
+
+def _stage(arguments: Sequence[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        name, sign, value = argument.partition("=")
+        if name == "--stage":
+            return value if sign else next(iter(arguments[i + 1 : i + 2]), None)
+    return None
+
+
+def _value(text: str) -> Any:
+    if text in TRUTH:
+        return TRUTH[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _name(of: Any) -> str:
+    return of.name
+
+
+__all__ = ["BadInput", "Options", "given_to_trl", "parse_options"]

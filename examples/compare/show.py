@@ -1,0 +1,116 @@
+"""A comparison as text: the reason first, then what it rests on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from compare.command import Options
+from compare.explain import Explanation, Gap, largest
+from compare.job import Record
+
+CAUSES = 3  # that the first line names
+
+
+class Weights(Protocol):
+    """How far the weights are apart, and where most."""
+
+    @property
+    def size(self) -> float: ...
+    @property
+    def name(self) -> str: ...
+
+
+def python(found: Mapping[str, Any]) -> str:
+    """What an environment has."""
+    return ", ".join(f"{name} {found[name]}" for name in ("trl", "transformers", "torch"))
+
+
+def page(record: Record, explanation: Explanation[Any], weights: Weights, options: Options) -> str:
+    """The whole comparison."""
+    blocks = [
+        "\n".join(headline(record, explanation, weights)),
+        _what(record, options),
+        _causes(explanation),
+        _others("These differ too, and change no number:", explanation.without_effect),
+        _others("Nothing here follows trl in these:", explanation.cannot),
+        steps(record.steps, explanation),
+        *(["trl warned:\n  " + "\n  ".join(record.warnings)] if record.warnings else []),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def headline(record: Record, found: Explanation[Any], weights: Weights) -> list[str]:
+    """Two lines: whether and why the two differ, and what is left."""
+    n = len(record.steps)
+    apart = f"the weights after step {n} are at most {weights.size:.0e} apart"
+    loss = largest(found.best, record.steps, "loss")
+    if found.first is None:
+        return [f"They agree: the loss of {n} steps to {loss:.0e}; {apart}.", _unseen(found)]
+    why = [followed.cause.says for followed in found.followed]
+    cannot = [cause.says for cause in found.cannot]
+    told = "; ".join((why or cannot or ["no known cause"])[:CAUSES])
+    more = f"; and {len(why) - CAUSES} more" if len(why) > CAUSES else ""
+    first = f"They differ from step {found.first.step} on ({_gap(found.first)}): {told}{more}."
+    if found.left is None:
+        return [first, f"Explained to {loss:.0e} in loss, {apart}; nothing else differs."]
+    rest = "; ".join(cannot) if why and cannot else "no known cause is left to try"
+    return [first, f"Not explained: {_gap(found.left)} in step {found.left.step}; {rest}."]
+
+
+def steps(theirs: Sequence[Mapping[str, float]], found: Explanation[Any]) -> str:
+    """Every metric of every step: trl's, ours, and the difference, also once all is followed."""
+    changed = bool(found.followed)
+    head = ["step", "metric", "trl", "here", "difference"] + ["when followed"] * changed
+    rows = [head]
+    for number, (other, mine, best) in enumerate(
+        zip(theirs, found.base, found.best, strict=False), 1
+    ):
+        for name in (name for name in mine if name in other):
+            size = [f"{abs(m[name] - other[name]):.0e}" for m in (mine, best)[: 1 + changed]]
+            rows.append([str(number), name, f"{other[name]:.8g}", f"{mine[name]:.8g}", *size])
+    return _table(rows)
+
+
+def _gap(gap: Gap) -> str:
+    return f"{gap.metric} {gap.theirs:.6g} in trl, {gap.ours:.6g} here"
+
+
+def _unseen(found: Explanation[Any]) -> str:
+    others = [cause.says for cause in (*found.without_effect, *found.cannot)]
+    return f"Without effect: {'; '.join(others)}." if others else "Nothing differs."
+
+
+def _what(record: Record, options: Options) -> str:
+    rows = sum(len(part) for micros in record.batches for part in micros)
+    source = options.trl_script or f"{options.model}, {options.data}"
+    return (
+        f"{record.trainer} of {python(record.versions)}; {record.facts['dtype']}; {rows} rows in "
+        f"{len(record.steps)} steps; {source}"
+    )
+
+
+def _causes(found: Explanation[Any]) -> str:
+    if not found.followed:
+        return ""
+    rows = [["cause", "difference before", "when followed"]]
+    for followed in found.followed:
+        gap = followed.before
+        before = f"{gap.size:.1e} in {gap.metric} of step {gap.step}"
+        rows.append([followed.cause.name, before, f"{followed.after:.0e}"])
+    told = [f"  {followed.cause.name}: {followed.cause.says}." for followed in found.followed]
+    return "\n".join([_table(rows), *told])
+
+
+def _others(title: str, causes: Sequence[Any]) -> str:
+    return "\n".join([title, *(f"  {cause.says}." for cause in causes)]) if causes else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
