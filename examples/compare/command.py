@@ -83,13 +83,18 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     options = Options(ours=ours, **{n: value for n, value in given.items() if n in names})
     if stage in CONFIGS:
         CONFIGS[stage](**ours)  # says what is out of bounds
-    _check(options)
+    _check(options, set(given))
     return options
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, given: set[str]) -> None:
     if options.trl_run is not None:
         require(options.run is not None, "--trl_run needs a run of ours beside it: --run DIR")
+        others = sorted(given - {"trl_run", "run", "stage", "out"})
+        require(
+            not others,
+            f"--trl_run reads what two runs have logged; leave --{''.join(others[:1])} out",
+        )
         return
     require(options.run is None, "--run is the run beside a --trl_run; give that too")
     if options.trl_script is not None:

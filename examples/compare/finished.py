@@ -96,11 +96,18 @@ def compare(trl_run: str, run: str, stage: str | None, out: Path) -> None:
     Raises:
         BadInput: what cannot be read, or not be compared.
     """
+    require(
+        stage is None or stage in STAGES,
+        f"--stage {stage} is not known; there are {', '.join(STAGES)}",
+    )
     beside = lay_beside(read(Path(trl_run)), read_run(Path(run)), stage)
     for line in told(beside):
         print(line)
     write_file(_folder(out) / DATA, json.dumps(as_json(beside), allow_nan=False) + "\n")
-    print(f"\n{out / DATA}")
+    from compare import picture  # matplotlib takes a second: what can be refused is refused before
+
+    picture.write(out / PICTURE, beside)
+    print(f"\n{out / PICTURE}, {out / DATA}")
 
 
 def _folder(out: Path) -> Path:
