@@ -12,56 +12,112 @@ class Metric(NamedTuple):
     Args:
         trl: as trl logs it.
         ours: as we yield it, or "" where there is none.
+        what: the number is.
         means: where the two are not one number: what trl's is, and then what ours is.
         factor: what trl's is multiplied by to be ours.
     """
 
     trl: str
     ours: str = ""
+    what: str = ""
     means: tuple[str, str] | None = None
     factor: float = 1.0
 
 
-# By stage and by which of trl's trainers wrote it.
+# What the Trainer of transformers logs, whatever it trains.
+_OF_A_STEP = [
+    Metric("grad_norm", "grad_norm", "length of the gradient before it is clipped"),
+    Metric("learning_rate", "learning_rate", "the rate that the step used"),
+    Metric("epoch", what="passes over the data, counted in batches"),
+    Metric("step", what="optimizer steps so far"),
+    Metric("num_tokens", what="tokens so far, without padding"),
+]
+_OF_THE_RUN = [
+    Metric("train_loss", what="mean of `loss` over all steps, once, at the end"),
+    Metric("total_flos", what="an estimate of the operations so far"),
+    *(
+        Metric(f"{mode}_{what}", what="time of the whole, and what it comes to")
+        for mode in ("train", "eval")
+        for what in ("runtime", "samples_per_second", "steps_per_second")
+    ),
+]
+_OF_TOKENS = [
+    Metric("entropy", what="of the next token, mean over the tokens that are trained on"),
+    Metric(
+        "mean_token_accuracy",
+        what="share of these tokens that are the most likely one",
+    ),
+    Metric("aux_loss", what="of mixtures of experts only: what balances their load"),
+]
+
+# By stage and by which of trl's trainers wrote it. In an evaluation both sides put a word before
+# the names: `eval_loss`, `eval/loss`.
 METRICS: dict[tuple[str, str], list[Metric]] = {
     ("sft", "SFTTrainer"): [
-        Metric("loss", "loss"),
-        Metric("grad_norm", "grad_norm"),
-        Metric("learning_rate", "learning_rate"),
-        Metric("epoch"),
-        Metric("entropy"),
-        Metric("mean_token_accuracy"),
-        Metric("num_tokens"),
+        Metric("loss", "loss", "-log p of a token of the response or EOS, mean over the batch"),
+        *_OF_TOKENS,
+        *_OF_A_STEP,
+        *_OF_THE_RUN,
     ],
     ("reward", "RewardTrainer"): [
-        Metric("loss", "loss"),
-        Metric("accuracy", "accuracy"),
-        Metric("margin", "margin"),
-        Metric("grad_norm", "grad_norm"),
-        Metric("learning_rate", "learning_rate"),
-        Metric("epoch"),
-        Metric("min_reward"),
-        Metric("mean_reward"),
-        Metric("max_reward"),
-        Metric("num_tokens"),
+        Metric(
+            "loss",
+            "loss",
+            "-log sigmoid(chosen - rejected - margin) + centring * (chosen + rejected)^2, mean "
+            "over pairs",
+        ),
+        Metric("accuracy", "accuracy", "share of pairs with chosen > rejected; a tie is wrong"),
+        Metric("margin", "margin", "chosen - rejected, mean over pairs"),
+        Metric("min_reward", what="lowest score of a micro-batch"),
+        Metric("mean_reward", what="mean score"),
+        Metric("max_reward", what="highest score of a micro-batch"),
+        *_OF_A_STEP,
+        *_OF_THE_RUN,
     ],
     ("dpo", "DPOTrainer"): [
-        Metric("loss", "loss"),
-        Metric("logps/chosen", "chosen_logprobs"),
-        Metric("logps/rejected", "rejected_logprobs"),
-        Metric("rewards/chosen", "chosen_rewards"),
-        Metric("rewards/rejected", "rejected_rewards"),
-        Metric("rewards/margins", "margin"),
-        Metric("rewards/accuracies", "accuracy"),
-        Metric("grad_norm", "grad_norm"),
-        Metric("learning_rate", "learning_rate"),
-        Metric("epoch"),
-        Metric("entropy"),
-        Metric("mean_token_accuracy"),
-        Metric("num_tokens"),
-        Metric("logits/chosen"),
-        Metric("logits/rejected"),
+        Metric("loss", "loss", "-log sigmoid of `margin`, mean over pairs"),
+        Metric(
+            "logps/chosen",
+            "chosen_logprobs",
+            "log p of the whole chosen response, EOS included, mean over pairs",
+        ),
+        Metric("logps/rejected", "rejected_logprobs", "the same of the rejected response"),
+        Metric(
+            "rewards/chosen",
+            "chosen_rewards",
+            "beta * (log p - log p of the reference) of the chosen response, mean over pairs",
+        ),
+        Metric("rewards/rejected", "rejected_rewards", "the same of the rejected response"),
+        Metric("rewards/margins", "margin", "`chosen_rewards` - `rejected_rewards`"),
+        Metric("rewards/accuracies", "accuracy", "share of pairs with a margin above 0"),
+        Metric("logits/chosen", what="mean of all logits where the chosen response is predicted"),
+        Metric("logits/rejected", what="the same of the rejected response"),
+        *(
+            metric._replace(
+                what=metric.what.replace("these tokens", "the chosen response's tokens")
+            )
+            for metric in _OF_TOKENS
+        ),
+        *_OF_A_STEP,
+        *_OF_THE_RUN,
     ],
+}
+# Metrics of ours that trl has not, and what they are. A run writes the times in place of `tokens`.
+_OF_OURS = {
+    "epoch": "passes over the data, counted in rows",
+    "tokens": "tokens of the step, prompts included",
+    "time/seconds": "of the step, an evaluation included",
+    "time/tokens_per_second": "`tokens` by these seconds",
+    "skipped": "steps so far that fp16 has left out, since a gradient was not finite",
+}
+OURS_ALONE: dict[str, dict[str, str]] = {
+    "sft": {"eval/perplexity": "exp of `eval/loss`", **_OF_OURS},
+    "reward": {"ties": "share of pairs with equal scores", **_OF_OURS},
+    "dpo": {
+        "chosen_logprobs_change": "log p - log p of the reference: `chosen_rewards` / beta",
+        "rejected_logprobs_change": "the same of the rejected response",
+        **_OF_OURS,
+    },
 }
 
 

@@ -35,7 +35,10 @@ FOLDERS = (
     "tests",
     "tests/parity",
 )
-TEXTS = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+FROM_TRL = "examples/compare/coming_from_trl.md"
+# Of each folder its README, and one page more, by its own name.
+FILES = {folder: ROOT / folder / "README.md" for folder in FOLDERS} | {FROM_TRL: ROOT / FROM_TRL}
+TEXTS = {name: file.read_text(encoding="utf-8") for name, file in FILES.items()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -45,7 +48,7 @@ def blocks(folder, language=""):
 
 
 def each_folder():
-    return pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder or "front door")
+    return pytest.mark.parametrize("folder", FILES, ids=lambda folder: folder or "front door")
 
 
 # Where it leads
@@ -79,7 +82,7 @@ def test_every_link_leads_somewhere(folder):
     assert links
     for link in links:
         name, _, anchor = link.partition("#")
-        file = ROOT / folder / (name or "README.md")
+        file = FILES[folder].parent / name if name else FILES[folder]
         assert file.exists(), link
         if re.fullmatch(r"L\d+", anchor):
             assert int(anchor[1:]) <= len(file.read_text(encoding="utf-8").splitlines()), link
@@ -130,7 +133,7 @@ def test_each_room_of_the_harness_imports_what_stands_above_it():
 
 
 def test_the_shell_understands_each_block():
-    script = "\n".join(text for folder in FOLDERS for text in blocks(folder, "sh"))
+    script = "\n".join(text for folder in FILES for text in blocks(folder, "sh"))
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
@@ -192,7 +195,8 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     reward_model = RewardModel(bert().float(), bert_syllables())
     save_reward_model(reward_model, tmp_path / "runs/quickstart/reward_model")
     monkeypatch.chdir(tmp_path)
-    shown = blocks("rlhf_min", "python") + blocks("tests/parity", "python")
+    shown = blocks("rlhf_min", "python")
+    shown += [code for code in blocks(FROM_TRL, "python") if "score_rollout" in code]
     names: dict = {}  # the second goes on from the first
     weights = []
     for code in shown:

@@ -17,6 +17,7 @@ from rlhf_min.ppo import UPDATE_STATS, PPOConfig
 ROOT = Path(__file__).parent.parent.parent
 NAMES = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "examples/compare/coming_from_trl.md").read_text(encoding="utf-8")
 GAP = re.compile(r"0|[1-9]e-\d\d")
 
 Cells = list[str]
@@ -33,8 +34,8 @@ def tables(text: str) -> list[list[Cells]]:
     return [[table[0], *table[2:]] for table in found if table]
 
 
-def section(title: str) -> str:
-    (text,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+def section(page: str, title: str) -> str:
+    (text,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     return text
 
 
@@ -58,7 +59,7 @@ def printed() -> dict[str, list[Cells]]:
 
 def test_the_parity_table_lists_what_is_compared(printed: dict[str, list[Cells]]) -> None:
     # All but the digits of the differences, which another processor may round otherwise.
-    (told,) = tables(section("Checked against trl"))
+    (told,) = tables(section(README, "Checked against trl"))
     column = told[0].index("largest difference")
     for row in told[1:]:
         assert GAP.fullmatch(row[column]), row
@@ -109,7 +110,7 @@ def fields_of_1_12() -> dict[str, object]:
 
 
 def test_every_field_of_both_configs_is_told_with_its_default() -> None:
-    fields, _ = tables(section("Coming from trl's PPO"))
+    fields, _ = tables(section(PAGE, "PPO"))
     legacy = {k: v for k, v in NAMES["PPOConfig"].items() if k != "exp_name"}
     check_fields(told_names(1, fields), legacy)
     check_fields(told_names(2, fields), fields_of_1_12())
@@ -119,7 +120,7 @@ def test_every_field_of_both_configs_is_told_with_its_default() -> None:
 
 
 def test_every_metric_of_both_trainers_is_told() -> None:
-    _, metrics = tables(section("Coming from trl's PPO"))
+    _, metrics = tables(section(PAGE, "PPO"))
     legacy, current = told_names(1, metrics), told_names(2, metrics)
     assert set(NAMES["PPOTrainer.step"]) <= legacy.keys()
     assert set(NAMES["PPOv2Trainer.train"]) <= current.keys()  # 1.12.0 has kept their names

@@ -7,20 +7,17 @@ python tests/tools/readme_tables.py --write    # puts them between their marks i
 import argparse
 import ast
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import find_helpers  # noqa: F401
+import trl_tables
 from test_conventions import CONVENTIONS, Convention, case
 from test_house import FLOORS, PACKAGE, ROOT, SOURCES, TAG, TESTS, definitions, module_name, tree
+from trl_tables import table
 
 README, HARNESS = PACKAGE / "README.md", PACKAGE / "harness/README.md"
 ROOMS = ("rows", "run", "report", "stages")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 # Equations
@@ -201,6 +198,7 @@ SECTIONS = {
     "conventions": (README, conventions),
     "beside": (README, lambda: files("encoding", "loading", "speed", "world")),
     "files": (HARNESS, lambda: files(*(f"harness/{room}" for room in ROOMS))),
+    **{name: (trl_tables.PAGE, make) for name, make in trl_tables.MADE.items()},
 }
 
 

@@ -1,0 +1,322 @@
+"""Every option of trl's and what takes its place here: the tables of "Coming from trl".
+
+A stage is one entry of `STAGES`; the defaults are read from both sides' configs. Like `names.py` it
+needs the standard library alone.
+"""
+
+from typing import NamedTuple
+
+
+class Field(NamedTuple):
+    """Options that do the same, or one side's that has no counterpart.
+
+    Args:
+        ours: names of our options, separated by spaces, or "".
+        trl: names of trl's, likewise.
+        note: in what they differ, or what happens where there is no counterpart.
+    """
+
+    ours: str
+    trl: str
+    note: str = ""
+
+
+class Stage(NamedTuple):
+    """What is told of a stage.
+
+    Args:
+        title: in headings.
+        config: the name of its config, which is the same on both sides.
+        trainer: trl's.
+        fields: what its config adds to the shared options, `TRAINER`.
+    """
+
+    title: str
+    config: str
+    trainer: str
+    fields: list[Field]
+
+
+# What several stages share.
+_MODEL = [
+    Field(
+        "model",
+        "model_init_kwargs",
+        "weights are read in float32 at least, as by trl; no quantisation, no LoRA",
+    ),
+    Field("", "trust_remote_code", "never: code in a model's folder is not run"),
+]
+_NO_EXPERTS = Field(
+    "",
+    "router_aux_loss_coef",
+    "no loss balances the experts of a mixture; trl adds it where the model's config says so",
+)
+_CUT = Field(
+    "max_length max_response_tokens",
+    "max_length truncation_mode",
+    "trl keeps the first `max_length` tokens, and EOS goes with the end; here a prompt loses its "
+    "beginning (beyond `max_length` less `max_response_tokens`), a response its end, EOS stays",
+)
+_EOS = Field("", "eos_token", "that of the tokenizer; set it there")
+_TEMPLATE = Field(
+    "template",
+    "chat_template_path",
+    "the tokenizer's own chat template if it has one, else `{prompt}` and a new line; trl takes "
+    "texts as they are",
+)
+_PAD = Field(
+    "",
+    "pad_token pad_to_multiple_of",
+    "the tokenizer's, else EOS; masks come from lengths, so no result depends on padding",
+)
+_PACKING = (
+    "rows lie end to end without padding where the model allows it; no number changes but by "
+    "rounding"
+)
+_TOKENISE = Field("", "dataset_num_proc", "one process tokenises, once, before the first step")
+_OFFLOAD = Field(
+    "gradient_checkpointing max_tokens",
+    "activation_offloading",
+    "nothing is moved to the CPU; these two save memory",
+)
+
+STAGES = {
+    "dpo": Stage(
+        "DPO",
+        "DPOConfig",
+        "DPOTrainer",
+        [
+            Field("beta", "beta"),
+            Field(
+                "label_smoothing",
+                "label_smoothing",
+                "trl's `sigmoid` ignores it; here the loss heeds it, as cDPO",
+            ),
+            Field(
+                "",
+                "loss_type loss_weights f_divergence_type f_alpha_divergence_coef discopop_tau "
+                "use_weighting ld_alpha",
+                "one loss, `sigmoid`, with the reverse KL; [another one](../../rlhf_min/README.md"
+                "#adding-a-loss) is a function in `losses.py`",
+            ),
+            Field(
+                "cache_reference",
+                "precompute_ref_log_probs precompute_ref_batch_size",
+                "on: the reference scores all pairs before the first step, by `max_tokens`",
+            ),
+            Field(
+                "",
+                "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+                "the reference never changes: it is the policy at the start",
+            ),
+            Field("", "disable_dropout", "dropout is always off in DPO, in attention too"),
+            _TEMPLATE._replace(trl=""),
+            _CUT,
+            Field("", "padding_free", f"automatic: {_PACKING}"),
+            _PAD,
+            *_MODEL,
+            _NO_EXPERTS,
+            _TOKENISE,
+            _OFFLOAD,
+        ],
+    ),
+    "sft": Stage(
+        "SFT",
+        "SFTConfig",
+        "SFTTrainer",
+        [
+            Field(
+                "",
+                "completion_only_loss assistant_only_loss",
+                "the loss is always that of the response and EOS; of a conversation, of its last "
+                "assistant message",
+            ),
+            Field("", "loss_type", "one loss, `nll`"),
+            _CUT,
+            Field(
+                "", "packing packing_strategy eval_packing padding_free", f"automatic: {_PACKING}"
+            ),
+            _PAD,
+            _TEMPLATE,
+            _EOS,
+            Field(
+                "columns",
+                "dataset_text_field dataset_kwargs",
+                "rows are `prompt` and `response` (or `completion`, or `messages`); a single "
+                "column of text, without a prompt, is not read",
+            ),
+            Field("", "shuffle_dataset", "each epoch has a new order anyway, on both sides"),
+            *_MODEL,
+            _NO_EXPERTS,
+            _TOKENISE,
+            _OFFLOAD,
+        ],
+    ),
+    "reward": Stage(
+        "reward model",
+        "RewardConfig",
+        "RewardTrainer",
+        [
+            Field("center_coef", "center_rewards_coefficient"),
+            Field("normalise", "", "trl leaves the scores as they were trained"),
+            Field(
+                "",
+                "disable_dropout",
+                "dropout is as the model's config says, so on for BERT; trl switches it off",
+            ),
+            Field(
+                "",
+                "max_length",
+                "as many tokens as the model has positions for, or its tokenizer allows; longer "
+                "texts are cut and counted, where trl drops the pair. From Python: "
+                "`RewardModel(max_length=...)`",
+            ),
+            Field(
+                "",
+                "chat_template_path",
+                "prompt and response are joined as the tokenizer joins two texts, messages as "
+                "their text; no template",
+            ),
+            _EOS,
+            _PAD,
+            Field("reward_model", "model_init_kwargs", _MODEL[0].note),
+            _MODEL[1],
+            _TOKENISE,
+            _OFFLOAD,
+        ],
+    ),
+}
+
+# Those of transformers' Trainer, which all of trl's configs have.
+TRAINER = [
+    Field(
+        "epochs",
+        "num_train_epochs max_steps",
+        "a run ends after its epochs; for fewer steps take fewer rows (`limit`)",
+    ),
+    Field(
+        "batch_size max_tokens",
+        "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size",
+        "`batch_size` rows are one step; `max_tokens` makes micro-batches of them, which change "
+        "no number",
+    ),
+    Field("learning_rate", "learning_rate"),
+    Field(
+        "schedule",
+        "lr_scheduler_type lr_scheduler_kwargs",
+        "`constant`, `linear` or `cosine`; trl's `constant` has no warm-up, ours is its "
+        "`constant_with_warmup`",
+    ),
+    Field(
+        "warmup_share",
+        "warmup_steps",
+        "a share of the steps, rounded to the nearest; trl takes a number of steps, or a share "
+        "below 1, which it rounds up",
+    ),
+    Field("weight_decay", "weight_decay", "of matrices, embeddings included, on both sides"),
+    Field("max_grad_norm", "max_grad_norm"),
+    Field(
+        "",
+        "optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon",
+        "always torch's AdamW, fused on CPU and CUDA, with betas of 0.9 and 0.999, epsilon 1e-8",
+    ),
+    Field("", "label_smoothing_factor neftune_noise_alpha", "none of both"),
+    Field(
+        "seed",
+        "seed data_seed full_determinism train_sampling_strategy",
+        "the same seed gives the order of trl's default, `random`, in each epoch; the same seed, "
+        "machine and threads give the same bits",
+    ),
+    Field(
+        "precision",
+        "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
+        "trl's `bf16` of None is True unless `fp16` is: autocast, on the CPU too",
+    ),
+    Field(
+        "gradient_checkpointing",
+        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+        "activation_checkpointing_kwargs",
+    ),
+    Field("device policy_device reward_device threads", "use_cpu"),
+    Field(
+        "out overwrite",
+        "output_dir run_name do_train do_eval do_predict",
+        "an existing folder is refused, unless `overwrite`; the last three are for scripts",
+    ),
+    Field(
+        "eval_every heldout_data heldout_share",
+        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
+        "eval_accumulation_steps",
+        "a tenth of the prompts is held out unless you give other rows; evaluated every so many "
+        "steps and after the last",
+    ),
+    Field(
+        "",
+        "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches "
+        "eval_use_gather_object label_names",
+        "there is no `compute_metrics`; losses and metrics of held-out rows are those of training",
+    ),
+    Field(
+        "save_every keep_last",
+        "save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint",
+        "a checkpoint every five minutes, at the end, and when a signal comes",
+    ),
+    Field(
+        "resume allow_config_change",
+        "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
+        "a resumed run goes on to the bit",
+    ),
+    Field("keep_best", "load_best_model_at_end metric_for_best_model greater_is_better"),
+    Field(
+        "report_to",
+        "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id",
+        "`tensorboard`, `wandb`, besides the run's own `metrics.jsonl` and `report.html`",
+    ),
+    Field(
+        "",
+        "logging_strategy logging_steps logging_first_step logging_nan_inf_filter "
+        "include_num_input_tokens_seen log_level log_level_replica disable_tqdm "
+        "skip_memory_metrics debug",
+        "every step is logged, none averaged with others; a number that is not finite stops the "
+        "run",
+    ),
+    Field(
+        "",
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+        "hub_revision",
+        "nothing is uploaded; a saved model is a folder that transformers loads",
+    ),
+    Field(
+        "data split columns limit heldout_split",
+        "remove_unused_columns length_column_name",
+        "a file, a folder or a name on the Hub, where trl is handed datasets; columns that a stage "
+        "has no use for are named in its report",
+    ),
+    Field(
+        "skip_preflight",
+        "",
+        "before its first step a run measures what it relies on: the first loss, dropout, padding, "
+        "EOS, memory",
+    ),
+    Field(
+        "",
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order",
+        "rows are ids in memory, and no process loads them; the last, smaller batch of an epoch is "
+        "a step, as in trl",
+    ),
+    Field(
+        "plain",
+        "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel "
+        "liger_kernel_config use_cache torch_empty_cache_steps",
+        "nothing is compiled; what is fast is in `speed/`, and `plain` leaves it out",
+    ),
+    Field(
+        "",
+        "local_rank average_tokens_across_devices accelerator_config parallelism_config deepspeed "
+        "fsdp fsdp_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "ddp_static_graph ddp_backend ddp_timeout log_on_each_node save_on_each_node",
+        "one process, and a model is on one device",
+    ),
+]
