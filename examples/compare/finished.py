@@ -6,16 +6,17 @@ Works on files alone: neither trl nor a model is loaded.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from compare.beside import Beside, Pair, as_json, told
 from compare.logged import Logged, Series, read
 from compare.names import METRICS, Metric
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run.atomic import write_file
+from rlhf_min.harness.run.layout import METRICS as METRICS_FILE
 from rlhf_min.harness.run.reading import Run, read_run
 
 PICTURE, DATA = "beside_trl.png", "beside_trl.json"
@@ -33,56 +34,8 @@ FOREIGN = {
     "frac_reward_zero_std": "GRPO or RLOO",
     "objective/rlhf_reward_std": "RLOO",
 }
+NOTHING = 1e-5  # a margin that is rounding
 NOT_HERE = "no counterpart here"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A metric that both runs have logged.
-
-    Args:
-        name: ours.
-        trl: as the other run's file has it.
-        means: the two definitions, where they differ.
-        ours, theirs: all that was logged, theirs times the factor of `Metric`.
-        common: the steps that are compared; ours there, and theirs.
-        left_out: how many common steps are left out, since a value is not finite.
-    """
-
-    name: str
-    trl: str
-    means: tuple[str, str] | None
-    ours: Series
-    theirs: Series
-    common: dict[int, tuple[float, float]]
-    left_out: int = 0
-
-    @property
-    def gaps(self) -> dict[int, float]:
-        """Ours less theirs at each common step."""
-        return {step: ours - theirs for step, (ours, theirs) in self.common.items()}
-
-
-@dataclass
-class Beside:
-    """Both runs side by side.
-
-    Args:
-        stage, trainer: which they are.
-        axis: what the steps count.
-        pairs: the metrics that are compared.
-        alone: what is not compared, and why.
-        notes: on how it was read and brought onto one axis.
-    """
-
-    trl_run: str
-    run: str
-    stage: str
-    trainer: str
-    axis: str
-    pairs: list[Pair] = field(default_factory=list)
-    alone: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def compare(trl_run: str, run: str, stage: str | None, out: Path) -> None:
@@ -130,13 +83,14 @@ def lay_beside(logged: Logged, run: Run, stage: str | None) -> Beside:
         str(logged.file), str(run.folder), stage, trainer, AXES.get(stage, "optimizer steps")
     )
     beside.notes += logged.notes
+    beside.notes += [f"ours: {line}" for line in run.left_out if line.startswith(METRICS_FILE)]
     _match(beside, logged, ours)
     require(
         bool(beside.pairs),
         f"{logged.file}: none of its metrics is one that {run.folder} has logged of {stage}: "
         f"{_some(logged.series)}",
     )
-    beside.notes += _on_the_axis(beside, logged)
+    beside.notes += [*_signs_of_nothing(beside), *_on_the_axis(beside, logged), *_older(beside)]
     return beside
 
 
@@ -199,8 +153,12 @@ def _ours(run: Run, stage: str) -> dict[str, Series]:
         if row["stage"] == stage:
             for name, value in row.items():
                 if name not in ("stage", "step"):
-                    number = math.nan if value is None else float(value)
-                    series.setdefault(name, {})[row["step"]] = number
+                    require(
+                        value is None or isinstance(value, (int, float)),
+                        f"{run.folder / METRICS_FILE}: {name} of step {row['step']} is {value!r}, "
+                        "not a number; put the file back as the run wrote it",
+                    )
+                    series.setdefault(name, {})[row["step"]] = math.nan if value is None else value
     return series
 
 
@@ -290,99 +248,31 @@ def _on_the_axis(beside: Beside, logged: Logged) -> Iterator[str]:
                 yield f"{pair.name}: {who} is not finite at {len(bad)} steps, first at {min(bad)}"
 
 
-# What is told
+def _signs_of_nothing(beside: Beside) -> Iterator[str]:
+    """At the first step of DPO the policy is the reference: an accuracy there counts rounding."""
+    pairs = {pair.name: pair for pair in beside.pairs}
+    if beside.stage == "dpo" and {"margin", "accuracy"} <= pairs.keys():
+        accuracies = pairs["accuracy"].common
+        margins = pairs["margin"].common.get(1, (math.inf,))
+        if 1 in accuracies and max(map(abs, margins)) < NOTHING:
+            del accuracies[1]
+            yield (
+                "accuracy: step 1 is left out, since the policy is the reference there, and the "
+                "signs of its margins are rounding"
+            )
 
 
-def told(beside: Beside) -> Iterator[str]:
-    """Lines: what was read, the table, what differs by definition, what is left alone."""
-    yield f"theirs: {beside.trl_run} ({beside.trainer})"
-    yield f"ours: {beside.run} ({STAGES[beside.stage]})"
-    yield f"axis: {beside.axis}"
-    yield from (f"  - {note}" for note in beside.notes)
-    yield ""
-    yield from _table(beside)
-    defined = {pair.trl: pair for pair in beside.pairs if pair.means}
-    if defined:
-        yield "\n* not the same number by definition:"
-    for name, pair in defined.items():
-        theirs, ours = pair.means or ("", "")
-        yield f"  {pair.name} / {name}: theirs is {theirs}; ours is {ours}"
-    if beside.alone:
-        yield "\nnot compared:"
-    why: dict[str, list[str]] = {}
-    for name, reason in beside.alone.items():
-        why.setdefault(reason, []).append(name)
-    yield from (f"  {', '.join(names)}: {reason}" for reason, names in why.items())
-
-
-HEAD = (
-    *("metric", "ours: last", "theirs", "ours: mean", "theirs"),
-    *("largest gap", "at step", "mean gap", "common steps"),
-)
-
-
-def _table(beside: Beside) -> Iterator[str]:
-    rows = [HEAD, *(_row(pair) for pair in beside.pairs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells])
-
-
-def _row(pair: Pair) -> tuple[str, ...]:
-    same = pair.trl.removeprefix("train/") == pair.name
-    name = (pair.name if same else f"{pair.name} = {pair.trl}") + "*" * bool(pair.means)
-    columns = zip(_last_mean(pair.ours), _last_mean(pair.theirs), strict=True)
-    numbers = [f"{value:.5g}" for column in columns for value in column]
-    gaps = pair.gaps
-    if not gaps:
-        return (name, *numbers, "-", "-", "-", "0")
-    worst = max(gaps, key=lambda step: abs(gaps[step]))
-    mean = fmean(map(abs, gaps.values()))
-    found = f"{abs(gaps[worst]):.1e}", str(worst), f"{mean:.1e}", str(len(gaps))
-    return (name, *numbers, *found)
-
-
-def _last_mean(series: Series) -> tuple[float, float]:
-    """The last value, and the mean of those that are finite."""
-    finite = [value for value in series.values() if math.isfinite(value)]
-    return series[max(series)], fmean(finite) if finite else math.nan
-
-
-def as_json(beside: Beside) -> dict[str, Any]:
-    """All of it, for other programs; null is what is not finite."""
-    kept = ("trl_run", "run", "stage", "trainer", "axis", "notes")
-    return {
-        **{name: getattr(beside, name) for name in kept},
-        "metrics": [_metric(pair) for pair in beside.pairs],
-        "not_compared": beside.alone,
-    }
-
-
-def _metric(pair: Pair) -> dict[str, Any]:
-    gaps = pair.gaps
-    worst = max(gaps, key=lambda step: abs(gaps[step]), default=None)
-    return {
-        "name": pair.name,
-        "theirs_is_called": pair.trl,
-        "definitions": pair.means and dict(zip(("theirs", "ours"), pair.means, strict=True)),
-        **{
-            who: {
-                "last": _or_null(_last_mean(series)[0]),
-                "mean": _or_null(_last_mean(series)[1]),
-                "steps": list(series),
-                "values": [_or_null(value) for value in series.values()],
-            }
-            for who, series in (("ours", pair.ours), ("theirs", pair.theirs))
-        },
-        "largest_gap": None if worst is None else abs(gaps[worst]),
-        "at_step": worst,
-        "mean_gap": fmean(map(abs, gaps.values())) if gaps else None,
-        "mean_of_ours_less_theirs": fmean(gaps.values()) if gaps else None,
-        "common_steps": list(gaps),
-        "common_steps_not_finite": pair.left_out,
-    }
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _older(beside: Beside) -> Iterator[str]:
+    """What older transformers log in another way, by what it looks like."""
+    for pair in beside.pairs:
+        if pair.name == "loss" and len(pair.theirs) > 1:
+            if all(round(value, 4) == value for value in pair.theirs.values()):
+                yield "loss: theirs has four decimals, as transformers before 5 logs it"
+        elif pair.name == "learning_rate":
+            ahead = {step: pair.ours[step + 1] for step in pair.common if step + 1 in pair.ours}
+            same = all(math.isclose(ahead[s], pair.theirs[s], rel_tol=1e-6) for s in ahead)
+            if len(ahead) > 1 and same and any(pair.gaps.values()):
+                yield (
+                    "learning_rate: theirs is that of the next step, as older transformers log it; "
+                    "each step is trained with the same rate"
+                )

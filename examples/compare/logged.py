@@ -54,15 +54,24 @@ class Logged:
         plain = canonical(name)
         known = self.names.setdefault(plain, name)
         require(known == name, f"{where}: has both {known} and {name}; leave one of them out")
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        number = _number(value)
+        if number is None:
             self.others.setdefault(plain, f"{where}: {name} is {str(value)[:40]!r}, not a number")
             return False
         series = self.series.setdefault(plain, {})
         before = series.get(step, number)
         series[step] = number
         return before != number and not (math.isnan(before) and math.isnan(number))
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a text of one; null is one that is not finite, since JSON has no NaN."""
+    if value is None:
+        return math.nan
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def canonical(name: str) -> str:
@@ -124,7 +133,7 @@ def _steps(logged: Logged) -> set[int]:
 def _read_state(file: Path) -> Logged:
     try:
         state = json.loads(_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{file}: {_broken(error)}") from error
     history: Any = state.get("log_history") if isinstance(state, dict) else None
     require(isinstance(history, list), f"{file}: has no log_history, so it is no {STATE} of trl's")
@@ -187,7 +196,7 @@ def _jsonl(file: Path) -> Iterator[Line]:
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{where}: {_broken(error)}") from error
         require(isinstance(fields, dict), f"{where}: must be an object, is {type(fields).__name__}")
         yield where, fields
@@ -291,7 +300,7 @@ def _text(file: Path) -> str:
         raise BadInput(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _broken(error: ValueError) -> str:
+def _broken(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
         return f"broken JSON at {place}column {error.colno}: {error.msg}"

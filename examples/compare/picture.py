@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compare.finished import Beside, Pair
+from compare.beside import Beside, Pair
 from compare.logged import Series
 from rlhf_min.harness.report.figures import DOTTED, INK, MOST_POINTS, PANELS, printable, style
 from rlhf_min.harness.run.atomic import write_file
@@ -100,22 +100,17 @@ def _panel(
     axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
     for one in (axes.xaxis, axes.yaxis):
         one.set_major_formatter(lambda value, _: f"{round(value, 12) + 0:g}")
-    _text(axes, LINE * (len(lines) + 0.6), _title(pair), color=INK["text"], weight="bold")
+    _text(axes, LINE * (len(lines) + 0.6), pair.title, color=INK["text"], weight="bold")
     for i, line in enumerate(reversed(lines)):
         _text(axes, LINE * (i + 0.5), line, color=INK["muted"], size=8.5)
     _text(axes, -HEIGHT - 34, axis, x=1, color=INK["muted"], ha="right", size=8.5)
 
 
-def _title(pair: Pair) -> str:
-    return pair.name if pair.trl == pair.name else f"{pair.name} = {pair.trl}"
-
-
 def _gap(pair: Pair) -> list[str]:
     """How far apart the two are, and what is not drawn."""
-    gaps = pair.gaps
+    gaps, worst = pair.gaps, pair.worst
     told = ["no common step"]
-    if gaps:
-        worst = max(gaps, key=lambda step: abs(gaps[step]))
+    if worst is not None:
         told = [f"largest gap {abs(gaps[worst]):.1e} at step {worst}; {len(gaps)} common steps"]
     for who, series in (("ours", pair.ours), ("theirs", pair.theirs)):
         bad = sum(not math.isfinite(value) for value in series.values())

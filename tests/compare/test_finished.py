@@ -1,6 +1,7 @@
 """A finished run of trl's beside one of ours: recorded runs, which ours repeat, and hand values."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,17 @@ from typing import Any
 import pytest
 import record_trl_runs as recorded
 from compare import finished
+from compare.beside import as_json, told
+from compare.command import parse_options
+from compare.logged import read
 from record_trl_runs import BATCH, BETA, EPOCHS, HELDOUT, PAIRS, RATE, RECORDED, SEED
 from tolerances import FP32
 from transformers import GPT2ForSequenceClassification
 
 from rlhf_min import dpo, reward, sft
 from rlhf_min.encoding.codec import Codec
+from rlhf_min.errors import BadInput
+from rlhf_min.harness.run.reading import read_run
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 
@@ -84,14 +90,244 @@ def test_a_recorded_run_and_the_same_run_of_ours(
     assert {"loss", "grad_norm", "learning_rate"} | held <= metrics.keys()
     for name, metric in metrics.items():
         n = 2 if name.startswith("eval/") else 3 if stage == "sft" else 6
+        # While the policy is the reference, the signs of the margins are rounding.
+        n -= stage == "dpo" and name == "accuracy"
         assert len(metric["common_steps"]) == n
         if name == "learning_rate" and kind == "dpo_0_11":
             assert metric["largest_gap"] == pytest.approx(RATE / 6)  # it logs the next step's
         elif name == "loss" and kind == "dpo_0_11":
             assert FP32 < metric["largest_gap"] < 0.5e-4 + FP32  # it logs four digits
-        elif name == "accuracy" and stage == "dpo":
-            # While the policy is the reference, the signs of the margins are rounding.
-            assert metric["at_step"] == 1
-            assert metric["ours"]["values"][1:] == metric["theirs"]["values"][1:]
         else:
             assert metric["largest_gap"] < FP32, name
+    older = [note for note in found["notes"] if "older" in note or "four decimals" in note]
+    assert len(older) == 2 * (kind == "dpo_0_11")
+
+
+# By hand
+
+
+def table(file: Path, *rows: Mapping[str, Any] | str) -> str:
+    """A JSONL of these lines."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("".join(line + "\n" for line in lines))
+    return str(file)
+
+
+def beside(theirs: str, ours: Path, stage: str | None = None) -> Any:
+    return finished.lay_beside(read(Path(theirs)), read_run(ours), stage)
+
+
+def pairs(found: Any) -> dict[str, Any]:
+    return {pair.name: pair for pair in found.pairs}
+
+
+def test_names_windows_and_gaps_by_hand(tmp_path: Path) -> None:
+    """trl logs every second step the mean of two; the rate and the norm as they are."""
+    ours = run_folder(
+        tmp_path / "ours",
+        "dpo",
+        [
+            {"loss": 1.0, "margin": 5.0, "grad_norm": 7.0, "ties": 0.0},
+            {"loss": 2.0, "margin": 6.0, "grad_norm": 8.0, "eval/loss": 0.5},
+            {"loss": 4.0, "margin": 7.0, "grad_norm": 9.0},
+            {"loss": 8.0, "margin": 8.0, "grad_norm": 5.0, "eval/loss": 0.25},
+            {"loss": 16.0, "margin": 9.0, "grad_norm": 5.0},
+        ],
+    )
+    theirs = table(
+        tmp_path / "log.jsonl",
+        {"train/loss": 1.75, "train/rewards/margins": 5.5, "train/global_step": 2},
+        {"train/grad_norm": 8.5, "train/global_step": 2, "train/entropy": 3.0},
+        {"eval/loss": 0.75, "eval/rewards/accuracies": 1.0, "train/global_step": 4},
+        {"train/loss": 7.0, "train/rewards/margins": 7.5, "train/global_step": 4},
+        {"train/loss": 1.0, "train/global_step": 6},
+    )
+    found = beside(theirs, ours)
+    assert (found.stage, found.axis) == ("dpo", "optimizer steps")
+    both = pairs(found)
+    assert [*both] == ["loss", "margin", "grad_norm", "eval/loss"]
+    assert both["loss"].common == {2: (1.5, 1.75), 4: (6.0, 7.0)}  # step 6 is beyond ours
+    assert both["loss"].gaps == {2: -0.25, 4: -1.0}
+    assert both["margin"].common == {2: (5.5, 5.5), 4: (7.5, 7.5)}
+    assert both["grad_norm"].common == {2: (8.0, 8.5)}
+    assert both["eval/loss"].common == {4: (0.25, 0.75)}
+    assert both["margin"].trl == "train/rewards/margins"
+    assert found.alone == {
+        "train/entropy": "no counterpart here",
+        "eval/rewards/accuracies": "our run has not logged eval/accuracy",
+        "ties (ours)": "trl has none",
+    }
+    notes = " ".join(found.notes)
+    assert 'taken off the names: "train/", of 4' in notes
+    assert "ours ends at step 5, theirs at 6: compared up to step 5" in notes
+    assert "every 2 steps" in notes
+    metric = next(m for m in as_json(found)["metrics"] if m["name"] == "loss")
+    assert metric["largest_gap"] == 1.0
+    assert metric["at_step"] == 4
+    assert metric["mean_gap"] == 0.625
+    assert metric["mean_of_ours_less_theirs"] == -0.625
+    assert (metric["ours"]["last"], metric["ours"]["mean"]) == (16.0, 6.2)
+    assert (metric["theirs"]["last"], metric["theirs"]["mean"]) == (1.0, 3.25)
+    row = next(line for line in told(found) if line.startswith("loss"))
+    assert row.split() == "loss 16 1 6.2 3.25 1.0e+00 4 6.2e-01 2".split()
+
+
+def test_lines_of_another_codebase(tmp_path: Path) -> None:
+    """Ours or trl's names; a value is of its step alone; steps from 0 on are ours from 1 on."""
+    ours = run_folder(tmp_path / "ours", "dpo", [{"loss": 1.0, "chosen_rewards": 0.5}] * 3)
+    theirs = table(
+        tmp_path / "log.jsonl",
+        {"step": 0, "name": "loss", "value": 1.5},
+        {"step": 2, "name": "loss", "value": 1.25, "time": 3},
+        {"step": 2, "name": "chosen_rewards", "value": 0.25},
+        {"step": 1, "name": "rewards/accuracies", "value": 1},
+        {"step": 1, "name": "tokens_per_second", "value": 1},
+    )
+    found = beside(theirs, ours)
+    assert pairs(found)["loss"].common == {1: (1.0, 1.5), 3: (1.0, 1.25)}
+    assert pairs(found)["chosen_rewards"].common == {3: (0.5, 0.25)}
+    assert found.alone["tokens_per_second"] == "not in the table of trl's metrics"
+    notes = " ".join(found.notes)
+    assert "begin at 0" in notes
+    assert "passed over: the fields time" in notes
+
+
+def test_what_is_not_finite_is_a_gap_and_told(tmp_path: Path) -> None:
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}, {"loss": None}, {"loss": 3.0}])
+    theirs = tmp_path / "log.csv"
+    theirs.write_text("step,loss,mean_token_accuracy\n1,NaN,0\n2,2,0\n3,inf,0\n")
+    found = beside(str(theirs), ours)
+    (pair,) = found.pairs
+    assert pair.common == {}
+    assert pair.left_out == 3
+    notes = " ".join(found.notes)
+    assert "loss: theirs is not finite at 2 steps, first at 1" in notes
+    assert "loss: ours is not finite at 1 steps, first at 2" in notes
+    text = json.dumps(as_json(found), allow_nan=False)
+    assert json.loads(text)["metrics"][0]["theirs"]["values"] == [None, 2.0, None]
+
+
+def test_tables_of_trackers(tmp_path: Path) -> None:
+    """A chart of Weights & Biases, and a table that says no step."""
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}, {"loss": 2.0}])
+    chart = tmp_path / "chart.csv"
+    name = "my - run - train/loss"
+    chart.write_text(f'"Step","{name}","{name}__MIN","{name}__MAX"\n0,1.5,1,1\n1,2.5,1,1\n2,,,\n')
+    found = beside(str(chart), ours, "sft")
+    assert pairs(found)["loss"].common == {1: (1.0, 1.5), 2: (2.0, 2.5)}
+    notes = " ".join(found.notes)
+    assert "2 columns __MIN and __MAX" in notes
+    assert "the steps are Step: a tracker's own count" in notes
+    assert '"my - run - "' in notes
+
+    unnumbered = table(tmp_path / "log.jsonl", {"loss": 1.5}, {"loss": 2.25})
+    found = beside(unnumbered, ours, "sft")
+    assert pairs(found)["loss"].gaps == {1: -0.5, 2: -0.25}
+    assert any("the rows are counted from 1" in note for note in found.notes)
+
+
+def test_no_common_step_is_drawn_and_not_compared(tmp_path: Path) -> None:
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}])
+    theirs = table(tmp_path / "log.jsonl", {"step": 5, "name": "loss", "value": 1.0})
+    finished.compare(theirs, str(ours), "sft", tmp_path)
+    found = json.loads((tmp_path / finished.DATA).read_text())
+    assert found["metrics"][0]["largest_gap"] is None
+    assert any("no step is common" in note for note in found["notes"])
+    assert (tmp_path / finished.PICTURE).stat().st_size > 1000
+
+
+def test_the_newest_checkpoint_is_read() -> None:
+    logged = read(RECORDED / "dpo_1_12")
+    assert logged.file.parent.name == "checkpoint-6"
+    assert "left alone: checkpoint-3/trainer_state.json" in logged.notes[0]
+    assert read(RECORDED / "sft_1_16").file.parent == RECORDED / "sft_1_16"
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "empty.jsonl": ("", "is empty"),
+    "empty.csv": ("", "is empty"),
+    "no_rows.csv": ("step,loss\n", "is empty"),
+    "broken.jsonl": (
+        '{"step": 1, "loss": 1}\n{"step": 2, "loss"\n',
+        "line 2: broken JSON at column",
+    ),
+    "list.jsonl": ("[1]\n", "line 1: must be an object, is list"),
+    "state.json": ('{"log_history": [\n', "broken JSON at line 2"),
+    "no_history.json": ("{}", "has no log_history"),
+    "no_log.json": ('{"log_history": []}', "its log_history is empty"),
+    "text.json": ('{"log_history": [1]}', "log_history[0]: must be an object, is int"),
+    "no_step.json": (
+        '{"log_history": [{"loss": 1}]}',
+        "log_history[0]: step must be a whole number from 0 on, is missing",
+    ),
+    "half.jsonl": ('{"step": 1.5, "loss": 1}\n', "line 1: step must be a whole number"),
+    "word.jsonl": (
+        '{"step": 1, "loss": 1, "mean_token_accuracy": 1}\n{"step": 2, "loss": "high"}\n',
+        "line 2: loss is 'high', not a number",
+    ),
+    "other.jsonl": ('{"step": 1, "foo": 1}\n', "has no metric that trl or we have, but foo"),
+    "words.jsonl": ('{"step": 1, "foo": "x"}\n', "holds no number"),
+    "unclear.jsonl": ('{"step": 1, "loss": 1}\n', "could be a run of several kinds; it has loss"),
+    "grpo.jsonl": ('{"step": 1, "loss": 1, "frac_reward_zero_std": 1}\n', "is a run of GRPO"),
+    "dpo.jsonl": (
+        '{"step": 1, "rewards/margins": 1}\n',
+        "has no step of dpo; the stages it has: sft",
+    ),
+    "both.jsonl": (
+        '{"step": 1, "min_reward": 1, "rewards/margins": 1}\n',
+        "has metrics of several: reward (min_reward); dpo (rewards/margins)",
+    ),
+    "twice.jsonl": ('{"step": 1, "loss": 1, "train/loss": 1}\n', "has both loss and train/loss"),
+    "twice.csv": ("step,loss,loss\n1,1,1\n", "has the column loss twice"),
+    "ragged.csv": ("step,loss\n1,1\n2\n", "line 3: has 1 cells, and the first line has 2"),
+    "quote.csv": ('step,loss\n1,"1\n', "is no CSV"),
+    "board.csv": ("Wall time,Step,Value\n1,1,1\n", "does not name its metric"),
+    "runs.csv": ("Step,a - loss,b - loss\n1,1,1\n", "holds 2 runs (a, b)"),
+    "no_name.jsonl": ('{"step": 1, "name": "a", "value": 1}\n{"step": 2}\n', "line 2: has no name"),
+    "log.txt": ("loss 1", "must be a trainer_state.json or end in .csv or .jsonl"),
+    "only_ours.jsonl": (
+        '{"step": 1, "mean_token_accuracy": 1}\n',
+        "none of its metrics is one that",
+    ),
+    "latin.csv": ("step,lo\udce4\n", "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_one_line(name: str, tmp_path: Path) -> None:
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}])
+    with pytest.raises(BadInput) as caught:
+        finished.compare(str(tmp_path / name), str(ours), None, tmp_path / "out")
+    assert message in str(caught.value)
+    if name != "dpo.jsonl":
+        assert str(caught.value).startswith(str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_what_is_asked_for(tmp_path: Path) -> None:
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}])
+    for theirs, run, stage, message in [
+        (tmp_path / "no", ours, None, "no such file or folder"),
+        (tmp_path, ours, None, "has no trainer_state.json, nor has a checkpoint-* in it"),
+        (ours, ours, None, "it is a run of ours, so give it as --run"),
+        (RECORDED / "sft_1_16", tmp_path, None, "so it is not a run; give its folder"),
+        (RECORDED / "sft_1_16", ours, "xyz", "--stage xyz is not known; there are sft"),
+        (RECORDED / "dpo_1_16", ours, "sft", "--stage sft, but by its metrics it is dpo (logits/"),
+    ]:
+        with pytest.raises(BadInput, match=re.escape(message)):
+            finished.compare(str(theirs), str(run), stage, tmp_path / "out")
+
+
+def test_the_command() -> None:
+    options = parse_options("", ["--trl_run", "a", "--run", "b", "--stage", "dpo", "--out", "c"])
+    assert (options.trl_run, options.run, options.stage, options.out) == ("a", "b", "dpo", "c")
+    for arguments, message in [
+        (["--trl_run", "a"], "--trl_run needs a run of ours beside it"),
+        (["--run", "a"], "--run is the run beside a --trl_run"),
+        (["--trl_run", "a", "--run", "b", "--model", "c"], "leave --model out"),
+        (["--trl_run", "a", "--run", "b", "--stage", "dpo", "--beta", "1"], "leave --beta out"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            parse_options("", arguments)
