@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
+from compare.theirs.float64 import float64 as all_in_float64
+from compare.theirs.float64 import isolated
 from small import SYLLABLES, weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -74,36 +75,10 @@ def import_trl() -> Any:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
-    """Nothing is inherited from the trainer before, and no generator is left reseeded."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    # One for a process: a second trainer would take over the accumulation of the first.
-    for shared in (AcceleratorState, GradientState, PartialState):
-        shared._reset_state()
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def float64() -> Iterator[None]:
-    """trl, and what it stands on, in float64, and `isolated`.
-
-    They leave float64 in two ways: by ``x.float()``, and by new tensors of the default dtype.
-    """
-    default = torch.get_default_dtype()
-    with isolated(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+    """trl, and what it stands on, in float64, and `isolated`."""
+    with isolated(), all_in_float64():
+        yield
 
 
 def options(folder: Path, **own: Any) -> dict[str, Any]:

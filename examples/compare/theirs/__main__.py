@@ -36,20 +36,9 @@ def main(argument: str) -> int:
 
 
 def run(job: Job, folder: Path) -> None:
-    """By the driver of its stage, or by the user's script."""
-    if job.stage == "ppo":
-        import_module(".ppo", __package__).run(job, folder)
-        return
-    from .recorder import attach, warned
-    from .trainers import build
-
-    with warned() as warnings:
-        trainer, facts = build(job, folder)
-        recorder = attach(trainer, job, folder)
-        recorder.record.facts |= facts
-        trainer.train()
-        recorder.record.warnings = warnings
-        recorder.save()
+    """By the user's script, or by the driver of the stage."""
+    module = "script" if job.script is not None else "ppo" if job.stage == "ppo" else "trainers"
+    import_module(f".{module}", __package__).run(job, folder)
 
 
 def probe() -> dict[str, object]:

@@ -89,8 +89,11 @@ class Recorder:
             "eos_id": tokenizer.eos_token_id,
             "model_pad_id": model.config.pad_token_id,
             "attention": getattr(model.config, "_attn_implementation", None),
+            "dataset_rows": given,
             "micro_losses": [],
         }
+        if self.job.stage == "dpo":
+            facts |= _reference(trainer, model)
         dataset = trainer.train_dataset
         if isinstance(dataset, datasets.Dataset):
             kept = set(dataset[NUMBER])
@@ -216,6 +219,16 @@ def _number_rows(trainer: Any) -> None:
         trainer.train_dataset = dataset.add_column(NUMBER, list(range(len(dataset))))
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*trainer._signature_columns, NUMBER]
+
+
+def _reference(trainer: Any, model: nn.Module) -> dict[str, Any]:
+    """What the policy is compared with, and whether that is the policy as it starts."""
+    reference = trainer.ref_model
+    if reference is None:  # of trl's ways without one: logged before, or a switched-off adapter
+        return {"ref_model": "none", "ref_is_start": True}
+    theirs = dict(reference.named_parameters())
+    same = all(n in theirs and torch.equal(p, theirs[n]) for n, p in model.named_parameters())
+    return {"ref_model": "a copy of the start" if same else "another model", "ref_is_start": same}
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:

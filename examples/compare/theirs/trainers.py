@@ -3,6 +3,8 @@
 import copy
 import difflib
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -13,64 +15,67 @@ import transformers
 import trl
 from datasets import Dataset
 
-from ..job import START, Job
+from ..job import START, Ids, Job, Record, Row
 from . import Refused, first_line
-from .recorder import NUMBER
+from .float64 import float64, no_float32
+from .recorder import NUMBER, attach, warned
 
 CLASSES = {
     "sft": ("SFTTrainer", "SFTConfig"),
     "reward": ("RewardTrainer", "RewardConfig"),
     "dpo": ("DPOTrainer", "DPOConfig"),
 }
-COLUMNS = {
+TEXTS = {
     "sft": ("prompt", "completion"),
     "reward": ("prompt", "chosen", "rejected"),
     "dpo": ("prompt", "chosen", "rejected"),
 }
-# The older of its names, and the newer: memory is for time, and nothing else changes.
+SIDES = ("chosen", "rejected")
+# The older of its names, and the newer. It saves memory and changes no number.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+TRL = version("trl")
+OLD = TRL.startswith("0.11.")  # other names, and other columns
 
 
-def build(job: Job, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The trainer, and what its options do not tell.
-
-    Args:
-        job: its options go before all others.
-        folder: where the model is kept as it started, if some of its weights are new.
-    """
-    trainer_class, config_class = (getattr(trl, name) for name in CLASSES[job.stage])
-    args = _config(config_class, job)
-    transformers.set_seed(args.seed)  # of new weights
-    tokenizer = _from_folder(transformers.AutoTokenizer, job.model)
-    facts: dict[str, Any] = {}
-    model = _model(job, folder, facts)
-    dataset = _dataset(job, tokenizer, facts)
-    models = {"model": model}
-    if job.stage == "dpo":
-        models["ref_model"] = copy.deepcopy(model)
-        facts["ref_model"] = "a copy of the model, given"
-    name = "tokenizer" if version("trl").startswith("0.11.") else "processing_class"
-    try:
-        trainer = trainer_class(args=args, train_dataset=dataset, **models, **{name: tokenizer})
-    except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
-        said = f"trl {version('trl')}: {trainer_class.__name__}: {first_line(error)}"
-        raise Refused(said) from error
-    return trainer, facts
+def run(job: Job, folder: Path) -> Record:
+    """Train by the job, and write the record and the weights into the folder."""
+    with warned() as warnings:
+        args = _config(job)
+        facts: dict[str, Any] = {}
+        tokenizer = _from_folder(transformers.AutoTokenizer, job.model)
+        model = _model(job, folder, args.seed, facts)
+        with in_precision_of(job):
+            dataset = _dataset(job, tokenizer, facts)
+            trainer = _trainer(job, args, model, tokenizer, dataset)
+            recorder = attach(trainer, job, folder)
+            recorder.record.facts |= facts
+            trainer.train()
+        recorder.record.warnings = warnings
+    return recorder.save()
 
 
-def _config(config_class: Any, job: Job) -> Any:
+@contextmanager
+def in_precision_of(job: Job) -> Iterator[None]:
+    """Of a trainer's life: float64 throughout if the job says so, in the model's source too."""
+    with ExitStack() as stack:
+        if job.float64:
+            stack.enter_context(float64())
+            stack.enter_context(no_float32("transformers.models."))
+        yield
+
+
+def _config(job: Job) -> Any:
     """What both sides must have in common, and all else as the job says or trl has it."""
+    config_class = getattr(trl, CLASSES[job.stage][1])
     known = {field.name for field in fields(config_class)}
     for name in job.options:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"; there is {', '.join(near)}" if near else ""
-            raise Refused(
-                f"trl {version('trl')}: {config_class.__name__} has no option {name}{hint}"
-            )
+            raise Refused(f"trl {TRL}: {config_class.__name__} has no option {name}{hint}")
     options = {
         "output_dir": tempfile.mkdtemp(prefix="trl"),
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": job.float64 or not torch.cuda.is_available(),
         "bf16": False,
         "optim": "adamw_torch",
         "report_to": "none",
@@ -78,6 +83,8 @@ def _config(config_class: Any, job: Job) -> Any:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
+    if OLD:  # it sets it so itself, with a warning
+        options["remove_unused_columns"] = False
     if "num_train_epochs" not in job.options:  # which max_steps would go before
         options["max_steps"] = job.steps
     if not set(CHECKPOINTING) & job.options.keys():
@@ -85,8 +92,7 @@ def _config(config_class: Any, job: Job) -> Any:
     try:
         return config_class(**(options | job.options))
     except (ValueError, TypeError) as error:
-        said = f"trl {version('trl')}: {config_class.__name__}: {first_line(error)}"
-        raise Refused(said) from error
+        raise Refused(f"trl {TRL}: {config_class.__name__}: {first_line(error)}") from error
 
 
 def _from_folder(auto: Any, folder: str, **how: Any) -> Any:
@@ -98,37 +104,69 @@ def _from_folder(auto: Any, folder: str, **how: Any) -> Any:
         raise Refused(f"{folder}: {said}") from error
 
 
-def _model(job: Job, folder: Path, facts: dict[str, Any]) -> Any:
-    """In the class of the stage. A head that the folder lacks is new: then all of it is kept."""
-    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    how: dict[str, Any] = {dtype: torch.float64 if job.float64 else torch.float32}
+def _model(job: Job, folder: Path, seed: int, facts: dict[str, Any]) -> Any:
+    """In the class of the stage. A head that the folder lacks is new: then all of it is kept.
+
+    float64 is made of float32, as on our side: tables of positions are computed on loading.
+    """
+    dtype = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    how: dict[str, Any] = {dtype: torch.float32}
     auto: Any = transformers.AutoModelForCausalLM
     if job.stage == "reward":
         auto, how["num_labels"] = transformers.AutoModelForSequenceClassification, 1
+    transformers.set_seed(seed)
     model, report = _from_folder(auto, job.model, output_loading_info=True, **how)
     if report["missing_keys"]:
         facts["new_weights"] = sorted(report["missing_keys"])
         model.save_pretrained(folder / START)
-    return model
+    return model.double() if job.float64 else model
+
+
+def _trainer(job: Job, args: Any, model: Any, tokenizer: Any, dataset: Dataset) -> Any:
+    trainer_class = getattr(trl, CLASSES[job.stage][0])
+    parts = {"tokenizer" if OLD else "processing_class": tokenizer}
+    if job.stage == "dpo":  # a copy: trl would look for it where the model came from
+        parts["ref_model"] = copy.deepcopy(model)
+    elif job.stage == "reward" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # older ones leave it to the user
+    try:
+        return trainer_class(model=model, args=args, train_dataset=dataset, **parts)
+    except Exception as error:  # of every kind: rows, options, a model
+        raise Refused(f"trl {TRL}: {trainer_class.__name__}: {first_line(error)}") from error
 
 
 def _dataset(job: Job, tokenizer: Any, facts: dict[str, Any]) -> Dataset:
     """The rows in trl's columns, each with its number."""
     for number, row in enumerate(job.rows):
-        for column in COLUMNS[job.stage]:
-            if column not in row:
+        for column in TEXTS[job.stage]:
+            if row.get(column) is None:
                 raise Refused(f"row {number} has no {column}")
     rows = job.rows
-    if job.stage == "reward" and tokenizer.eos_token is None:
-        facts["rows"] = "ids of prompt and response as two segments: trl needs an EOS for texts"
-        rows = [_segments(row, tokenizer) for row in rows]
-    return Dataset.from_list([{**row, NUMBER: number} for number, row in enumerate(rows)])
+    if OLD:
+        rows = [trl.maybe_apply_chat_template(row, tokenizer) for row in rows]
+    if job.stage == "reward" and (OLD or tokenizer.eos_token is None):
+        rows = [_with_ids(row, tokenizer, facts) for row in rows]
+    try:
+        return Dataset.from_list([row | {NUMBER: number} for number, row in enumerate(rows)])
+    except Exception as error:  # texts in one row and messages in another
+        raise Refused(f"the rows do not make one table: {first_line(error)}") from error
 
 
-def _segments(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The ids of prompt and response together, as BERT takes them."""
-    ids = {
-        f"{side}_ids": tokenizer(row["prompt"], row[side])["input_ids"]
-        for side in ("chosen", "rejected")
-    }
-    return ids | {name: row[name] for name in ("margin",) if name in row}
+def _with_ids(row: Row, tokenizer: Any, facts: dict[str, Any]) -> Row:
+    """The ids that trl will not make: of BERT's two segments, and in 0.11 of all texts."""
+    if not isinstance(row["prompt"], str):
+        raise Refused("a tokenizer without EOS takes texts, not conversations")
+    ids: Ids = {}
+    for side in SIDES:
+        if tokenizer.eos_token is None:
+            facts["rows"] = "ids of prompt and response as two segments, as trl needs an EOS"
+            ids[side] = tokenizer(row["prompt"], row[side])["input_ids"]
+        else:
+            facts["rows"] = "ids of prompt, response and EOS, as newer ones make them"
+            ids[side] = tokenizer(row["prompt"] + row[side] + tokenizer.eos_token)["input_ids"]
+    if OLD:
+        made = {f"input_ids_{side}": ids[side] for side in SIDES}
+        made |= {f"attention_mask_{side}": [1] * len(ids[side]) for side in SIDES}
+    else:
+        made = {f"{side}_ids": ids[side] for side in SIDES}
+    return made | {name: row[name] for name in ("margin",) if row.get(name) is not None}
