@@ -8,6 +8,7 @@ from compare.explain import Explanation, Gap, largest
 from compare.job import Record
 
 CAUSES = 3  # that the first line names
+TOLD = "What brings both together is told under these names in examples/compare/coming_from_trl.md."
 
 
 class Weights(Protocol):
@@ -97,7 +98,7 @@ def _causes(found: Explanation[Any]) -> str:
         before = f"{gap.size:.1e} in {gap.metric} of step {gap.step}"
         rows.append([followed.cause.name, before, f"{followed.after:.0e}"])
     told = [f"  {followed.cause.name}: {followed.cause.says}." for followed in found.followed]
-    return "\n".join([_table(rows), *told])
+    return "\n".join([_table(rows), *told, TOLD])
 
 
 def _others(title: str, causes: Sequence[Any]) -> str:

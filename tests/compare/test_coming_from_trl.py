@@ -1,5 +1,6 @@
 """The page on coming from trl: nothing of either side is left out, and its scripts do the same."""
 
+import ast
 import dataclasses
 import json
 import random
@@ -143,6 +144,36 @@ class StubOptimizer:
     """Of an optimizer all that is logged beside the metrics."""
 
     skipped = 0
+
+
+# Causes
+
+
+def causes() -> set[str]:
+    """What the comparison of a run may name as a cause, but for options."""
+    found = set()
+    for file in ("causes.py", "tokens.py"):
+        for node in ast.walk(ast.parse((PAGE.parent / file).read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                    if ast.unparse(function) in ("Cause", "Cause[Setup]"):
+                        found.add(name)
+                case (
+                    ast.Return(value=ast.Tuple(elts=[ast.Constant(value=str(name)), *_]))
+                    | ast.Return(
+                        value=ast.List(elts=[ast.Tuple(elts=[ast.Constant(value=str(name)), *_])])
+                    )
+                ):
+                    found.add(name)
+    return found
+
+
+def test_every_cause_that_is_named_is_told() -> None:
+    rows = re.findall(r"^\| ([A-Z][\w', -]+) \|", TEXT, re.MULTILINE)
+    told_of = {name.lower() for row in rows for name in row.split(", ")}
+    names = {name.lower() for name in causes()}
+    assert len(names) > 15
+    assert [name for name in names if name not in told_of and f"`{name}`" not in TEXT] == []
 
 
 # Scripts
