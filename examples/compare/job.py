@@ -47,6 +47,7 @@ class Job:
         script: a script of the user's that trains with trl, or None: then trl is driven here.
         script_arguments: its command line.
         rollouts: of PPO, one for each step.
+        value_head: of PPO, the weights that both value heads start from; their bias is 0.
         dropout: False: it is switched off in all modules, whatever the options say.
     """
 
@@ -59,6 +60,7 @@ class Job:
     script: str | None = None
     script_arguments: list[str] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    value_head: list[float] = field(default_factory=list)
     dropout: bool = True
 
     def save(self, file: Path) -> None:
@@ -84,10 +86,12 @@ class Record:
         facts: what no option tells. Of both sides: ``dtype``, ``dropout`` (the largest share that
             was active in training), ``pad_id``, ``eos_id``, ``optimizer`` (class, with ``betas``,
             ``eps``), ``total_steps`` (what the schedule counts to), ``ref_model`` (DPO: whether it
-            was given, copied or reloaded).
+            was given, copied or reloaded). Of PPO also ``temperature`` (what log-probabilities are
+            computed with) and ``accumulated`` (micro-batches of one optimizer step).
         rows: number of a row -> its ids, of all rows that were trained on in the recorded steps.
         left_out: rows of the job that the side has dropped, and why.
-        batches: of each step its micro-batches, as numbers of rows in their order.
+        batches: of each step its micro-batches, as numbers of rows in their order; of PPO those of
+            all its epochs, where the rows of all rollouts are counted on.
         steps: the metrics of each step under our names, see `names.py`.
         logged: of trl's side, what it logged itself, names and all.
         raw_rows: of a script: number of a row -> its columns before tokenising.

@@ -18,6 +18,43 @@ SHARED = {
     "max_grad_norm": "max_grad_norm",
     "seed": "seed",
 }
+# PPO's, by which of trl's trainers has the config: `train` of 1.12 or `step` of 0.11.
+PPO_OPTIONS: dict[str, dict[str, str]] = {
+    "PPOTrainer": {
+        "epochs": "num_ppo_epochs",
+        "max_new_tokens": "response_length",
+        "temperature": "temperature",
+        "adam_eps": "adam_epsilon",
+        "kl": "kl_estimator",
+        "kl_coef": "kl_coef",
+        "clip": "cliprange",
+        "value_clip": "cliprange_value",
+        "value_coef": "vf_coef",
+        "gamma": "gamma",
+        "lam": "lam",
+        "whiten_rewards": "whiten_rewards",
+        **SHARED,
+    },
+    "PPOTrainer.step": {
+        "epochs": "ppo_epochs",
+        "batch_size": "batch_size",
+        "kl_coef": "init_kl_coef",
+        "kl_target": "target",
+        "kl_horizon": "horizon",
+        "clip": "cliprange",
+        "value_clip": "cliprange_value",
+        "value_coef": "vf_coef",
+        "gamma": "gamma",
+        "lam": "lam",
+        "whiten_rewards": "whiten_rewards",
+        "score_clip": "score_clip",
+        "learning_rate": "learning_rate",
+        "max_grad_norm": "max_grad_norm",
+        "seed": "seed",
+    },
+}
+KL_PENALTIES = {"kl": "k1", "abs": "abs", "mse": "k2", "full": "full"}  # of 0.11
+STOP_KL = 1.5  # 0.11 stops at so many times `target_kl`
 SCHEDULES = {"constant_with_warmup": "constant"}  # the others that we have are called alike
 
 
@@ -25,23 +62,62 @@ def in_our_words(stage: str, trl: dict[str, Any], *, total_steps: int) -> dict[s
     """Our config's fields as trl's options say, but for `epochs` and what is memory only.
 
     Args:
-        stage: sft, reward or dpo.
+        stage: of the run.
         trl: its effective options.
         total_steps: what its schedule counts to.
     """
+    if stage == "ppo":
+        return _ppo_in_our_words(trl, total_steps)
     names = SHARED | SAME[stage]
     ours = {name: trl[theirs] for name, theirs in names.items() if theirs in trl}
     ours["batch_size"] = trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"]
-    schedule = str(trl["lr_scheduler_type"])
-    ours["schedule"] = SCHEDULES.get(schedule, schedule)
-    warmup = trl.get("warmup_steps") or 0
-    if warmup < 1:  # a share; older ones have another field for it
-        warmup = math.ceil((warmup or trl.get("warmup_ratio") or 0) * total_steps)
-    ours["warmup_share"] = 0.0 if schedule == "constant" else warmup / total_steps
+    ours |= _schedule(trl, total_steps)
     ours["max_grad_norm"] = ours["max_grad_norm"] or None  # 0: not at all
     if stage == "reward":
         ours["center_coef"] = ours["center_coef"] or 0.0
     return ours
+
+
+def _schedule(trl: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    schedule = str(trl["lr_scheduler_type"])
+    warmup = trl.get("warmup_steps") or 0
+    if warmup < 1:  # a share; older ones have another field for it
+        warmup = math.ceil((warmup or trl.get("warmup_ratio") or 0) * total_steps)
+    return {
+        "schedule": SCHEDULES.get(schedule, schedule),
+        "warmup_share": 0.0 if schedule == "constant" else warmup / total_steps,
+    }
+
+
+def _ppo_in_our_words(trl: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    """Adam's epsilon, which no option of `step` says, is left to the caller for both trainers."""
+    step = "ppo_epochs" in trl
+    names = PPO_OPTIONS["PPOTrainer.step" if step else "PPOTrainer"]
+    ours = {name: trl[theirs] for name, theirs in names.items() if theirs in trl}
+    ours.pop("adam_eps", None)
+    ours |= {"steps": total_steps, "max_grad_norm": ours["max_grad_norm"] or None}
+    if step:
+        return ours | {
+            "critic": "shared",
+            "minibatch_size": trl["mini_batch_size"] * trl["gradient_accumulation_steps"],
+            "kl": KL_PENALTIES[trl["kl_penalty"]],
+            "kl_control": "adaptive" if trl["adap_kl_ctrl"] else "fixed",
+            "stop_kl": STOP_KL * trl["target_kl"] if trl["early_stopping"] else None,
+            "schedule": "constant",  # unless a scheduler of one's own is given
+            "warmup_share": 0.0,
+            "weight_decay": 0.0,
+        }
+    size, accumulated = trl["per_device_train_batch_size"], trl["gradient_accumulation_steps"]
+    batch = size * accumulated
+    # An optimizer step has as many micro-batches as are accumulated, however many minibatches.
+    micro = min(size, batch // trl["num_mini_batches"])
+    return ours | {
+        "critic": "separate",
+        "batch_size": batch,
+        "minibatch_size": min(batch, micro * accumulated),
+        "eos_penalty": trl["missing_eos_penalty"] or 0.0,
+        **_schedule(trl, total_steps),
+    }
 
 
 def ignores_label_smoothing(record: Any) -> bool:
@@ -50,15 +126,20 @@ def ignores_label_smoothing(record: Any) -> bool:
     return new and record.options.get("loss_type") in ("sigmoid", ["sigmoid"])
 
 
-def in_trl_words(stage: str, ours: dict[str, Any], *, steps: int) -> dict[str, Any]:
+def in_trl_words(
+    stage: str, ours: dict[str, Any], *, steps: int, trainer: str = "PPOTrainer"
+) -> dict[str, Any]:
     """Fields of trl's config that say what the given ones of ours do.
 
     Args:
-        stage: sft, reward or dpo.
+        stage: of the run.
         ours: those that were given; the others are left to trl.
         steps: of the whole run.
+        trainer: which of `PPO_OPTIONS`, if the stage is ppo.
     """
-    names = SHARED | SAME[stage]
+    if stage == "ppo" and trainer == "PPOTrainer.step":
+        return _in_words_of_step(ours)
+    names = PPO_OPTIONS[trainer] if stage == "ppo" else SHARED | SAME[stage]
     trl = {theirs: ours[name] for name, theirs in names.items() if name in ours}
     if "max_grad_norm" in ours:
         trl["max_grad_norm"] = ours["max_grad_norm"] or 0.0
@@ -72,4 +153,25 @@ def in_trl_words(stage: str, ours: dict[str, Any], *, steps: int) -> dict[str, A
         trl["lr_scheduler_type"] = back.get(ours["schedule"], ours["schedule"])
     if "warmup_share" in ours:
         trl["warmup_steps"] = round(ours["warmup_share"] * steps)
+    if ours.get("eos_penalty"):
+        trl["missing_eos_penalty"] = ours["eos_penalty"]
+    if "minibatch_size" in ours:
+        trl["num_mini_batches"] = ours["batch_size"] // ours["minibatch_size"]
+    return trl
+
+
+def _in_words_of_step(ours: dict[str, Any]) -> dict[str, Any]:
+    trl = {
+        theirs: ours[name]
+        for name, theirs in PPO_OPTIONS["PPOTrainer.step"].items()
+        if name in ours
+    }
+    if "minibatch_size" in ours:
+        trl |= {"mini_batch_size": ours["minibatch_size"], "gradient_accumulation_steps": 1}
+    if "kl" in ours:
+        trl["kl_penalty"] = {mine: theirs for theirs, mine in KL_PENALTIES.items()}[ours["kl"]]
+    if "kl_control" in ours:
+        trl["adap_kl_ctrl"] = ours["kl_control"] == "adaptive"
+    if ours.get("stop_kl") is not None:
+        trl |= {"early_stopping": True, "target_kl": ours["stop_kl"] / STOP_KL}
     return trl

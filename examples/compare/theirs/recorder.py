@@ -84,7 +84,7 @@ class Recorder:
             "mixed_precision": trainer.accelerator.mixed_precision,
             "device": str(floats.device),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "dropout": max((p for _, _, p in _dropouts(model)), default=0.0),
+            "dropout": max((p for _, _, p in dropouts(model)), default=0.0),
             "pad_id": getattr(trainer.data_collator, "pad_token_id", tokenizer.pad_token_id),
             "eos_id": tokenizer.eos_token_id,
             "model_pad_id": model.config.pad_token_id,
@@ -166,7 +166,7 @@ class Recorder:
 
     def save(self) -> Record:
         """Write the record, and the weights as they are now; a shared one once."""
-        self.record.peak_bytes = _peak_bytes()
+        self.record.peak_bytes = peak_bytes()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
         save_file(weights, str(self.folder / WEIGHTS))
@@ -231,7 +231,7 @@ def _reference(trainer: Any, model: nn.Module) -> dict[str, Any]:
     return {"ref_model": "a copy of the start" if same else "another model", "ref_is_start": same}
 
 
-def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
     """Every probability of dropout: of modules for it, and numbers that a module has of its own."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -243,7 +243,7 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
 
 def _switch_off_dropout(trainer: Any) -> None:
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        for module, name, _ in list(_dropouts(model)) if model is not None else []:
+        for module, name, _ in list(dropouts(model)) if model is not None else []:
             setattr(module, name, 0.0)
 
 
@@ -386,7 +386,7 @@ def _number(value: Any) -> Any:
         return str(value)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Of the process; on a GPU of its memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -42,7 +42,7 @@ def run(job: Job, folder: Path) -> Record:
     with warned() as warnings:
         args = _config(job)
         facts: dict[str, Any] = {}
-        tokenizer = _from_folder(transformers.AutoTokenizer, job.model)
+        tokenizer = from_folder(transformers.AutoTokenizer, job.model)
         model = _model(job, folder, args.seed, facts)
         with in_precision_of(job):
             dataset = _dataset(job, tokenizer, facts)
@@ -95,7 +95,7 @@ def _config(job: Job) -> Any:
         raise Refused(f"trl {TRL}: {config_class.__name__}: {first_line(error)}") from error
 
 
-def _from_folder(auto: Any, folder: str, **how: Any) -> Any:
+def from_folder(auto: Any, folder: str, **how: Any) -> Any:
     """A model or tokenizer, or what this transformers has against it."""
     try:
         return auto.from_pretrained(folder, **how)
@@ -115,7 +115,7 @@ def _model(job: Job, folder: Path, seed: int, facts: dict[str, Any]) -> Any:
     if job.stage == "reward":
         auto, how["num_labels"] = transformers.AutoModelForSequenceClassification, 1
     transformers.set_seed(seed)
-    model, report = _from_folder(auto, job.model, output_loading_info=True, **how)
+    model, report = from_folder(auto, job.model, output_loading_info=True, **how)
     if report["missing_keys"]:
         facts["new_weights"] = sorted(report["missing_keys"])
         model.save_pretrained(folder / START)
