@@ -1,7 +1,8 @@
 """Every option of trl's and what takes its place here: the tables of "Coming from trl".
 
-A stage is one entry of `STAGES`; the defaults are read from both sides' configs. Like `names.py` it
-needs the standard library alone.
+The defaults are read from both sides' configs. A further stage is an entry of `STAGES`, one of
+``METRICS`` in `names.py` and one in ``tests/tools/record_trl_fields.py``, and its headings on the
+page. Like `names.py` this needs the standard library alone.
 """
 
 from typing import NamedTuple
