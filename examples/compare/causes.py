@@ -14,7 +14,6 @@ from rlhf_min.errors import BadInput
 FOREIGN: dict[str, dict[str, Any]] = {
     "sft": {
         "assistant_only_loss": False,
-        "completion_only_loss": (None, True),
         "label_smoothing_factor": 0.0,
         "loss_type": ("nll", "chunked_nll"),
         "neftune_noise_alpha": None,

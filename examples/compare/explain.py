@@ -150,7 +150,10 @@ class _Search(Generic[Setup]):
     def in_order(
         self, causes: Sequence[Cause[Setup]], first: Gap, *, closes: bool
     ) -> list[Followed[Setup]]:
-        """Follow that cause next which leaves the smallest gap where the runs first differ."""
+        """Follow that cause next which leaves the smallest gap where the runs first differ.
+
+        If none makes it much smaller, as where rows and their texts differ, the first one is next.
+        """
         followed: list[Followed[Setup]] = []
         left, gap = list(causes), first
         while left:
@@ -158,8 +161,10 @@ class _Search(Generic[Setup]):
             sizes = [self.size_at(gap, [*on, cause]) for cause in left]
             after = min(sizes)
             best = left[sizes.index(after)]
-            if not closes and after > SMALLER * gap.size:
-                break  # none of them helps
+            if after > SMALLER * gap.size:  # none of them helps much
+                if not closes:
+                    break
+                best, after = left[0], sizes[0]
             followed.append(Followed(best, gap, after))
             left.remove(best)
             if not left:

@@ -82,7 +82,7 @@ def _kinds(ours: Ids, theirs: Ids, tokenizer: Decoder, max_length: int | None) -
     ):
         return [("swapped pair", "chosen and rejected are swapped", tuple(columns))]
     prompt = "prompt_ids" in theirs
-    if "response_ids" in theirs and len(theirs["prompt_ids"]) == 0 < len(ours["prompt_ids"]):
+    if "response_ids" in theirs and not theirs["prompt_ids"]:
         return [
             (
                 "prompt trained on",

@@ -117,7 +117,7 @@ class Side:
     stage: Stage
     model: Policy | RewardModel
     start: dict[str, Tensor] = field(default_factory=dict)
-    dropped: list[tuple[nn.Dropout, float]] = field(default_factory=list)
+    dropped: list[tuple[nn.Module, str, float]] = field(default_factory=list)
 
     @classmethod
     def load(cls, stage: Stage, folder: str | Path, *, float64: bool) -> "Side":
@@ -127,9 +127,10 @@ class Side:
             model = RewardModel.from_pretrained(folder)
         else:
             model = Policy.from_pretrained(folder, critic="none")
+        model = model.float()  # as trl's side reads it
         side = cls(stage, model.double() if float64 else model)
         side.start = {name: p.detach().clone() for name, p in side.module.named_parameters()}
-        side.dropped = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
+        side.dropped = list(_dropouts(model))
         return side
 
     @property
@@ -145,15 +146,15 @@ class Side:
     @property
     def dropout(self) -> float:
         """The largest share that the model itself would drop in training."""
-        return max((p for _, p in self.dropped), default=0.0)
+        return max((share for _, _, share in self.dropped), default=0.0)
 
     def run(self, setup: Setup) -> Iterator[dict[str, float]]:
         """Metrics of each step, from the start weights on; the module is trained in place."""
         with torch.no_grad():
             for name, p in self.module.named_parameters():
                 p.copy_(self.start[name])
-        for module, share in self.dropped:
-            module.p = share
+        for module, name, share in self.dropped:
+            setattr(module, name, share)
         if self.stage == "dpo" or not setup.dropout:
             disable_dropout(self.model)
         numbers = sorted({row for micros in setup.drawn() for part in micros for row in part})
@@ -189,8 +190,10 @@ class Side:
                     pad = partial(model.codec.pad, side=tokenizer.padding_side, types=False)
                     stack.enter_context(patch.object(model, "pad", pad))
                 if setup.pad_id is not None:
-                    for of in (tokenizer, model.model.config):
-                        stack.enter_context(patch.object(of, "pad_token_id", setup.pad_id))
+                    before, config = tokenizer.pad_token, model.model.config
+                    stack.callback(setattr, tokenizer, "pad_token", before)
+                    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(setup.pad_id)
+                    stack.enter_context(patch.object(config, "pad_token_id", setup.pad_id))
             yield
 
     def _examples(self, setup: Setup, numbers: Sequence[int]) -> list[Any]:
@@ -209,6 +212,16 @@ class Side:
         policy: Any = self.model
         with evaluating(policy):  # which is still its own reference
             return dpo.cache_reference(policy, pairs, max_tokens=setup.config.max_tokens)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """All that `disable_dropout` switches off: the module, the name, and the share."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            yield module, "p", module.p
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                yield module, name, value
 
 
 def mean_of_means(means: Any, *arguments: Any) -> dict[str, float]:

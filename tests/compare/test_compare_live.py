@@ -1,0 +1,261 @@
+"""Whole comparisons with trl 1.12.0 on tiny models: what the first two lines say of a fault that
+was put into trl's side, and how far both are apart once our side follows it."""
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+from compare import live
+from compare.command import parse_options
+from compare.job import Job, Record
+from compare.theirs.__main__ import run as run_theirs
+from compare.theirs.float64 import isolated
+from small import SYLLABLES, bert, bert_syllables, gpt2, gpt2_classifier, syllables
+from tolerances import FP64
+
+pytest.importorskip("trl", reason="needs trl", exc_type=ImportError)
+pytestmark = pytest.mark.filterwarnings("ignore")  # of trl to transformers
+
+RATE = "1e-3"
+CHAT = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"  # says nothing of EOS
+
+
+def pairs(n: int = 10) -> list[dict[str, str]]:
+    """Random texts of unequal lengths. Prompts end in the space that trl joins them by."""
+    rng = random.Random(5)
+    return [
+        {
+            "prompt": _text(rng, 5) + " ",
+            "chosen": "bu " + _text(rng, 6),
+            "rejected": "ka " + _text(rng, 6),
+        }
+        for _ in range(n)
+    ]
+
+
+def _text(rng: random.Random, longest: int) -> str:
+    return " ".join(rng.choices(SYLLABLES, k=rng.randint(1, longest)))
+
+
+def demonstrations(n: int = 10) -> list[dict[str, str]]:
+    return [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(n)]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """trl's side without a process of its own, which takes seconds to start."""
+
+    def run(job: Job, folder: Path, _python: str) -> Record:
+        with isolated(), contextlib.redirect_stdout(io.StringIO()):
+            run_theirs(job, folder)
+        return Record.load(folder)
+
+    monkeypatch.setattr(live.start, "run", run)
+    monkeypatch.setattr(
+        live.start, "probe", lambda _: {"trl": "1.12.0", "transformers": "5", "torch": "2"}
+    )
+
+
+class Beside:
+    """Compares, and remembers what was printed and what trl's side was."""
+
+    def __init__(self, folder: Path, capsys) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def model(self, kind: str, *, dropout: float = 0.0, chat: bool = False) -> str:
+        model, tokenizer = {
+            "gpt2": lambda: (gpt2(1, vocabulary=28, dropout=dropout), syllables()),
+            "classifier": lambda: (gpt2_classifier(1), syllables()),
+            "bert": lambda: (bert(1, dropout=dropout), bert_syllables()),
+        }[kind]()
+        if kind == "classifier":
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        if chat:
+            tokenizer.chat_template = CHAT
+        folder = self.folder / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    def rows(self, name: str, rows) -> str:
+        file = self.folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(file)
+
+    def __call__(self, stage: str, model: str, rows, *more: str, float64: bool = True) -> str:
+        arguments = ["--stage", stage, "--model", model, "--data", self.rows("rows", rows)]
+        arguments += ["--steps", "3", "--learning_rate", RATE, "--float64"][: 5 if float64 else 4]
+        out = self.folder / "out"
+        options = parse_options("", [*arguments, "--out", str(out), *more])
+        work = self.folder / "work"
+        work.mkdir(exist_ok=True)
+        self.explained = live.compare(options, work)
+        self.found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+        return self.capsys.readouterr().out
+
+    @property
+    def loss_gap(self) -> float:
+        steps = zip(self.found["followed"], self.found["trl"]["steps"], strict=True)
+        return max(abs(ours["loss"] - theirs["loss"]) for ours, theirs in steps)
+
+    @property
+    def causes(self) -> list[str]:
+        return [followed["name"] for followed in self.found["explanation"]["followed"]]
+
+
+@pytest.fixture
+def beside(tmp_path, capsys, in_process):
+    return Beside(tmp_path, capsys)
+
+
+def head(text: str) -> str:
+    """What nobody overlooks: the first two lines."""
+    return "\n".join(text.splitlines()[:2])
+
+
+def test_runs_that_are_the_same_agree(beside):
+    said = beside("dpo", beside.model("gpt2"), pairs(), "--beta", "0.3", "--batch_size", "4")
+    assert head(said).startswith("They agree: ")
+    assert beside.explained
+    assert beside.loss_gap <= FP64
+    assert beside.found["weights"]["size"] <= 1e-9
+
+
+def swapped(rows):
+    return [
+        {**r, "chosen": r["rejected"], "rejected": r["chosen"]} if i == 3 else r
+        for i, r in enumerate(rows)
+    ]
+
+
+def templated(rows):
+    return [{**row, "prompt": "gi " + row["prompt"]} for row in rows]
+
+
+def conversations(rows):
+    def turn(role, text):
+        return [{"role": role, "content": text.strip()}]
+
+    return [
+        {
+            "prompt": turn("user", row["prompt"]),
+            "chosen": turn("assistant", row["chosen"]),
+            "rejected": turn("assistant", row["rejected"]),
+        }
+        for row in rows
+    ]
+
+
+FAULTS = {
+    "wrong beta": ("dpo", "gpt2", ["--beta", "0.1", "--trl", "beta=0.3"], "beta is 0.3 in trl and 0.1 here"),
+    "swapped pair": ("dpo", "gpt2", swapped, "row 4: chosen and rejected are swapped"),
+    "other pad": ("reward", "classifier", ["--trl", "pad_token=<eos>"], "trl pads with id 1, and here it is 0"),
+    "dropout on": ("dpo", "gpt2+dropout", ["--trl", "disable_dropout=False"], "dropout is 0.1 in trl"),
+    "truncation": ("dpo", "gpt2", ["--max_length", "40", "--trl", "max_length=8"], "trl keeps"),
+    "other seed": ("dpo", "gpt2", ["--seed", "1", "--trl", "seed=2"], "seed is 2 in trl and 1 here"),
+    "label smoothing": ("dpo", "gpt2", ["--label_smoothing", "0.2"], "ignores label_smoothing"),
+    "left-out EOS": ("dpo", "gpt2+chat", conversations, "ends without EOS in trl, here with it"),
+    "other template": ("dpo", "gpt2", templated, "the prompt reads 'gi"),
+    "accumulation": (
+        *("dpo", "gpt2", ["--batch_size", "2", "--trl", "per_device_train_batch_size=2"]),
+        "a step of trl has 4 rows (2 in a micro-batch, 2 accumulated), here 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_trls_side_is_named_by_the_first_two_lines(fault, beside):
+    stage, kind, how, says = FAULTS[fault]
+    kind, _, with_ = kind.partition("+")
+    model = beside.model(kind, dropout=0.1 * (with_ == "dropout"), chat=with_ == "chat")
+    rows, more = pairs(), [] if callable(how) else how
+    if fault == "accumulation":
+        more = [*how, "gradient_accumulation_steps=2"]
+    elif how is conversations:
+        rows = conversations(rows)
+    elif callable(how):
+        more = ["--trl_data", beside.rows("other", how(rows))]
+    if "--batch_size" not in more:
+        more = [*more, "--batch_size", "4"]
+    said = beside(stage, model, rows, *more)
+    assert head(said).startswith("They differ from step ")
+    assert says in head(said)
+    assert "nothing else differs" in head(said)
+    assert beside.loss_gap <= FP64
+    assert beside.found["weights"]["size"] <= 1e-9
+    [first, *_] = beside.found["explanation"]["followed"]
+    before = abs(first["before"]["ours"] - first["before"]["theirs"])
+    assert before > 1e-4  # it was worth naming
+
+
+def test_two_faults_are_both_named(beside):
+    more = [
+        "--beta",
+        "0.1",
+        "--trl_data",
+        beside.rows("other", swapped(pairs())),
+        "--trl",
+        "beta=0.3",
+    ]
+    said = beside("dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", *more)
+    assert set(beside.causes) == {"beta", "swapped pair"}
+    assert beside.explained
+    assert beside.loss_gap <= FP64
+    assert "beta is 0.3 in trl" in head(said)
+    assert "are swapped" in head(said)
+
+
+def test_an_option_that_nothing_here_follows_is_told(beside):
+    said = beside(
+        "dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", "--trl", "loss_type=hinge"
+    )
+    assert "loss_type is ['hinge'] in trl, which is not here" in head(said)
+    assert not beside.explained
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_micro_batches_of_unequal_size_weigh_alike_in_trl(stage, beside):
+    model = beside.model("gpt2" if stage == "dpo" else "classifier")
+    more = ["--trl", "per_device_train_batch_size=2", "gradient_accumulation_steps=2"]
+    beside(stage, model, pairs(11), "--batch_size", "4", *more)
+    assert "mean of micro-batch means" in beside.causes
+    assert beside.explained
+    assert beside.found["weights"]["size"] <= 1e-9
+
+
+def test_a_bert_is_not_told_its_segments_by_trl(beside):
+    said = beside("reward", beside.model("bert", dropout=0.1), pairs(), "--batch_size", "4")
+    assert set(beside.causes) == {"segments", "dropout"}
+    assert "trl does not tell BERT which tokens are the response's" in head(said)
+    assert beside.explained
+    assert beside.found["weights"]["size"] <= 1e-9
+
+
+def test_sft_on_the_prompt_too(beside):
+    more = ["--batch_size", "4", "--trl", "completion_only_loss=False"]
+    said = beside("sft", beside.model("gpt2"), demonstrations(), *more)
+    assert "trl trains on the prompt too" in head(said)
+
+
+def test_sft_with_dropout_on_both_sides_is_compared_without(beside):
+    said = beside("sft", beside.model("gpt2", dropout=0.1), demonstrations(), "--batch_size", "4")
+    assert beside.causes == ["dropout"]
+    assert "so that its numbers are random" in head(said)
+    assert beside.loss_gap <= FP64
+
+
+def test_a_row_that_trl_drops_changes_the_order(beside):
+    rows = pairs()
+    rows[2] = {**rows[2], "prompt": "ba " * 12}
+    said = beside(*("dpo", beside.model("gpt2"), rows, "--batch_size", "4", "--max_length", "12"))
+    assert "trl leaves out row 3 (the prompt alone has max_length=12 tokens or more)" in said
+    assert beside.explained
+
+
+def test_in_float32_the_losses_agree_to_1e_5(beside):
+    beside("dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", float64=False)
+    assert beside.explained
+    assert 0 < beside.loss_gap <= 1e-5
