@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from compare import options, tokens
@@ -177,6 +178,11 @@ def _texts(sides: Sides) -> list[Cause[Setup]]:
     ):
         says = f"{sides.named(list(difference.columns))}: {difference.says}"
         found.append(Cause(difference.kind, says, _taking(record.rows, difference.columns)))
+        model = type(sides.side.module).__name__
+        if difference.kind == "prompt trained on" and not model.endswith("ForCausalLM"):
+            says = f"for a {model} trl divides by the first token of each row too, here not"
+            follow = partial(replace, first_counted=True)
+            found.append(Cause("first token counted", says, follow))
     return found
 
 

@@ -97,22 +97,26 @@ def _kinds(ours: Ids, theirs: Ids, tokenizer: Decoder, max_length: int | None) -
     for name in columns:
         before = len(theirs["prompt_ids"]) if prompt and name != "prompt_ids" else 0
         room = None if max_length is None else max_length - before
-        of = _of_prompt if name == "prompt_ids" else _of_response
-        kind, says = of(ours[name], theirs[name], tokenizer, room)
+        if name == "prompt_ids":
+            longest = max(len(ids) for column, ids in ours.items() if column != name)
+            too_long = room is not None and len(theirs[name]) + longest >= room
+            kind, says = _of_prompt(ours[name], theirs[name], tokenizer, too_long)
+        else:
+            kind, says = _of_response(ours[name], theirs[name], tokenizer, room)
         found.append((kind, says, (name,)))
     return found
 
 
 def _of_prompt(
-    ours: list[int], theirs: list[int], tokenizer: Decoder, _room: int | None
+    ours: list[int], theirs: list[int], tokenizer: Decoder, too_long: bool
 ) -> tuple[str, str]:
     bos = tokenizer.bos_token_id
     if theirs == [bos, *ours]:
         return "BOS", "trl begins the prompt with BOS, here it does not"
     if ours == [bos, *theirs]:
         return "BOS", "the prompt begins with BOS here, in trl it does not"
-    if ours[-len(theirs) :] == theirs or theirs[-len(ours) :] == ours:
-        return "cut prompt", f"the prompt has {len(theirs)} tokens in trl and {len(ours)} here"
+    if too_long and (ours[-len(theirs) :] == theirs or theirs[-len(ours) :] == ours):
+        return "cut prompt", f"the prompt keeps {len(theirs)} tokens in trl and {len(ours)} here"
     return "template", "the prompt " + _texts(ours, theirs, tokenizer)
 
 

@@ -51,7 +51,7 @@ def kinds(ours, theirs, **more):
         (SFT, {"response_ids": [C, D, EOS, 0]}, "tail", ("response_ids",)),
         (SFT, {"response_ids": [C, B, EOS]}, "text", ("response_ids",)),
         (SFT, {"prompt_ids": [BOS, A, B]}, "BOS", ("prompt_ids",)),
-        (SFT, {"prompt_ids": [B]}, "cut prompt", ("prompt_ids",)),
+        (SFT, {"prompt_ids": [B]}, "template", ("prompt_ids",)),
         (SFT, {"prompt_ids": [C, A, D]}, "template", ("prompt_ids",)),
         (SFT, {"prompt_ids": [AB]}, "joined text", ("prompt_ids",)),
         (
@@ -74,6 +74,11 @@ def test_a_row_that_fills_the_room_is_cut_even_if_only_eos_is_gone():
     assert kinds(DPO, {"chosen_ids": [B]}, max_length=3) == {"EOS": ("chosen_ids",)}
 
 
+def test_a_prompt_is_cut_only_where_the_row_is_too_long():
+    assert kinds(SFT, {"prompt_ids": [B]}, max_length=5) == {"template": ("prompt_ids",)}
+    assert kinds(SFT, {"prompt_ids": [B]}, max_length=4) == {"cut prompt": ("prompt_ids",)}
+
+
 def test_a_row_may_differ_in_two_ways():
     found = kinds(SFT, {"prompt_ids": [C, C], "response_ids": [C, D]})
     assert found == {"template": ("prompt_ids",), "EOS": ("response_ids",)}
@@ -83,7 +88,7 @@ def test_rows_are_gathered_by_kind_the_most_frequent_first():
     ours = dict.fromkeys(range(4), SFT)
     theirs = {n: SFT | {"response_ids": [C, D]} for n in (1, 3)} | {2: SFT | {"prompt_ids": [B]}}
     found = differences(ours, theirs, Letters())
-    assert [(d.kind, list(d.columns)) for d in found] == [("EOS", [1, 3]), ("cut prompt", [2])]
+    assert [(d.kind, list(d.columns)) for d in found] == [("EOS", [1, 3]), ("template", [2])]
 
 
 def test_equal_rows_and_rows_of_one_side_are_no_difference():

@@ -40,6 +40,7 @@ class Setup:
         steps: how many are taken.
         batches: the rows of each step; None: as our cursor draws them.
         micro_batch_size: of the micro-batches whose means are averaged; None: one mean over all.
+        first_counted: SFT divides by the first token of each row too, which nothing predicts.
         dropout: whether the model's own is on. DPO never has any.
         segments: whether a BERT is told which of two texts a token belongs to.
         pad_id: what a reward model takes for padding; None: as it is.
@@ -53,6 +54,7 @@ class Setup:
     steps: int
     batches: Sequence[Sequence[int]] | None = None
     micro_batch_size: int | None = None
+    first_counted: bool = False
     dropout: bool = True
     segments: bool = True
     pad_id: int | None = None
@@ -184,6 +186,8 @@ class Side:
                 module: Any = {"sft": sft, "reward": reward, "dpo": dpo}[self.stage]
                 means = partial(mean_of_means, module.means)
                 stack.enter_context(patch.object(module, "means", means))
+            if setup.first_counted:
+                stack.enter_context(patch.object(sft, "means", partial(_first_counted, sft.means)))
             if isinstance(self.model, RewardModel):
                 model, tokenizer = self.model, self.model.tokenizer
                 if not setup.segments:
@@ -227,23 +231,33 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
 def mean_of_means(means: Any, *arguments: Any) -> dict[str, float]:
     """`means` over a `Batch` as trl takes it: of each micro-batch, and then of these."""
     *models, batch, config, optimizer = arguments
-    share = _Share(optimizer, len(batch.parts))
+    share = _Share(optimizer, 1 / len(batch.parts))
     found = [means(*models, part, config, share) for part in batch.parts]
     return {name: math.fsum(m[name] for m in found) / len(found) for name in found[0]}
 
 
+def _first_counted(
+    means: Any, policy: Policy, examples: Sequence[SFTExample], config: Any, optimizer: Any
+) -> dict[str, float]:
+    """`sft.means` with one token more in each row to divide by."""
+    tokens = sum(len(x.response_ids) for x in examples)
+    share = tokens / (tokens + len(examples))
+    found = means(policy, examples, config, _Share(optimizer, share))
+    return {name: value * share for name, value in found.items()}
+
+
 @dataclass
 class _Share:
-    """An optimizer to which each micro-batch brings an equal share of the gradient."""
+    """An optimizer that gets a share of each gradient."""
 
     optimizer: Optimizer
-    parts: int
+    share: float
 
     def autocast(self) -> Any:
         return self.optimizer.autocast()
 
     def backward(self, loss: Tensor) -> None:
-        self.optimizer.backward(loss / self.parts)
+        self.optimizer.backward(loss * self.share)
 
 
 def _demonstration(prompt_ids: list[int], response_ids: list[int]) -> SFTExample:
