@@ -132,4 +132,5 @@ JOB = "job.json"
 RECORD = "record.json"
 WEIGHTS = "weights.safetensors"  # of the trained model after the last step, by its own names
 START = "start"  # of a script: folder of the model and tokenizer before the first step
+REFERENCE = "reference"  # of a script of DPO: its reference, if that is not the start model
 ERROR = "error.txt"  # one line, if there is no record

@@ -29,7 +29,7 @@ from ..names import in_our_names
 from . import Refused, first_line
 from .float64 import isolated
 from .recorder import dropouts, peak_bytes, versions, warned
-from .trainers import from_folder, in_precision_of
+from .trainers import from_folder, in_precision_of, read_config
 
 EXTRA_TEMPERATURE = 1e-7  # `train` adds it to the one that it is told
 Metrics = dict[str, float]
@@ -313,7 +313,8 @@ def load_tokenizer(folder: str, lm: Any) -> Any:
 
 def load_lm(job: Job) -> Any:
     """The language model of the job, in its precision."""
-    lm = from_folder(transformers.AutoModelForCausalLM, job.model, **_float32())
+    config = read_config(job.model, {})
+    lm = from_folder(transformers.AutoModelForCausalLM, job.model, config=config, **_float32())
     return _dtyped(lm, job)
 
 

@@ -6,6 +6,7 @@ Three places are watched: the collator (which rows a micro-batch is made of), th
 
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 
 from ..job import WEIGHTS, Ids, Job, Record
 from ..names import in_our_names
+from . import Refused
 
 # The column of the dataset, and the entry of a batch, that tells the number of a row.
 NUMBER = "number_of_row"
@@ -67,6 +69,7 @@ class Recorder:
         self._shares: list[float] = []  # what each of them adds to the loss of its step
         self._losses: list[float] = []  # what `compute_loss` gave
         self._training = False
+        self._rate = 0.0  # with which the step is taken
         self._started = 0.0
 
     def look(self, given: int) -> None:
@@ -78,13 +81,13 @@ class Recorder:
         trainer, facts = self.trainer, self.record.facts
         model = trainer.accelerator.unwrap_model(trainer.model)
         floats = next(p for p in model.parameters() if p.is_floating_point())
-        tokenizer = _tokenizer(trainer)
+        tokenizer = tokenizer_of(trainer)
         facts |= {
             "dtype": str(floats.dtype).removeprefix("torch."),
             "mixed_precision": trainer.accelerator.mixed_precision,
             "device": str(floats.device),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "dropout": max((p for _, _, p in dropouts(model)), default=0.0),
+            "dropout": max((float(p) for _, _, p in dropouts(model)), default=0.0),
             "pad_id": getattr(trainer.data_collator, "pad_token_id", tokenizer.pad_token_id),
             "eos_id": tokenizer.eos_token_id,
             "model_pad_id": model.config.pad_token_id,
@@ -99,6 +102,8 @@ class Recorder:
             kept = set(dataset[NUMBER])
             reason = _reason_to_leave_out(self.job.stage, self.record.options)
             self.record.left_out = {i: reason for i in range(given) if i not in kept}
+            if not kept:
+                raise Refused(f"trl leaves out all of {given} rows: {reason}")
 
     def watch_steps(self) -> None:
         """Look at each micro-batch as it is trained on, and at its loss."""
@@ -144,7 +149,12 @@ class Recorder:
                 "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
             },
         }
+        self._optimizer = optimizer
         self._started = time.monotonic()
+
+    def before_step(self) -> None:
+        """The gradient is there, and the schedule has not gone on yet."""
+        self._rate = self._optimizer.param_groups[0]["lr"]
 
     def end_step(self) -> bool:
         """An optimizer step is over; whether it was the last to record."""
@@ -155,11 +165,11 @@ class Recorder:
         return len(self.record.batches) >= self.job.steps
 
     def log(self, logged: dict[str, Any]) -> None:
-        """What trl tells of a step. The loss is counted here: older versions round theirs."""
+        """What trl tells of a step; older ones round the loss and tell the next step's rate."""
         plain = {name: _number(value) for name, value in logged.items()}
         self.record.logged.append(plain)
         numbers = {name: v for name, v in plain.items() if isinstance(v, (int, float))}
-        numbers["loss"] = sum(self._shares)
+        numbers |= {"loss": sum(self._shares), "learning_rate": self._rate}
         self._shares = []
         ours = in_our_names(self.job.stage, self.record.trainer, numbers)
         self.record.steps.append(ours)
@@ -182,6 +192,9 @@ class _Events(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **more):  # noqa: ARG002
         self.recorder.begin(state, more["optimizer"])
+
+    def on_pre_optimizer_step(self, args, state, control, **more):  # noqa: ARG002
+        self.recorder.before_step()
 
     def on_step_end(self, args, state, control, **more):  # noqa: ARG002
         last = self.recorder.end_step()
@@ -247,7 +260,7 @@ def _switch_off_dropout(trainer: Any) -> None:
             setattr(module, name, 0.0)
 
 
-def _tokenizer(trainer: Any) -> Any:
+def tokenizer_of(trainer: Any) -> Any:
     """Of any version; a processor of images has its tokenizer inside."""
     found = getattr(trainer, "processing_class", None) or trainer.tokenizer
     return getattr(found, "tokenizer", found)
@@ -351,8 +364,9 @@ def warned() -> Iterator[list[str]]:
     show = warnings.showwarning
 
     def add(message: str) -> None:
-        if message not in seen:
-            seen.append(message)
+        line = " ".join(re.sub("\x1b\\[[0-9;]*m", "", message).split())  # without colours
+        if line not in seen:
+            seen.append(line)
 
     def showwarning(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
         if {"trl", "transformers"} & set(Path(filename).parts):

@@ -92,6 +92,7 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
+        "TRL_EXPERIMENTAL_SILENCE": "1",  # no warning of what the user chose
     }
 
 

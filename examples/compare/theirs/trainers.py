@@ -35,6 +35,7 @@ SIDES = ("chosen", "rejected")
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 TRL = version("trl")
 OLD = TRL.startswith("0.11.")  # other names, and other columns
+BEFORE_5 = transformers.__version__.startswith("4.")
 
 
 def run(job: Job, folder: Path) -> Record:
@@ -42,14 +43,14 @@ def run(job: Job, folder: Path) -> Record:
     with warned() as warnings:
         args = _config(job)
         facts: dict[str, Any] = {}
-        tokenizer = from_folder(transformers.AutoTokenizer, job.model)
+        tokenizer = read_tokenizer(job.model, facts)
         model = _model(job, folder, args.seed, facts)
         with in_precision_of(job):
             dataset = _dataset(job, tokenizer, facts)
             trainer = _trainer(job, args, model, tokenizer, dataset)
             recorder = attach(trainer, job, folder)
             recorder.record.facts |= facts
-            trainer.train()
+            _train(trainer)
         recorder.record.warnings = warnings
     return recorder.save()
 
@@ -96,7 +97,7 @@ def _config(job: Job) -> Any:
 
 
 def from_folder(auto: Any, folder: str, **how: Any) -> Any:
-    """A model or tokenizer, or what this transformers has against it."""
+    """A model, its config or its tokenizer, or what this transformers has against it."""
     try:
         return auto.from_pretrained(folder, **how)
     except Exception as error:  # of every kind: a file, a name, a shape, a version
@@ -104,18 +105,46 @@ def from_folder(auto: Any, folder: str, **how: Any) -> Any:
         raise Refused(f"{folder}: {said}") from error
 
 
+def read_tokenizer(folder: str, facts: dict[str, Any]) -> Any:
+    """transformers 4 does not know the class and the template's file that 5 writes."""
+    written = Path(folder, "tokenizer_config.json")
+    newer = BEFORE_5 and written.exists() and "TokenizersBackend" in written.read_text("utf-8")
+    if not newer:
+        return from_folder(transformers.AutoTokenizer, folder)
+    facts["tokenizer"] = "written by transformers 5, read as a PreTrainedTokenizerFast"
+    tokenizer = from_folder(transformers.PreTrainedTokenizerFast, folder)
+    template = Path(folder, "chat_template.jinja")
+    if template.exists():
+        tokenizer.chat_template = template.read_text("utf-8")
+    return tokenizer
+
+
+def read_config(folder: str, facts: dict[str, Any]) -> Any:
+    """transformers 4 would take its default for what 5 calls otherwise, and say nothing."""
+    config = from_folder(transformers.AutoConfig, folder)
+    rope = getattr(config, "rope_parameters", None)
+    if BEFORE_5 and rope:
+        if "rope_theta" not in rope:
+            raise Refused(f"{folder}: transformers 4 cannot read its rope_parameters")
+        config.rope_theta = rope["rope_theta"]
+        default = rope.get("rope_type", "default") == "default"
+        config.rope_scaling = None if default else rope
+        facts["config"] = "rope_parameters of transformers 5 were translated"
+    return config
+
+
 def _model(job: Job, folder: Path, seed: int, facts: dict[str, Any]) -> Any:
     """In the class of the stage. A head that the folder lacks is new: then all of it is kept.
 
     float64 is made of float32, as on our side: tables of positions are computed on loading.
     """
-    dtype = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    how: dict[str, Any] = {dtype: torch.float32}
+    config = read_config(job.model, facts)
     auto: Any = transformers.AutoModelForCausalLM
     if job.stage == "reward":
-        auto, how["num_labels"] = transformers.AutoModelForSequenceClassification, 1
+        auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
     transformers.set_seed(seed)
-    model, report = from_folder(auto, job.model, output_loading_info=True, **how)
+    dtype = {"torch_dtype" if BEFORE_5 else "dtype": torch.float32}
+    model, report = from_folder(auto, job.model, config=config, output_loading_info=True, **dtype)
     if report["missing_keys"]:
         facts["new_weights"] = sorted(report["missing_keys"])
         model.save_pretrained(folder / START)
@@ -133,6 +162,19 @@ def _trainer(job: Job, args: Any, model: Any, tokenizer: Any, dataset: Dataset) 
         return trainer_class(model=model, args=args, train_dataset=dataset, **parts)
     except Exception as error:  # of every kind: rows, options, a model
         raise Refused(f"trl {TRL}: {trainer_class.__name__}: {first_line(error)}") from error
+
+
+def _train(trainer: Any) -> None:
+    try:
+        trainer.train()
+    except (IndexError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("index out of range", "expanded size")):
+            raise
+        longest = getattr(trainer.model.config, "max_position_embeddings", None)
+        raise Refused(
+            f"trl {TRL}: {first_line(error)}; is a row longer than the {longest} tokens that the "
+            f"model takes? Then give max_length={longest}, or leave it out"
+        ) from error
 
 
 def _dataset(job: Job, tokenizer: Any, facts: dict[str, Any]) -> Dataset:
