@@ -16,6 +16,7 @@ class Pair:
     Args:
         name: ours.
         trl: as the other run's file has it.
+        what: the number is.
         means: the two definitions, where they differ.
         ours, theirs: all that was logged, theirs times the factor of `Metric`.
         common: the steps that are compared; ours there, and theirs.
@@ -24,6 +25,7 @@ class Pair:
 
     name: str
     trl: str
+    what: str
     means: tuple[str, str] | None
     ours: Series
     theirs: Series
@@ -113,7 +115,9 @@ def _row(pair: Pair) -> tuple[str, ...]:
     if worst is None:
         return (name, *numbers, "-", "-", "-", "0")
     mean = fmean(map(abs, gaps.values()))
-    found = f"{abs(gaps[worst]):.1e}", str(worst), f"{mean:.1e}", str(len(gaps))
+    found = [f"{abs(gaps[worst]):.1e}", str(worst), f"{mean:.1e}", str(len(gaps))]
+    if not gaps[worst]:
+        found[:3] = "0", "-", "0"
     return (name, *numbers, *found)
 
 
@@ -138,6 +142,7 @@ def _metric(pair: Pair) -> dict[str, Any]:
     return {
         "name": pair.name,
         "theirs_is_called": pair.trl,
+        "what": pair.what,
         "definitions": pair.means and dict(zip(("theirs", "ours"), pair.means, strict=True)),
         **{
             who: {

@@ -221,7 +221,8 @@ def _pair(
                 common[step] = mine, value
             else:
                 left_out += 1
-    return Pair(prefix + metric.ours, called, metric.means, ours, theirs, common, left_out)
+    name, what = prefix + metric.ours, metric.what.replace("`", "")
+    return Pair(name, called, what, metric.means, ours, theirs, common, left_out)
 
 
 def _on_the_axis(beside: Beside, logged: Logged) -> Iterator[str]:

@@ -118,6 +118,7 @@ METRICS: dict[tuple[str, str], list[Metric]] = {
         Metric("val/num_eos_tokens"),
         Metric("lr", "learning_rate"),
         Metric("episode"),
+        Metric("epoch"),
         Metric("eps"),
     ],
     ("ppo", "PPOTrainer.step"): [
@@ -158,6 +159,14 @@ METRICS: dict[tuple[str, str], list[Metric]] = {
         Metric("tokens/responses_len_std"),
         Metric("tokens/queries_len_mean"),
         Metric("tokens/queries_len_std"),
+        *(  # one number for each row or token
+            Metric(name)
+            for name in (
+                *("objective/kl_dist", "objective/logprobs", "objective/ref_logprobs"),
+                *("ppo/policy/advantages", "ppo/policy/ratio", "env/reward_dist"),
+                *("tokens/queries_dist", "tokens/responses_dist"),
+            )
+        ),
     ],
 }
 # Metrics of ours that trl has not, and what they are. A run writes the times in place of `tokens`.

@@ -80,9 +80,9 @@ def _end_of(text: str, letters: int) -> str:
 
 
 def _definitions(pair: Pair) -> list[str]:
-    """Lines that say what each number is, if they are not the same."""
+    """Lines that say what the number is, or what each is if they are not the same."""
     theirs, ours = pair.means or ("", "")
-    told = [f"theirs: {theirs}", f"ours: {ours}"] if pair.means else []
+    told = [f"theirs: {theirs}", f"ours: {ours}"] if pair.means else [pair.what]
     return [line for text in told for line in textwrap.wrap(text, LETTERS)]
 
 
@@ -112,6 +112,8 @@ def _gap(pair: Pair) -> list[str]:
     told = ["no common step"]
     if worst is not None:
         told = [f"largest gap {abs(gaps[worst]):.1e} at step {worst}; {len(gaps)} common steps"]
+        if not gaps[worst]:
+            told = [f"the same at all {len(gaps)} common steps"]
     for who, series in (("ours", pair.ours), ("theirs", pair.theirs)):
         bad = sum(not math.isfinite(value) for value in series.values())
         told += [f"{who} is not finite at {bad} of {len(series)} steps (×)"] * bool(bad)
@@ -144,7 +146,8 @@ def _room(values: Sequence[float]) -> tuple[float, float]:
     """The range of what is finite, and some; never so small that it would show rounding alone."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
-    more = max(0.08 * (high - low), 1e-4 * max(abs(low), abs(high))) or 1.0
+    size = max(abs(low), abs(high))
+    more = max(0.08 * (high - low), 1e-4 * size) if high > low else 0.1 * size or 1.0
     return low - more, high + more
 
 

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import record_trl_runs as recorded
+import torch
 from compare import finished
 from compare.beside import as_json, told
 from compare.command import parse_options
 from compare.logged import read
 from record_trl_runs import BATCH, BETA, EPOCHS, HELDOUT, PAIRS, RATE, RECORDED, SEED
-from tolerances import FP32
+from small import lengths
+from tolerances import FP32, FP64
 from transformers import GPT2ForSequenceClassification
 
-from rlhf_min import dpo, reward, sft
+from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.run.reading import read_run
@@ -101,6 +104,77 @@ def test_a_recorded_run_and_the_same_run_of_ours(
             assert metric["largest_gap"] < FP32, name
     older = [note for note in found["notes"] if "older" in note or "four decimals" in note]
     assert len(older) == 2 * (kind == "dpo_0_11")
+
+
+def our_ppo() -> Iterable[dict[str, float]]:
+    tokenizer = recorded.tokenizer()
+    policy = Policy(recorded.model(), tokenizer, critic="shared")
+    ref = Policy(recorded.model(shift=1), tokenizer).reference()
+    prompts = [
+        PromptExample(x["prompt"], torch.tensor(tokenizer(x["prompt"])["input_ids"])) for x in PAIRS
+    ]
+    config = ppo.PPOConfig(
+        steps=6,
+        batch_size=BATCH,
+        minibatch_size=BATCH,
+        max_new_tokens=6,
+        learning_rate=RATE,
+        schedule="linear",
+        warmup_share=0.0,
+    )
+    state = ppo.new_state(policy, prompts, config)
+    return ppo.train(policy, ref, lengths, config, state)
+
+
+PPO_NAMES = {
+    "ppo_1_12": {
+        "kl": "objective/kl",
+        "score": "objective/scores",
+        "reward": "objective/rlhf_reward",
+        "policy_loss": "loss/policy_avg",
+        "value_loss": "loss/value_avg",
+        "learning_rate": "lr",
+    },
+    "ppo_0_11": {
+        "kl": "objective/kl",
+        "kl_coef": "objective/kl_coef",
+        "score": "env/reward_mean",
+        "policy_loss": "ppo/loss/policy",
+        "value_loss": "ppo/loss/value",
+        "response_length": "tokens/responses_len_mean",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "trainer"),
+    [
+        ("ppo_1_12/trainer_state.json", "PPOTrainer"),
+        ("ppo_0_11/stats.csv", "PPOTrainer.step"),
+        ("ppo_0_11/stats.jsonl", "PPOTrainer.step"),
+    ],
+)
+def test_a_recorded_run_of_ppo_beside_one_of_ours(file: str, trainer: str, tmp_path: Path) -> None:
+    """Both sample by themselves: only what is imposed is the same."""
+    ours = run_folder(tmp_path / "ours", "ppo", our_ppo())
+    found = beside(str(RECORDED / file), ours)
+    assert (found.stage, found.trainer, found.axis) == ("ppo", trainer, "rollouts")
+    by_trl = {pair.trl: pair for pair in found.pairs}
+    lines = (RECORDED / "ppo_0_11/stats.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    if trainer == "PPOTrainer":
+        rows = json.loads((RECORDED / file).read_text())["log_history"]
+    for name, trl in PPO_NAMES[file.partition("/")[0]].items():
+        assert by_trl[trl].name == name
+        assert by_trl[trl].theirs == {row["step"]: row[trl] for row in rows}
+        assert by_trl[trl].common.keys() == {row["step"] for row in rows}
+    if trainer == "PPOTrainer":
+        assert by_trl["lr"].gaps == pytest.approx(dict.fromkeys(range(1, 7), 0.0), abs=FP64)
+        assert by_trl["objective/scores"].means is not None
+    else:
+        assert set(by_trl["tokens/responses_len_mean"].theirs.values()) == {3.5}
+    assert "objective/entropy" in found.alone
+    assert not [why for why in found.alone.values() if "not in the table" in why]
 
 
 # By hand

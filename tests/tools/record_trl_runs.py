@@ -224,18 +224,16 @@ def ppo_step(folder: Path) -> None:
     lms = [AutoModelForCausalLMWithValueHead.from_pretrained(model(shift=i)) for i in (0, 1)]
     trainer = PPOTrainer(config, *lms, tokenizer())
     rng = np.random.default_rng(SEED)
-    rows: list[dict[str, Any]] = []
-    for step in range(1, 6):
+    logs: list[dict[str, Any]] = []
+    trainer.accelerator.log = lambda stats, **_: logs.append(stats)  # what a tracker would get
+    for _ in range(5):
         queries = [torch.from_numpy(rng.integers(2, 2 + WORDS, 3)) for _ in range(4)]
         responses = [torch.from_numpy(rng.integers(2, 2 + WORDS, n)) for n in (2, 5, 3, 4)]
         scores = [torch.tensor(float(len(ids))) for ids in responses]
         stats = trainer.step(queries, responses, scores)
-        logged = {k: np.asarray(v).tolist() for k, v in stats.items() if not k.startswith("time/")}
-        reward = {
-            "env/reward_mean": np.mean(scores).item(),
-            "env/reward_std": np.std(scores).item(),
-        }
-        rows.append({"step": step, **logged, **reward})
+        trainer.log_stats(stats, {"query": queries, "response": responses}, scores)
+    kept = [{k: np.asarray(v).tolist() for k, v in x.items() if k[:5] != "time/"} for x in logs]
+    rows = [{"step": step, **stats} for step, stats in enumerate(kept, 1)]
     with (folder / "stats.jsonl").open("w") as file:
         file.writelines(json.dumps(_short(row)) + "\n" for row in rows)
     numbers = [k for k, v in rows[0].items() if isinstance(v, (int, float))]
