@@ -213,13 +213,9 @@ class Side:
         for epoch in islice(epochs, config.epochs):
             made, first = made + 1, len(steps)
             for rows in epoch:
-                if setup.metrics_of:
-                    trainer = setup.metrics_of
-                    watched.append(conventions.watch(trainer, self.policy, buffer, rows, config))
-                over_tokens = conventions.policy_loss_over_tokens(buffer, rows)
-                with over_tokens if setup.pad_id is not None else nullcontext():
-                    size = replace(config, minibatch_size=len(rows))
-                    steps.append(ppo.ppo_epoch(self.policy, optimizer, buffer, tensor(rows), size))
+                step, averaged = self._step(setup, optimizer, buffer, rows)
+                steps.append(step)
+                watched.append(averaged)
             passed = [x["update_k1"] for x in steps[first:]]
             moved = passed[-1] if setup.stop_by_last else math.fsum(passed) / len(passed)
             if config.stop_kl is not None and moved > config.stop_kl:
@@ -227,6 +223,25 @@ class Side:
         means = {name: math.fsum(x[name] for x in steps) / len(steps) for name in steps[0]}
         means["ratio_max"] = max(x["ratio_max"] for x in steps)
         return means | {"epochs": made}, watched
+
+    def _step(
+        self, setup: Setup, optimizer: Optimizer, buffer: RolloutBuffer, rows: Rows
+    ) -> tuple[Metrics, Metrics]:
+        """One backward pass: its metrics, and with `metrics_of` what trl averages beside them."""
+        config = replace(setup.config, minibatch_size=len(rows))
+        arguments = (self.policy, optimizer, buffer, tensor(rows), config)
+        over_tokens = conventions.policy_loss_over_tokens(buffer, rows)
+        with over_tokens if setup.pad_id is not None else nullcontext():
+            if not setup.metrics_of:
+                return ppo.ppo_epoch(*arguments), {}
+            of_train = setup.metrics_of == "PPOTrainer"
+            given = (self.policy, buffer.rollout, rows, config)
+            behind = conventions.entropy_of_padding(*given) if of_train else tensor(0.0)
+            with conventions.watched(*given) as learned:
+                found = ppo.ppo_epoch(*arguments)
+        if of_train:
+            return found, conventions.over_cells(buffer.rollout, rows, learned, behind)
+        return found, conventions.over_tokens(buffer, rows, learned)
 
 
 class FollowingOptimizer(Optimizer):

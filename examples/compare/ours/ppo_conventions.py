@@ -7,7 +7,7 @@ Here such a row is longer by one token, whose log-probability is marked.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,9 +19,9 @@ from rlhf_min import ppo
 from rlhf_min.advantages import gae
 from rlhf_min.config import PPOConfig
 from rlhf_min.data import micro_batches
-from rlhf_min.logprobs import entropy, token_logprobs
+from rlhf_min.logprobs import entropy, lm_head_logits
 from rlhf_min.masking import masked_mean, masked_var, masked_whiten, response_mask
-from rlhf_min.policy import Policy, evaluating
+from rlhf_min.policy import Policy, PolicyOutput, evaluating
 from rlhf_min.rollout import Rollout, RolloutBuffer
 
 MARK = 1.0  # in the place of a log-probability, which is never above 0
@@ -140,84 +140,102 @@ def report(buffer: RolloutBuffer) -> Metrics:
     return ppo.report(buffer) | counts
 
 
-@torch.no_grad()
-def watch(
-    trainer: str, policy: Policy, buffer: RolloutBuffer, rows: Sequence[int], config: PPOConfig
+@dataclass
+class Learned:
+    """What the policy said of some rows in the step that learned from them, ``(b, T)`` each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+@contextmanager
+def watched(
+    policy: Policy, rollout: Rollout, rows: Sequence[int], config: PPOConfig
+) -> Iterator[Learned]:
+    """Inside, one step on these rows is made, and fills in what is learned from."""
+    lengths = rollout.sequences.attention_mask[rows].sum(1).tolist()
+    parts = iter(micro_batches(lengths, max_tokens=config.max_tokens))  # as `minibatch_step` does
+    learned = Learned(*(torch.zeros_like(rollout.logprobs[rows]) for _ in range(3)))
+
+    def look(_policy: Any, _inputs: Any, output: PolicyOutput) -> None:
+        part = next(parts)
+        for name, into in vars(learned).items():
+            given = getattr(output, name).detach()
+            into[part, : given.shape[1]] = given
+
+    handle = policy.register_forward_hook(look)
+    try:
+        yield learned
+    finally:
+        handle.remove()
+
+
+def over_cells(
+    rollout: Rollout, rows: Sequence[int], learned: Learned, entropy_behind: Tensor
 ) -> Metrics:
-    """What this trainer of trl averages for a micro-batch before it learns from it."""
-    over = _over_cells if trainer == "PPOTrainer" else _over_tokens
-    return {name: float(x) for name, x in over(policy, buffer, rows, config).items()}
+    """What trl of 1.12 averages for a micro-batch: over all T cells, padding included. Behind the
+    tokens the ratio is 1, and its log is 0.
 
-
-def _over_cells(
-    policy: Policy, buffer: RolloutBuffer, rows: Sequence[int], config: PPOConfig
-) -> dict[str, Tensor]:
-    """Of 1.12, over all T cells, padding included.
-
-    Behind a response the ratio is 1, its log is 0, and the entropy is what the model says there of
-    a row whose padding trl replaces by id 0 and hides.
+    Args:
+        entropy_behind: of `entropy_of_padding`.
     """
-    logprobs, entropies = _all_cells(policy, buffer.rollout, rows, config)
-    real = tokens_of(buffer.rollout)[rows]
-    log_ratio = torch.where(real, logprobs - buffer.rollout.logprobs[rows], 0)
+    real = tokens_of(rollout)[rows]
+    log_ratio = torch.where(real, learned.logprobs - rollout.logprobs[rows], 0)
     return {
-        "approxkl": log_ratio.square().mean() / 2,
-        "ratio": log_ratio.exp().mean(),
-        "entropy": entropies.mean(),
+        "approxkl": float(log_ratio.square().mean() / 2),
+        "ratio": float(log_ratio.exp().mean()),
+        "entropy": float(torch.where(real, learned.entropy, entropy_behind).mean()),
     }
 
 
-def _over_tokens(
-    policy: Policy, buffer: RolloutBuffer, rows: Sequence[int], config: PPOConfig
-) -> dict[str, Tensor]:
-    """Of 0.11, over the tokens of the micro-batch."""
+def over_tokens(buffer: RolloutBuffer, rows: Sequence[int], learned: Learned) -> Metrics:
+    """What trl of 0.11 averages for a minibatch: over its tokens."""
     rollout, mask = buffer.rollout, buffer.rollout.mask[rows]
     returns, values = buffer.returns[rows], rollout.values[rows]
-    with evaluating(policy):
-        new = policy(rollout.sequences.select(rows), temperature=config.temperature)
-    logprobs, new_values = (
-        pad(x, (0, mask.shape[1] - x.shape[1])) for x in (new.logprobs, new.values)
-    )
-    log_ratio = logprobs - rollout.logprobs[rows]
-    return {
-        "approxkl": masked_mean(log_ratio.square(), mask) / 2,
+    squared = (learned.logprobs - rollout.logprobs[rows]).square()
+    found = {
+        "approxkl": masked_mean(squared, mask) / 2,
         "advantages": masked_mean(buffer.advantages[rows], mask),
         "return": masked_mean(returns, mask),
         "return_var": masked_var(returns, mask),
         "value": masked_mean(values, mask),
         "value_var": masked_var(values, mask),
-        "new_value": masked_mean(new_values, mask),
-        "error": masked_mean((new_values - returns).square(), mask),
+        "new_value": masked_mean(learned.values, mask),
+        "error": masked_mean((learned.values - returns).square(), mask),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
-def _all_cells(
+def entropy_of_padding(
     policy: Policy, rollout: Rollout, rows: Sequence[int], config: PPOConfig
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy at each of the T cells of each row, ``(b, T)`` each."""
-    sequences, real = rollout.sequences, tokens_of(rollout)
-    width = real.shape[1]
-    prompts = sequences.prompt_lengths
-    lengths = (prompts + real.sum(1)).tolist()
-    logprobs, entropies = (rollout.logprobs.new_zeros(len(rows), width) for _ in range(2))
-    for group in micro_batches([lengths[row] for row in rows], max_tokens=config.max_tokens):
-        part = [rows[i] for i in group]
-        longest = int(prompts[part].max()) + width
-        attention_mask = response_mask(tensor([lengths[row] for row in part]), longest).long()
-        attention_mask = attention_mask.to(sequences.ids.device)
-        ids = pad(sequences.ids[part], (0, max(0, longest - sequences.ids.shape[1])))[:, :longest]
-        with evaluating(policy):
-            logits = policy.lm(
-                input_ids=ids * attention_mask,
-                attention_mask=attention_mask,
-                position_ids=attention_mask.cumsum(1) - attention_mask,
-                use_cache=False,
-            ).logits
-        at = prompts[part][:, None] - 1 + torch.arange(width, device=ids.device)  # (b, T)
-        logits = logits[torch.arange(len(part))[:, None], at] / config.temperature  # (b, T, V)
-        logprobs[group] = token_logprobs(logits, sequences.responses[part])
-        entropies[group] = entropy(logits)
-    return logprobs, entropies
+) -> Tensor:
+    """What the policy says behind the tokens, where trl replaces the padding by id 0 and hides it.
+    Shape ``(b, T)``; 0 at tokens.
+
+    The first of these cells is predicted by the last token, all others alike by hidden padding.
+    """
+    sequences, real = rollout.sequences, tokens_of(rollout)[rows]
+    behind = ~real
+    entropies = torch.zeros_like(rollout.logprobs[rows])
+    if not bool(behind.any()):
+        return entropies
+    lengths = sequences.prompt_lengths[rows] + real.sum(1)  # (b,)
+    attention_mask = response_mask(lengths, int(lengths.max()) + 1).long()  # (b, L)
+    ids = pad(sequences.ids[rows], (0, 1))[:, : attention_mask.shape[1]]
+    with evaluating(policy):
+        hidden = policy.lm.base_model(
+            input_ids=ids * attention_mask,
+            attention_mask=attention_mask,
+            position_ids=attention_mask.cumsum(1) - attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        at = torch.stack([lengths - 1, lengths], 1)  # (b, 2)
+        hidden = hidden[torch.arange(len(at), device=at.device)[:, None], at]
+        logits = lm_head_logits(hidden, temperature=config.temperature, **policy.head)
+        first, later = entropy(logits).T[:, :, None]
+    is_first = response_mask(real.sum(1) + 1, real.shape[1]) & behind
+    return torch.where(behind, torch.where(is_first, first, later), entropies)
 
 
 def trl_metrics(
