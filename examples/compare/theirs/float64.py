@@ -22,30 +22,27 @@ class _Torch:
         return torch.float64 if name in ("float32", "float") else getattr(torch, name)
 
 
+SOURCES = ("trl.", "transformers.models.")  # what the names of their modules begin with
+
+
 @contextmanager
 def float64() -> Iterator[None]:
-    """Enter it with the models loaded and before trl's trainer is made."""
+    """Enter it with the model loaded, and with its trainer imported but not yet made.
+
+    A model is to be loaded in float32 and then converted, whoever does it: its tables of positions
+    are made on loading.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with patch.object(torch.Tensor, "float", torch.Tensor.double), no_float32("trl."):
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
+            for name, module in list(sys.modules.items()):
+                if name.startswith(SOURCES) and vars(module).get("torch") is torch:
+                    stack.enter_context(patch.object(module, "torch", _Torch()))
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-@contextmanager
-def no_float32(*packages: str) -> Iterator[None]:
-    """Inside, the source of these has float64 where it says ``torch.float32``.
-
-    Args:
-        packages: what the names of the modules begin with; only those count that are loaded now.
-    """
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith(packages) and vars(module).get("torch") is torch:
-                stack.enter_context(patch.object(module, "torch", _Torch()))
-        yield
 
 
 @contextmanager

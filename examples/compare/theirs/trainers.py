@@ -3,8 +3,7 @@
 import copy
 import difflib
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from datasets import Dataset
 
 from ..job import START, Ids, Job, Record, Row
 from . import Refused, first_line
-from .float64 import float64, no_float32
+from .float64 import float64
 from .recorder import NUMBER, attach, warned
 
 CLASSES = {
@@ -55,14 +54,11 @@ def run(job: Job, folder: Path) -> Record:
     return recorder.save()
 
 
-@contextmanager
-def in_precision_of(job: Job) -> Iterator[None]:
-    """Of a trainer's life: float64 throughout if the job says so, in the model's source too."""
-    with ExitStack() as stack:
-        if job.float64:
-            stack.enter_context(float64())
-            stack.enter_context(no_float32("transformers.models."))
-        yield
+def in_precision_of(job: Job) -> Any:
+    """The context of a trainer's life: float64 throughout if the job says so."""
+    if job.stage in CLASSES:  # trl loads its source when it is asked for
+        getattr(trl, CLASSES[job.stage][0])
+    return float64() if job.float64 else nullcontext()
 
 
 def _config(job: Job) -> Any:
