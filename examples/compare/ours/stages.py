@@ -5,7 +5,7 @@ What follows trl in something is a field of `Setup`; as they are by default, all
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn, tensor
 
 from compare.job import Ids, Stage
+from compare.theirs.float64 import float64
 from rlhf_min import dpo, reward, sft
 from rlhf_min.config import TrainingConfig
 from rlhf_min.data import Cursor, PreferenceExample, SFTExample
@@ -152,6 +153,11 @@ class Side:
 
     def run(self, setup: Setup) -> Iterator[dict[str, float]]:
         """Metrics of each step, from the start weights on; the module is trained in place."""
+        double = next(self.module.parameters()).dtype == torch.float64
+        with float64() if double else nullcontext():
+            yield from self._run(setup)
+
+    def _run(self, setup: Setup) -> Iterator[dict[str, float]]:
         with torch.no_grad():
             for name, p in self.module.named_parameters():
                 p.copy_(self.start[name])
