@@ -54,7 +54,8 @@ class Beside:
     """Both runs side by side.
 
     Args:
-        stage, trainer: which they are.
+        stage: which both are.
+        trainer: trl's class that logged theirs; "" where it was another codebase.
         axis: what the steps count.
         pairs: the metrics that are compared.
         alone: what is not compared, and why.
@@ -70,10 +71,15 @@ class Beside:
     alone: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def theirs(self) -> str:
+        """Their file, and what wrote it."""
+        return f"{self.trl_run} ({self.trainer})" if self.trainer else self.trl_run
+
 
 def told(beside: Beside) -> Iterator[str]:
     """Lines: what was read, the table, what differs by definition, what is left alone."""
-    yield f"theirs: {beside.trl_run} ({beside.trainer})"
+    yield f"theirs: {beside.theirs}"
     yield f"ours: {beside.run} ({beside.stage})"
     yield f"axis: {beside.axis}"
     yield from (f"  - {note}" for note in beside.notes)

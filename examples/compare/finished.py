@@ -78,13 +78,14 @@ def lay_beside(logged: Logged, run: Run, stage: str | None) -> Beside:
         BadInput: if it is not clear what kind of run the logged one is, or if ours has none such.
     """
     stage, trainer = which(logged, stage)
-    ours = _ours(run, STAGES[stage])
-    beside = Beside(
-        str(logged.file), str(run.folder), stage, trainer, AXES.get(stage, "optimizer steps")
-    )
+    ours, table = _ours(run, STAGES[stage]), METRICS[stage, trainer]
+    if not _is_trl(logged, table):
+        trainer = ""
+    axis = AXES.get(stage, "optimizer steps")
+    beside = Beside(str(logged.file), str(run.folder), stage, trainer, axis)
     beside.notes += logged.notes
     beside.notes += [f"ours: {line}" for line in run.left_out if line.startswith(METRICS_FILE)]
-    _match(beside, logged, ours)
+    _match(beside, logged, ours, table)
     require(
         bool(beside.pairs),
         f"{logged.file}: none of its metrics is one that {run.folder} has logged of {stage}: "
@@ -134,6 +135,12 @@ def which(logged: Logged, stage: str | None) -> Key:
     return max(keys, key=lambda key: (len(own[key]), len(known[key])))
 
 
+def _is_trl(logged: Logged, table: Sequence[Metric]) -> bool:
+    """Whether it was trl: lines of another codebase may use nothing but our names."""
+    trl = {metric.trl for metric in table if metric.trl != metric.ours}
+    return logged.form != "long" or any(name.removeprefix("eval/") in trl for name in logged.series)
+
+
 def _names(key: Key) -> set[str]:
     """Trl's and ours."""
     return {name for metric in METRICS[key] for name in (metric.trl, metric.ours) if name}
@@ -165,9 +172,10 @@ def _ours(run: Run, stage: str) -> dict[str, Series]:
 # What is compared
 
 
-def _match(beside: Beside, logged: Logged, ours: Mapping[str, Series]) -> None:
+def _match(
+    beside: Beside, logged: Logged, ours: Mapping[str, Series], table: Sequence[Metric]
+) -> None:
     """Each metric of the one with that of the other."""
-    table = METRICS[beside.stage, beside.trainer]
     by_trl = {metric.trl: metric for metric in table}
     our_names = {metric.ours for metric in table} | {x.removeprefix("eval/") for x in ours}
     for name in [*logged.series, *(x for x in logged.others if x not in logged.series)]:
@@ -176,7 +184,7 @@ def _match(beside: Beside, logged: Logged, ours: Mapping[str, Series]) -> None:
         metric = by_trl.get(base) or (Metric(base, base) if base in our_names else None)
         called = logged.names[name]
         if metric is None:
-            beside.alone[called] = "not in the table of trl's metrics"
+            beside.alone[called] = "neither trl's name nor ours"
         elif not metric.ours:
             beside.alone[called] = NOT_HERE
         elif name in logged.others:
@@ -190,13 +198,21 @@ def _match(beside: Beside, logged: Logged, ours: Mapping[str, Series]) -> None:
             beside.pairs.append(_pair(prefix, called, metric, mine, logged.series[name], averaged))
     order = [metric.ours for metric in table]
     beside.pairs.sort(key=lambda pair: _place(order, pair.name))
-    theirs = {metric.ours: metric.trl for metric in table if metric.ours}
+    _list_ours(beside, ours, table)
+
+
+def _list_ours(beside: Beside, ours: Mapping[str, Series], table: Sequence[Metric]) -> None:
+    """What ours alone has logged, and what trl calls it."""
+    trl = {metric.ours: metric.trl for metric in table if metric.ours}
     found = {pair.name for pair in beside.pairs}
-    for name in (x for x in ours if x not in found and "/" not in x.removeprefix("eval/")):
+    for name in (x for x in ours if x not in found):
         base = name.removeprefix("eval/")
-        prefix = "eval_" * (base != name)
-        there = f"trl's {prefix}{theirs[base]} was not logged" if base in theirs else "trl has none"
-        beside.alone[f"{name} (ours)"] = there
+        called = f"{'eval_' * (base != name)}{trl.get(base, '')}"
+        why = "trl has none" if beside.trainer else "not logged there"
+        if base in trl and beside.trainer:
+            why = f"trl's {called} was not logged"
+        group, inside, _ = base.partition("/")
+        beside.alone[f"{group}/... (ours)" if inside else f"{name} (ours)"] = why
 
 
 def _place(order: list[str], name: str) -> tuple[bool, int]:
@@ -246,7 +262,8 @@ def _on_the_axis(beside: Beside, logged: Logged) -> Iterator[str]:
         for who, series in (("ours", pair.ours), ("theirs", pair.theirs)):
             bad = [step for step, value in series.items() if not math.isfinite(value)]
             if bad:
-                yield f"{pair.name}: {who} is not finite at {len(bad)} steps, first at {min(bad)}"
+                where = f"at {len(bad)} of {len(series)} steps, first at step {min(bad)}"
+                yield f"{pair.name}: {who} is not finite {where}"
 
 
 def _signs_of_nothing(beside: Beside) -> Iterator[str]:
@@ -268,7 +285,7 @@ def _older(beside: Beside) -> Iterator[str]:
     for pair in beside.pairs:
         if pair.name == "loss" and len(pair.theirs) > 1:
             if all(round(value, 4) == value for value in pair.theirs.values()):
-                yield "loss: theirs has four decimals, as transformers before 5 logs it"
+                yield "loss: theirs has four decimals, as older transformers log it"
         elif pair.name == "learning_rate":
             ahead = {step: pair.ours[step + 1] for step in pair.common if step + 1 in pair.ours}
             same = all(math.isclose(ahead[s], pair.theirs[s], rel_tol=1e-6) for s in ahead)

@@ -67,7 +67,7 @@ def _heading(figure: "Figure", beside: Beside, width: float, height: float) -> N
     for i, (ink, who, file) in enumerate(
         (
             (OURS, "ours", beside.run),
-            (THEIRS, "theirs", f"{beside.trl_run} ({beside.trainer})"),
+            (THEIRS, "theirs", beside.theirs),
         )
     ):
         y = 1 - (i + 1.5) * LINE * 1.2 / height

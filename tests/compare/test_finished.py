@@ -174,7 +174,7 @@ def test_a_recorded_run_of_ppo_beside_one_of_ours(file: str, trainer: str, tmp_p
     else:
         assert set(by_trl["tokens/responses_len_mean"].theirs.values()) == {3.5}
     assert "objective/entropy" in found.alone
-    assert not [why for why in found.alone.values() if "not in the table" in why]
+    assert not [why for why in found.alone.values() if "neither" in why]
 
 
 # By hand
@@ -260,7 +260,7 @@ def test_lines_of_another_codebase(tmp_path: Path) -> None:
     found = beside(theirs, ours)
     assert pairs(found)["loss"].common == {1: (1.0, 1.5), 3: (1.0, 1.25)}
     assert pairs(found)["chosen_rewards"].common == {3: (0.5, 0.25)}
-    assert found.alone["tokens_per_second"] == "not in the table of trl's metrics"
+    assert found.alone["tokens_per_second"] == "neither trl's name nor ours"
     notes = " ".join(found.notes)
     assert "begin at 0" in notes
     assert "passed over: the fields time" in notes
@@ -275,8 +275,8 @@ def test_what_is_not_finite_is_a_gap_and_told(tmp_path: Path) -> None:
     assert pair.common == {}
     assert pair.left_out == 3
     notes = " ".join(found.notes)
-    assert "loss: theirs is not finite at 2 steps, first at 1" in notes
-    assert "loss: ours is not finite at 1 steps, first at 2" in notes
+    assert "loss: theirs is not finite at 2 of 3 steps, first at step 1" in notes
+    assert "loss: ours is not finite at 1 of 3 steps, first at step 2" in notes
     text = json.dumps(as_json(found), allow_nan=False)
     assert json.loads(text)["metrics"][0]["theirs"]["values"] == [None, 2.0, None]
 
@@ -405,3 +405,29 @@ def test_the_command() -> None:
     ]:
         with pytest.raises(BadInput, match=message):
             parse_options("", arguments)
+
+
+README = Path(finished.__file__).with_name("README.md").read_text(encoding="utf-8")
+VERL = [  # the run of ours that the README's is compared with
+    {"policy_loss": -0.0118, "update_k1": 0.0012, "kl": 0.0, "value_loss": 0.7512, "score": 0.4},
+    {"policy_loss": -0.0306, "update_k1": 0.0029, "kl": 0.23, "value_loss": 0.4987, "score": 0.55},
+    {"policy_loss": -0.0243, "update_k1": 0.0021, "kl": 0.61, "value_loss": 0.3301, "score": 0.7},
+    {"policy_loss": -0.0151, "update_k1": 0.0018, "kl": 0.83, "value_loss": 0.2417, "score": 0.8},
+]
+
+
+def test_the_readme_brings_another_codebase_into_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    log, output = [text for kind, text in blocks if kind == "text"]
+    (code,) = [text for kind, text in blocks if kind == "python" and "verl.log" in text]
+    assert len(code.splitlines()) <= 35
+    monkeypatch.chdir(tmp_path)
+    Path("verl.log").write_text(log)
+    exec(compile(code, "README.md", "exec"), {})
+    rows = [{**row, "response_length": 20.0 + 2 * i, "k1": 0.0} for i, row in enumerate(VERL)]
+    Path("runs").mkdir()
+    run_folder(Path("runs/ppo"), "ppo", rows)
+    finished.compare("verl.jsonl", "runs/ppo", None, Path())
+    assert capsys.readouterr().out == output

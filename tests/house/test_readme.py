@@ -32,6 +32,7 @@ FOLDERS = (
     "rlhf_min/harness",
     "examples",
     "examples/benchmark",
+    "examples/compare",
     "tests",
     "tests/parity",
 )
