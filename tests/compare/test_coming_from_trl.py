@@ -23,10 +23,10 @@ from compare.fields import STAGES, TRAINER, Field
 from compare.names import METRICS, OURS_ALONE
 from trl_tables import PAGE, RECORDED
 
-from rlhf_min import Codec, Policy, RewardModel, config, dpo, reward, sft
+from rlhf_min import Codec, Policy, RewardModel, config, dpo, ppo, reward, sft
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.run.log import _timed
-from rlhf_min.optim import State
+from rlhf_min.policy import Critic
 
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = 12  # at eight a batch: two steps in an epoch, of which the last is smaller
@@ -104,36 +104,61 @@ def test_every_metric_of_trl_is_told(stage: str, tmp_path: Path) -> None:
     assert known <= {*RECORDED["metrics"][trainer], "aux_loss"}  # that is of other models
 
 
-def steps_of(stage: str) -> Iterator[dict[str, float]]:
-    """A step of ours with an evaluation, as a run writes it."""
-    rows = [{"prompt": "ba", "response": "be", "chosen": "be", "rejected": "bi bo"}]
-    of = {"batch_size": 1, "epochs": 1, "eval_every": 1}
-    policy = Policy(gpt2(vocabulary=3 + len(SYLLABLES)), syllables())
-    codec = Codec(policy.tokenizer, 8, 8)
-    state: State
-    if stage == "sft":
-        shown = codec.encode_demonstrations(rows)[0]
-        state = sft.new_state(policy, shown, options := config.SFTConfig(**of))
-        found = sft.train(policy, options, state, heldout=shown)
-    elif stage == "reward":
-        model = RewardModel(gpt2_classifier(), syllables())
-        read = reward.prepare_pairs(model, rows)[0]
-        state = reward.new_state(model, read, choices := config.RewardConfig(**of))
-        found = reward.train(model, choices, state, heldout=read)
-    else:
-        pairs = codec.encode_preferences(rows)[0]
-        settings = config.DPOConfig(**of)
-        ref_policy = policy.reference()
-        state = dpo.new_state(policy, ref_policy, pairs, settings)
-        found = dpo.train(policy, ref_policy, settings, state, heldout=pairs)
-    yield from found
+OF = {"batch_size": 1, "epochs": 1, "eval_every": 1}
+TEXTS = [{"prompt": "ba", "response": "be", "chosen": "be", "rejected": "bi bo"}]
+Steps = Iterator[dict[str, float]]
 
 
-@each_stage
+def a_policy(critic: Critic = "none") -> tuple[Policy, Codec]:
+    policy = Policy(gpt2(vocabulary=3 + len(SYLLABLES)), syllables(), critic=critic)
+    return policy, Codec(policy.tokenizer, 8, 8)
+
+
+def of_sft() -> Steps:
+    policy, codec = a_policy()
+    rows = codec.encode_demonstrations(TEXTS)[0]
+    state = sft.new_state(policy, rows, options := config.SFTConfig(**OF))
+    return sft.train(policy, options, state, heldout=rows)
+
+
+def of_reward() -> Steps:
+    model = RewardModel(gpt2_classifier(), syllables())
+    rows = reward.prepare_pairs(model, TEXTS)[0]
+    state = reward.new_state(model, rows, options := config.RewardConfig(**OF))
+    return reward.train(model, options, state, heldout=rows)
+
+
+def of_dpo() -> Steps:
+    policy, codec = a_policy()
+    rows, ref_policy = codec.encode_preferences(TEXTS)[0], policy.reference()
+    state = dpo.new_state(policy, ref_policy, rows, options := config.DPOConfig(**OF))
+    return dpo.train(policy, ref_policy, options, state, heldout=rows)
+
+
+def of_ppo() -> Steps:
+    policy, codec = a_policy("shared")
+    rows, ref_policy = codec.encode_prompts(TEXTS * 2)[0], policy.reference()
+    sizes = {"batch_size": 2, "minibatch_size": 2, "max_new_tokens": 4}
+    options = config.PPOConfig(**OF | sizes, steps=1)
+    state = ppo.new_state(policy, rows, options)
+    return ppo.train(
+        policy,
+        ref_policy,
+        lambda _, responses: [len(x) for x in responses],
+        options,
+        state,
+        eval_prompts=rows,
+    )
+
+
+OUR_STEPS = {"sft": of_sft, "reward": of_reward, "dpo": of_dpo, "ppo": of_ppo}
+
+
+@pytest.mark.parametrize("stage", OURS_ALONE)
 def test_every_metric_of_ours_is_told(stage: str) -> None:
-    ours = {metric.ours for metric in METRICS[stage, STAGES[stage].trainer]}
-    known = (ours | OURS_ALONE[stage].keys()) - {""}
-    (step,) = steps_of(stage)
+    told = {metric.ours for key in METRICS if key[0] == stage for metric in METRICS[key]}
+    known = (told | OURS_ALONE[stage].keys()) - {""}
+    (step,) = OUR_STEPS[stage]()
     (written,) = _timed([step.copy()], StubOptimizer())
     logged = step.keys() | written.keys()
     assert untold(logged, known, "eval/") == []
@@ -152,7 +177,7 @@ class StubOptimizer:
 def causes() -> set[str]:
     """What the comparison of a run may name as a cause, but for options."""
     found = set()
-    for file in ("causes.py", "tokens.py"):
+    for file in ("causes.py", "ppo_causes.py", "tokens.py"):
         for node in ast.walk(ast.parse((PAGE.parent / file).read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):

@@ -104,6 +104,28 @@ def metrics(stage: str) -> str:
     return table(("here", f"`{STAGES[stage].trainer}`", "what it is"), merged(rows))
 
 
+def metrics_of_ppo() -> str:
+    """The metrics of both of trl's old PPO trainers, beside each other."""
+    trainers = ("PPOTrainer.step", "PPOTrainer")
+    here: dict[str, str] = {}  # ours, or what it is -> the first cell
+    cells: dict[str, dict[str, list[str]]] = {}
+    whats: dict[str, str] = {}
+    for trainer in trainers:
+        for metric in names.METRICS["ppo", trainer]:
+            key = metric.ours or metric.what
+            here[key] = f"`{metric.ours}`" if metric.ours else "none"
+            cell = f"`{metric.trl}`" + (f": {metric.means[0]}" if metric.means else "")
+            cells.setdefault(key, {}).setdefault(trainer, []).append(cell)
+            whats[key] = whats.get(key) or metric.what
+    rows = [
+        [here[key], *(", ".join(of.get(trainer, ["none"])) for trainer in trainers), whats[key]]
+        for key, of in cells.items()
+    ]
+    alone = [[f"`{ours}`", "none", "none", what] for ours, what in names.OURS_ALONE["ppo"].items()]
+    head = ("here", "trl 0.11.3 `step`", "trl 1.12.0 `train`", "what it is")
+    return table(head, rows + alone)
+
+
 def merged(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Rows that say the same of several names as one."""
     by_what: dict[tuple[str, str], list[str]] = {}
@@ -120,6 +142,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # The sections of the page, and what makes each
 MADE = {
     "options-trainer": trainer_options,
+    "metrics-ppo": metrics_of_ppo,
     **{f"options-{stage}": lambda stage=stage: stage_options(stage) for stage in STAGES},
     **{f"metrics-{stage}": lambda stage=stage: metrics(stage) for stage in STAGES},
 }
