@@ -79,8 +79,9 @@ class PairCodec:
             self._read(responses, report, eos_id=eos_id),
             strict=True,
         ):
-            # At least a quarter of the room stays for the prompt that the response is judged by.
-            kept = response.fitting(self.room * 3 // 4)
+            # The response has what the prompt leaves. A quarter of the room at least stays for a
+            # prompt that is as long: the response is judged by it.
+            kept = response.fitting(max(self.room * 3 // 4, self.room - len(prompt.ids)))
             prompt_ids = prompt.ids[max(0, len(prompt.ids) - self.room + kept) :]
             ids = [*before, *prompt_ids, *between, *response.ids[:kept], *after]
             pair = TextPair(torch.tensor(ids), len(prompt_ids), kept, response.total > kept)

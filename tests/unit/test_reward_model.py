@@ -75,7 +75,7 @@ def test_cuts_end_of_response_then_beginning_of_prompt(prompt, response, max_len
     model = reward_model(max_length)
     room = max_length - 3  # beside [CLS] and two [SEP]
     quarter = -(-room // 4)  # rounded up, for the prompt
-    kept_response = response[: room - quarter]
+    kept_response = response[: room - min(quarter, len(prompt))]
     kept_prompt = prompt[max(len(prompt) + len(kept_response) - room, 0) :]
     expected = [2, *(5 + i for i in kept_prompt), 3, *(5 + i for i in kept_response), 3]
     texts = [text(prompt)], [text(response)]
@@ -109,8 +109,8 @@ def test_a_word_is_cut_where_its_tokens_end():
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ba", "##be", *SYLLABLES[1:24]]
     tokenizer = type(bert_syllables())(vocab={token: i for i, token in enumerate(tokens)})
     model = RewardModel(bert(), tokenizer, max_length=11)
-    found = model.encode(["be"], ["ba  ba ba\nba ba babe be"])["input_ids"]
-    assert found.tolist() == [[2, 7, 3, 5, 5, 5, 5, 5, 5, 3]]
+    found = model.encode(["be be"], ["ba  ba ba\nba ba babe be"])["input_ids"]
+    assert found.tolist() == [[2, 7, 7, 3, 5, 5, 5, 5, 5, 5, 3]]
 
 
 @pytest.mark.parametrize("max_length", [7, 65])
