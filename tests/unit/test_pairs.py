@@ -170,13 +170,16 @@ def test_the_backend_keeps_neither_cut_nor_padding(tmp_path):
 def test_a_response_that_just_fits_is_whole():
     codec = PairCodec(syllables(), 8)  # 6 for the response with its EOS, 2 for the prompt
     for n, kept, cut in [(5, [3] * 5 + [EOS], False), (6, [3] * 6, True), (7, [3] * 6, True)]:
-        (pair,), report = codec.encode(["be"], [text([0] * n)])
-        assert pair.ids.tolist() == [4, *kept]
+        (pair,), report = codec.encode([text([1] * 2)], [text([0] * n)])
+        assert pair.ids.tolist() == [4, 4, *kept]
         assert pair.cut == cut
         assert (report.responses_cut, report.response_tokens_cut) == (cut, max(0, n - 5))
     (pair,), report = codec.encode([text([1] * 3)], [text([0] * 4)])
     assert pair.ids.tolist() == [4, 4, 4, 3, 3, 3, 3, EOS]  # a prompt that just fits
     assert report.prompts_cut == 0
+    (pair,), report = codec.encode([text([1])], [text([0] * 6)])
+    assert pair.ids.tolist() == [4, *[3] * 6, EOS]  # a short prompt leaves more
+    assert report.responses_cut == 0
 
 
 @pytest.mark.parametrize("from_end", [False, True])
