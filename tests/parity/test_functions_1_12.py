@@ -18,7 +18,6 @@ from ppo_harness import (
     random_models,
     train_trl,
     trl_ppo,
-    trl_value_mask,
 )
 from torch import Tensor
 from trainer_harness import SHIMMED, VERSION, Parity, float64, gap
@@ -176,7 +175,7 @@ def test_kl_rewards_and_gae(
 
     lengths = torch.tensor([len(ids) for ids in batch.response_ids])
     mask = response_mask(lengths, batch.width)
-    value_mask = trl_value_mask(mask)
+    value_mask = response_mask((lengths + 1).clamp(max=batch.width), batch.width)
     kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, kind=config.kl), 0)
     ours = shape_rewards(scores, kl, value_mask, kl_coef=config.kl_coef)
     parity(gap(ours, rewards), "kl_estimate, shape_rewards")

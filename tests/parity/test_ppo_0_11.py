@@ -1,10 +1,11 @@
 """Whole runs of ``PPOTrainer.step`` of trl 0.11.3, as recorded, against `ppo.train` as it is.
 
-What is supplied to ours: weights, token ids, scores, the order of the rows in each epoch, and trl's
-optimizer. `ppo.train` does the rest: scores the given rows, judges, learns, reports, steers the KL.
+What is supplied to ours: weights, token ids, scores, the order of the rows in each epoch, and that
+only the first gradient is clipped. `ppo.train` does the rest: it scores the given rows, judges,
+learns, reports and steers the KL.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,37 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from compare import options
+from compare.ours import ppo_conventions as conventions
+from compare.ours.ppo import FollowingOptimizer, Setup
 from recordings import VERSION, Recording, load
 from small import StubTokenizer
 from tolerances import FP64, LEGACY_STEP
-from torch import Tensor, nn
+from torch import Tensor
 from trainer_harness import SHIMMED, Parity, largest, largest_gap, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_min import ppo
-from rlhf_min.data import PromptExample, Sequences
-from rlhf_min.kl import kl_estimate
-from rlhf_min.masking import masked_mean, masked_var
+from rlhf_min.data import PromptExample
 from rlhf_min.optim import Optimizer
-from rlhf_min.policy import Policy, PolicyOutput
+from rlhf_min.policy import Policy
 from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 
 RECORDED = Recording("ppo_step")
 RUNS: dict[str, dict[str, Any]] = RECORDED.facts["runs"]
-KL_KINDS = {"kl": "k1", "abs": "abs", "mse": "k2", "full": "full"}
-# trl's statistics that are metrics of ours.
-SAME = {
-    "objective/kl": "kl",
-    "objective/kl_coef": "kl_coef",
-    "ppo/learning_rate": "learning_rate",
-    "ppo/loss/policy": "policy_loss",
-    "ppo/loss/value": "value_loss",
-    "ppo/policy/clipfrac": "clip_fraction",
-    "ppo/policy/entropy": "entropy",
-    "ppo/policy/policykl": "update_k1",
-    "ppo/val/clipfrac": "value_clip_fraction",
-    "tokens/responses_len_mean": "response_length",
-}
 RAGGED = "ragged accumulation"
 CONVENTIONS = {
     "early stop": ["one minibatch in an epoch"],
@@ -73,69 +61,25 @@ def policy_of(name: str) -> Policy:
 
 def config_of(name: str) -> ppo.PPOConfig:
     """trl's options of a run as ours."""
-    told = RUNS[name]["config"]
+    run = RUNS[name]
     return ppo.PPOConfig(
-        steps=len(RUNS[name]["calls"]),
-        batch_size=told["batch_size"],
+        **options.in_our_words("ppo", run["config"], total_steps=len(run["calls"])),
+        adam_eps=1e-8,
         max_new_tokens=1,  # not used: the responses are those of trl
-        minibatch_size=told["backward_batch_size"],
-        epochs=told["ppo_epochs"],
-        gamma=told["gamma"],
-        lam=told["lam"],
-        clip=told["cliprange"],
-        value_clip=told["cliprange_value"],
-        value_coef=told["vf_coef"],
-        kl=KL_KINDS[told["kl_penalty"]],
-        kl_coef=told["init_kl_coef"],
-        kl_control="adaptive" if told["adap_kl_ctrl"] else "fixed",
-        kl_target=told["target"],
-        kl_horizon=told["horizon"],
-        whiten_rewards=told["whiten_rewards"],
-        score_clip=told["score_clip"],
-        stop_kl=1.5 * told["target_kl"] if told["early_stopping"] else None,
         max_tokens=25,  # two micro-batches or more in each minibatch; trl's are other ones
     )
 
 
-class TrlOptimizer(Optimizer):
-    """Adam as trl makes it, which clips the first gradient only: it hands over an iterator of the
-    parameters, which has run out by the second step."""
+class TrlOptimizer(FollowingOptimizer):
+    """Clips as trl, and remembers the norms."""
 
-    def __init__(self, policy: Policy, told: dict[str, Any]) -> None:
-        adam = torch.optim.Adam(policy.parameters(), lr=told["learning_rate"])
-        super().__init__(adam, max_grad_norm=told["max_grad_norm"])
+    def __init__(self, plain: Optimizer, setup: Setup) -> None:
+        super().__init__(plain, setup)
         self.norms: list[float] = []
 
     def step(self, batch: Any = None, metrics: Any = None) -> float:
         self.norms.append(super().step(batch, metrics))
-        self.max_grad_norm = None
         return self.norms[-1]
-
-
-class Accumulating(TrlOptimizer):
-    """Takes each minibatch for a micro-batch, as trl: a step after every few, by their mean."""
-
-    def __init__(self, policy: Policy, told: dict[str, Any]) -> None:
-        super().__init__(policy, told)
-        self.parts, self.seen = told["gradient_accumulation_steps"], 0
-
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss / self.parts)
-
-    def step(self, batch: Any = None, metrics: Any = None) -> float:
-        self.seen += 1
-        return super().step(batch, metrics) if self.seen % self.parts == 0 else 0.0
-
-
-@dataclass
-class Epoch:
-    """What `ppo_epoch` was given, and what the policy said of each row, ``(B, T)``, before the step
-    that the row was used for."""
-
-    buffer: RolloutBuffer
-    order: Tensor
-    new_logprobs: Tensor
-    new_values: Tensor
 
 
 @dataclass
@@ -149,21 +93,36 @@ class Replay:
     kl_coefs: list[float] = field(default_factory=list)
 
 
-def replay(name: str, *, make_optimizer: type[TrlOptimizer] = TrlOptimizer, **own: Any) -> Replay:
-    """`ppo.train` on what a recorded run was given, in its order; `own` are other options."""
+def replay(name: str, *, by_micro_batch: bool = False, **own: Any) -> Replay:
+    """`ppo.train` on what a recorded run was given, in its order.
+
+    Args:
+        by_micro_batch: each of trl's micro-batches has the same weight.
+        own: other options.
+    """
     run = RUNS[name]
     config = replace(config_of(name), **own)
+    if by_micro_batch:
+        config = replace(config, minibatch_size=run["config"]["mini_batch_size"])
+    setup = Setup(
+        config,
+        [],
+        accumulated=run["config"]["gradient_accumulation_steps"],
+        micro_batch_means=by_micro_batch,
+        only_first_clipped=True,
+    )
     policy, ref_policy = policy_of("policy"), policy_of("ref_policy")
     state = ppo.new_state(policy, [PromptExample("", torch.tensor([0]))], config)
-    replayed = Replay(policy, make_optimizer(policy, run["config"]))
+    replayed = Replay(policy, TrlOptimizer(state.optimizer, setup))
     state.optimizer = replayed.optimizer
     orders: list[list[int]] = []
-    epochs: list[Epoch] = []
+    buffers: list[RolloutBuffer] = []
+    watched: list[dict[str, float]] = []
     learn = ppo.ppo_epoch
 
     def given(*_: Any, **__: Any) -> Rollout:
         orders[:] = run["calls"][state.step]["orders"]
-        epochs.clear()
+        watched.clear()
         rows = f"{run['rows']}.{state.step}"
         return score_rollout(
             *(policy, ref_policy),
@@ -177,89 +136,41 @@ def replay(name: str, *, make_optimizer: type[TrlOptimizer] = TrlOptimizer, **ow
     def in_their_order(
         policy: Policy, optimizer: Any, buffer: RolloutBuffer, _: Tensor, config: ppo.PPOConfig
     ) -> Stats:
-        order = torch.tensor(orders.pop(0))
-        with watched(policy, buffer.rollout) as (new_logprobs, new_values):
-            stats = learn(policy, optimizer, buffer, order, config)
-        epochs.append(Epoch(buffer, order, new_logprobs, new_values))
-        return stats
+        buffers[:] = [buffer]
+        size = run["config"]["mini_batch_size"]
+        with watching(watched, size):
+            return learn(policy, optimizer, buffer, torch.tensor(orders.pop(0)), config)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "collect", given)
         patch.setattr(ppo, "ppo_epoch", in_their_order)
         for metrics in ppo.train(policy, ref_policy, lambda *_: [], config, state):
             assert not orders  # as many epochs as trl made
-            replayed.stats.append(trl_stats(metrics, epochs, run["config"]))
+            of = ("PPOTrainer.step", setup, buffers[0], metrics, watched)
+            replayed.stats.append(conventions.trl_metrics(*of))
             replayed.kl_coefs.append(state.kl_control.coef)
     return replayed
 
 
 @contextmanager
-def watched(policy: Policy, rollout: Rollout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Fills in what the policy says of each row while it learns. ``(B, T)`` each."""
-    new_logprobs, new_values = (torch.zeros_like(rollout.logprobs) for _ in range(2))
-    row_of = {ids: row for row, ids in enumerate(real_ids(rollout.sequences))}
-    assert len(row_of) == len(rollout.sequences)
+def watching(into: list[dict[str, float]], size: int) -> Iterator[None]:
+    """Inside, what trl averages is gathered from each step: parts of so many rows."""
+    step = ppo.minibatch_step
 
-    def look(_policy: nn.Module, inputs: tuple[Sequences], output: PolicyOutput) -> None:
-        rows, width = [row_of[ids] for ids in real_ids(inputs[0])], output.logprobs.shape[1]
-        new_logprobs[rows, :width] = output.logprobs.detach()
-        new_values[rows, :width] = output.values.detach()
+    def minibatch_step(
+        policy: Policy, optimizer: Any, buffer: RolloutBuffer, rows: Sequence[int], config: Any
+    ) -> Stats:
+        with conventions.watched(policy, buffer.rollout, rows, config) as learned:
+            stats = step(policy, optimizer, buffer, rows, config)
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            of_part = conventions.Learned(*(x[part] for x in vars(learned).values()))
+            into.append(conventions.over_tokens(buffer, rows[part], of_part))
+        return stats
 
-    handle = policy.register_forward_hook(look)
-    try:
-        yield new_logprobs, new_values
-    finally:
-        handle.remove()
-
-
-def real_ids(sequences: Sequences) -> list[tuple[int, ...]]:
-    pairs = zip(sequences.ids, sequences.attention_mask.bool(), strict=True)
-    return [tuple(ids[real].tolist()) for ids, real in pairs]
-
-
-def trl_stats(ours: Stats, epochs: list[Epoch], told: dict[str, Any]) -> Stats:
-    """Our metrics where trl measures the same; the others from our tensors."""
-    buffer = epochs[0].buffer
-    rollout, mask = buffer.rollout, buffer.rollout.mask
-    scores = rollout.scores
-    if told["score_clip"] is not None:
-        scores = scores.clamp(-told["score_clip"], told["score_clip"])  # trl tells of clipped ones
-    minibatches = []
-    for epoch in epochs:
-        for rows in epoch.order.split(told["mini_batch_size"]):
-            real, returns, values = mask[rows], buffer.returns[rows], rollout.values[rows]
-            new_values = epoch.new_values[rows]
-            k2 = kl_estimate(epoch.new_logprobs[rows], rollout.logprobs[rows], kind="k2")
-            minibatches.append(
-                {
-                    "ppo/policy/advantages_mean": masked_mean(buffer.advantages[rows], real),
-                    "ppo/policy/approxkl": masked_mean(k2, real),
-                    "ppo/returns/mean": masked_mean(returns, real),
-                    "ppo/returns/var": masked_var(returns, real),
-                    "ppo/val/mean": masked_mean(values, real),
-                    "ppo/val/var": masked_var(values, real),
-                    "ppo/val/vpred": masked_mean(new_values, real),
-                    "ppo/val/error": masked_mean((new_values - returns).square(), real),
-                }
-            )
-    stats = {
-        name: float(torch.stack([minibatch[name] for minibatch in minibatches]).mean())
-        for name in minibatches[0]
-    }
-    prompt_lengths = rollout.sequences.prompt_lengths.double()
-    return {
-        **{name: ours[our_name] for name, our_name in SAME.items()},
-        **stats,
-        "objective/entropy": -float(rollout.logprobs.sum(1).mean()),  # of what was sampled
-        "ppo/mean_non_score_reward": -ours["kl_coef"] * float(masked_mean(rollout.kl, mask)),
-        "ppo/mean_scores": float(scores.mean()),
-        "ppo/std_scores": float(scores.std()),
-        "ppo/loss/total": ours["policy_loss"] + told["vf_coef"] * ours["value_loss"],
-        "ppo/val/var_explained": 1 - stats["ppo/val/error"] / stats["ppo/returns/var"],
-        "tokens/queries_len_mean": float(prompt_lengths.mean()),
-        "tokens/queries_len_std": float(prompt_lengths.std()),
-        "tokens/responses_len_std": float(rollout.lengths.double().std()),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "minibatch_step", minibatch_step)
+        yield
 
 
 def stats_gap(ours: Stats, theirs: Stats) -> float:
@@ -345,10 +256,6 @@ def test_ragged_micro_batches_weigh_the_same_in_trl(name: str, parity: Parity) -
     # trl takes the mean of the micro-batches' means over tokens, we take that over all tokens. With
     # trl's convention put into the optimizer our functions come to trl's weights.
     told = RUNS[name]["config"]
-    agree(
-        name,
-        replay(name, make_optimizer=Accumulating, minibatch_size=told["mini_batch_size"]),
-        parity,
-    )
+    agree(name, replay(name, by_micro_batch=True), parity)
     # Without it the weights differ by more than a step of Adam, whose length is the rate.
     assert largest_gap(weights(replay(name).policy), weights_of(name)) > told["learning_rate"]
