@@ -197,15 +197,15 @@ def test_supervised_eos_is_measured():
 
 
 def test_report_of_pairs_for_the_reward_model():
-    reward_model = small_reward_model()  # 32 positions, 3 of them special, 21 for a response
-    words = " ".join(["red"] * 25)
+    reward_model = small_reward_model()  # 32 positions, 3 of them special, 27 beside a prompt of 2
+    words = " ".join(["red"] * 31)
     pairs = [
         {"prompt": "red ball", "chosen": words, "rejected": "one"},
         {"prompt": "red ball two", "chosen": "one two", "rejected": "two one"},
     ]
     told = describe_pairs(reward.prepare_pairs(reward_model, pairs)[1], reward_model).splitlines()
     assert told[1:] == [
-        "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 25, 25",
+        "  tokens before the cut (median, p95, max): prompts 2, 3, 3; responses 2, 31, 31",
         "  warning: 25% of the responses lose their end; the reward model reads 32 tokens of "
         "prompt and response; give a --reward_model with more positions (a small new one: raise "
         "--max_length)",
