@@ -226,19 +226,27 @@ def _pair(
 ) -> Pair:
     """One metric; ours is averaged over the same steps where theirs is."""
     theirs = {step: metric.factor * value for step, value in sorted(logged.items())}
-    common: dict[int, tuple[float, float]] = {}
-    left_out, last = 0, 0
-    for step, value in theirs.items():
-        since = range(last + 1, step + 1) if averaged else [step]
-        last = step
-        if all(x in ours for x in since):
-            mine = fmean(ours[x] for x in since)
-            if math.isfinite(mine) and math.isfinite(value):
-                common[step] = mine, value
-            else:
-                left_out += 1
+    mine = _averaged(ours, list(theirs)) if averaged else ours
+    both = {step: (mine[step], theirs[step]) for step in theirs if step in mine}
+    common = {step: two for step, two in both.items() if all(map(math.isfinite, two))}
     name, what = prefix + metric.ours, metric.what.replace("`", "")
-    return Pair(name, called, what, metric.means, ours, theirs, common, left_out)
+    left_out = len(both) - len(common)
+    return Pair(name, called, what, metric.means, mine or ours, theirs, common, left_out)
+
+
+def _averaged(ours: Series, ends: list[int]) -> Series:
+    """Means over the steps up to each of these, and then on at the same distance."""
+    every = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
+    means: Series = {}
+    before = 0
+    for end in [*ends, *range(ends[-1] + every, max(ours) + 1, every)]:
+        if all(step in ours for step in range(before + 1, end + 1)):
+            means[end] = fmean(ours[step] for step in range(before + 1, end + 1))
+        before = end
+    rest = {step: value for step, value in ours.items() if step > max(means, default=0)}
+    if means and rest and max(rest) not in ends:
+        means[max(rest)] = fmean(rest.values())
+    return means
 
 
 def _on_the_axis(beside: Beside, logged: Logged) -> Iterator[str]:

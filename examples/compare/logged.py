@@ -69,9 +69,10 @@ def _number(value: Any) -> float | None:
     if value is None:
         return math.nan
     try:
-        return None if isinstance(value, bool) else float(value)
+        number = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if number is None or not abs(number) > 1e300 else math.inf  # so that sums exist
 
 
 def canonical(name: str) -> str:

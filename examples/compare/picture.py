@@ -28,7 +28,7 @@ OURS, THEIRS = INK["c0"], INK["c1"]
 def write(file: Path, beside: Beside) -> None:
     """Draw all that is compared."""
     with style():
-        figure = _picture(beside)
+        figure = draw(beside)
         drawn = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # letters that the font lacks
@@ -36,7 +36,8 @@ def write(file: Path, beside: Beside) -> None:
     write_file(file, drawn.getvalue())
 
 
-def _picture(beside: Beside) -> "Figure":
+def draw(beside: Beside) -> "Figure":
+    """The picture of it, in the style of all figures where that is set."""
     from matplotlib.figure import Figure
 
     pairs = beside.pairs

@@ -1,16 +1,19 @@
 """A finished run of trl's beside one of ours: recorded runs, which ours repeat, and hand values."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import record_trl_runs as recorded
 import torch
-from compare import finished
-from compare.beside import as_json, told
+from compare import finished, picture
+from compare.beside import Beside, Pair, as_json, told
 from compare.command import parse_options
 from compare.logged import read
 from record_trl_runs import BATCH, BETA, EPOCHS, HELDOUT, PAIRS, RATE, RECORDED, SEED
@@ -22,6 +25,7 @@ from rlhf_min import dpo, ppo, reward, sft
 from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput
+from rlhf_min.harness.report.figures import MOST_POINTS, style
 from rlhf_min.harness.run.reading import read_run
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
@@ -78,15 +82,10 @@ OURS = {"sft": our_sft, "reward": our_reward, "dpo": our_dpo}
 
 
 @pytest.mark.parametrize("kind", ["sft_1_16", "reward_1_16", "dpo_1_16", "dpo_1_12", "dpo_0_11"])
-def test_a_recorded_run_and_the_same_run_of_ours(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recorded_run_and_the_same_run_of_ours(kind: str, tmp_path: Path) -> None:
     stage = kind.partition("_")[0]
     ours = run_folder(tmp_path / "ours", finished.STAGES[stage], OURS[stage]())
-    finished.compare(str(RECORDED / kind), str(ours), None, tmp_path / "out")
-    assert "loss" in capsys.readouterr().out
-
-    found = json.loads((tmp_path / "out" / finished.DATA).read_text())
+    found = as_json(beside(str(RECORDED / kind), ours))
     assert found["stage"] == stage
     metrics = {metric["name"]: metric for metric in found["metrics"]}
     held = {"eval/loss"} if stage == "sft" else {"eval/loss", "eval/accuracy", "eval/margin"}
@@ -240,10 +239,11 @@ def test_names_windows_and_gaps_by_hand(tmp_path: Path) -> None:
     assert metric["at_step"] == 4
     assert metric["mean_gap"] == 0.625
     assert metric["mean_of_ours_less_theirs"] == -0.625
-    assert (metric["ours"]["last"], metric["ours"]["mean"]) == (16.0, 6.2)
+    assert metric["ours"]["steps"] == [2, 4, 5]  # the last one by itself
+    assert (metric["ours"]["last"], metric["ours"]["mean"]) == (16.0, 23.5 / 3)
     assert (metric["theirs"]["last"], metric["theirs"]["mean"]) == (1.0, 3.25)
     row = next(line for line in told(found) if line.startswith("loss"))
-    assert row.split() == "loss 16 1 6.2 3.25 1.0e+00 4 6.2e-01 2".split()
+    assert row.split() == "loss 16 1 7.8333 3.25 1.0e+00 4 6.2e-01 2".split()
 
 
 def test_lines_of_another_codebase(tmp_path: Path) -> None:
@@ -308,6 +308,36 @@ def test_no_common_step_is_drawn_and_not_compared(tmp_path: Path) -> None:
     assert found["metrics"][0]["largest_gap"] is None
     assert any("no step is common" in note for note in found["notes"])
     assert (tmp_path / finished.PICTURE).stat().st_size > 1000
+
+
+def test_the_picture_has_a_panel_for_each_metric() -> None:
+    """Of long runs too, with gaps, with nothing finite, and with one point."""
+    steps = range(1, 1001)
+    wave = {step: math.nan if step % 100 == 3 else math.sin(step / 50) for step in steps}
+    flat = dict.fromkeys(steps, 1.0)
+    found = Beside("theirs $x_1$", "ours", "dpo", "DPOTrainer", "optimizer steps")
+    for name, ours, theirs in [
+        ("long", wave, flat),
+        ("one_point", {1: 2.0}, {1: 2.5}),
+        ("nothing", {1: math.nan}, {5: math.inf}),
+    ]:
+        means = ("theirs is told", "ours is told")
+        found.pairs.append(Pair(name, name, "what it is", means, ours, theirs, {}))
+    with style():
+        figure = picture.draw(found)
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert [text[0] for text in texts] == ["long", "one_point", "nothing"]
+    assert all("theirs: theirs is told" in text and "ours: ours is told" in text for text in texts)
+    assert "ours is not finite at 10 of 1000 steps (×)" in texts[0]
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == MOST_POINTS]
+    assert len(lines) == 2
+    theirs, ours = (np.asarray(line.get_ydata()) for line in lines)
+    assert (theirs == 1).all()
+    assert ours[0] == pytest.approx(fmean(x for x in list(wave.values())[:12] if x == x))
+    dots = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in dots] == [[2.5], [2.0]]
+    crosses = [line for line in figure.axes[2].lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[5], [1]]
 
 
 def test_the_newest_checkpoint_is_read() -> None:
