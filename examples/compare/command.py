@@ -54,6 +54,11 @@ class Options:
     ours: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def parsed_columns(self) -> dict[str, str] | None:
+        """Our column -> the user's."""
+        return None if self.columns is None else parse_columns(self.columns)
+
+    @property
     def trl_options(self) -> dict[str, Any]:
         """Those behind ``--trl``, as values."""
         given = {}
@@ -116,11 +121,10 @@ def _check(options: Options, given: set[str]) -> None:
         options.stage is None or options.stage in CONFIGS,
         f"--stage {options.stage} is not known; there are {', '.join(CONFIGS)}",
     )
-    if options.columns is not None:
-        parse_columns(options.columns)
+    options.parsed_columns  # noqa: B018  # raises for what is none
     if options.template is not None:
         require_template(options.template.replace("\\n", "\n"))
-    options.trl_options  # noqa: B018  # raises for what is no name=value
+    options.trl_options  # noqa: B018  # the same
 
 
 def given_to_trl(options: Options, stage: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def explain(
     cannot = [cause for cause in causes if cause.follow is None]
     if not able:
         return Explanation(base, base, first, cannot=cannot, left=first)
-    best = list(run(_following(setup, able)))
+    best = list(run(following(setup, able)))
     finished()
     left = first_gap(best, theirs, tolerances)
     found = Explanation(base, best, first, cannot=cannot, left=left)
@@ -136,7 +136,7 @@ class _Search(Generic[Setup]):
 
     def gap(self, causes: Sequence[Cause[Setup]]) -> Gap | None:
         """The first gap when these are followed; no further step is taken."""
-        return first_gap(self.run(_following(self.setup, causes)), self.theirs, self.tolerances)
+        return first_gap(self.run(following(self.setup, causes)), self.theirs, self.tolerances)
 
     def needed(self, causes: Sequence[Cause[Setup]]) -> list[Cause[Setup]]:
         """Of causes that together close the gap those without which it opens again."""
@@ -177,13 +177,14 @@ class _Search(Generic[Setup]):
 
     def size_at(self, gap: Gap, causes: Sequence[Cause[Setup]]) -> float:
         """How large that gap is when these are followed."""
-        for number, metrics in enumerate(self.run(_following(self.setup, causes)), 1):
+        for number, metrics in enumerate(self.run(following(self.setup, causes)), 1):
             if number == gap.step:
                 return _size(metrics[gap.metric], gap.theirs)
         return math.inf
 
 
-def _following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
+def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
+    """The setup with all of these causes followed."""
     for cause in causes:
         assert cause.follow is not None
         setup = cause.follow(setup)

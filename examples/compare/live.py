@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,45 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from compare import options as words
-from compare import show
+from compare import ppo_causes, show
 from compare.causes import Sides, causes
 from compare.command import CONFIGS, Options, given_to_trl
-from compare.explain import TOLERANCES, Explanation, Followed, as_json, explain, first_gap
+from compare.explain import (
+    TOLERANCES,
+    Explanation,
+    Followed,
+    as_json,
+    explain,
+    first_gap,
+    following,
+)
 from compare.job import START, WEIGHTS, Job, Record
+from compare.ours import ppo
 from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
 from compare.rows import OurRows, from_script, read
 from compare.theirs import start
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.rewards import FORMS, load_reward
+from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.reward_model import RewardModel
+
+WEIGHTS_APART = 1e-8  # in float64; Adam brings the rounding of gradients that are 0 up to 1e-9
 
 
 @dataclass
 class Result:
-    """A whole comparison."""
+    """A whole comparison: trl's record, what was found, and the weights when all is followed."""
 
     record: Record
-    explanation: Explanation[Setup]
+    explanation: Explanation[Any]
     weights: "Weights"
-    base_weights: "Weights"
+
+    @property
+    def explained(self) -> bool:
+        """Whether no difference stays. Weights in float32 are not judged: Adam divides rounding."""
+        exact = self.record.facts["dtype"] == "float64"
+        return self.explanation.left is None and not (exact and self.weights.size > WEIGHTS_APART)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,19 @@ class Weights:
 
     size: float
     name: str
+
+
+@dataclass(frozen=True)
+class TheirSide:
+    """trl's side, as often as it is asked for."""
+
+    job: Job
+    folder: Path
+    python: str
+
+    def run(self, **changed: Any) -> Record:
+        """The job, or one that is changed in some fields."""
+        return start.run(replace(self.job, **changed), self.folder, self.python)
 
 
 def compare(options: Options, folder: Path) -> bool:
@@ -57,9 +87,56 @@ def compare(options: Options, folder: Path) -> bool:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     python = options.trl_python or sys.executable
+    found = start.probe(python)
+    note(f"trl's side: {show.python(found)}")
+    result = (_ppo if options.stage == "ppo" else _trained)(options, folder, python, found["trl"])
+    print(show.page(result, options))
+    if options.out is not None:
+        _write(Path(options.out), result)
+    return result.explained
+
+
+def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result:
+    """Both sides take the same responses, which our side samples from the start."""
+    rows = load_rows(str(options.data), "ppo", columns=options.parsed_columns, limit=options.limit)
+    note(rows.report())
+    given = {"batch_size": 8, "max_new_tokens": 32, "temperature": 1.0} | options.ours
+    given = {"minibatch_size": given["batch_size"]} | given
+    config = CONFIGS["ppo"](**given, steps=options.steps)
+    require(options.reward is not None, f"PPO needs a --reward: {FORMS}")
+    reward = load_reward([str(options.reward)], RewardModel.from_pretrained)
+    template = "{prompt}" if options.template is None else options.template.replace("\\n", "\n")
+    rollouts = ppo.make_rollouts(
+        str(options.model), rows.rows, reward, config, steps=options.steps, template=template
+    )
+    note(rollouts.report)
+    trainer = ppo_causes.STEP if (trl or "").startswith("0.") else "PPOTrainer"
+    told = words.in_trl_words("ppo", given, steps=options.steps, trainer=trainer)
+    job = Job(
+        "ppo",
+        str(options.model),
+        steps=options.steps,
+        rows=[],
+        options=told | options.trl_options,
+        float64=options.float64,
+        rollouts=rollouts.rollouts,
+        value_head=rollouts.value_head,
+    )
+    record = TheirSide(job, folder, python).run()
+    note(f"ours: ppo, {len(record.steps)} steps")
+    critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
+    side = ppo.Side.load(job, critic=critic, float64=options.float64)
+    setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours)
+    base = list(side.run(setup))
+    found = ppo_causes.causes(setup, record)
+    return _explained(side, setup, found, record, folder, base)
+
+
+def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> Result:
+    """SFT, reward model or DPO."""
     job, rows = _job(options, folder)
-    note(f"trl's side: {show.python(start.probe(python))}")
-    record = start.run(job, folder, python)
+    their_side = TheirSide(job, folder, python)
+    record = their_side.run()
     if options.trl_script is not None:
         require(
             options.stage in (None, record.stage),
@@ -67,11 +144,51 @@ def compare(options: Options, folder: Path) -> bool:
         )
         rows = from_script(record)
     note(f"ours: {record.stage}, {len(record.steps)} steps")
-    result = _ours(options, job, rows, record, folder, lambda job: start.run(job, folder, python))
-    print(show.page(result.record, result.explanation, result.weights, options))
-    if options.out is not None:
-        _write(Path(options.out), result)
-    return result.explanation.left is None
+    start_folder = folder / START if job.script is not None else Path(job.model)
+    side = Side.load(record.stage, start_folder, float64=record.facts["dtype"] == "float64")
+    encoded = _encoded(options, side, rows, record)
+    setup = _setup(options, record, encoded, rows)
+    base = list(side.run(setup))
+    found = causes(Sides(record, side, setup, encoded.left_out, rows.places))
+
+    # What neither side can do like the other, such as random numbers, both leave.
+    first = first_gap(base, record.steps, tolerances(record))
+    left = [cause for cause in found if cause.undo and first is not None]
+    if first is None or not left:
+        return _explained(side, setup, found, record, folder, base)
+    note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
+    record = their_side.run(**{name: value for cause in left for name, value in cause.undo})
+    setup = following(setup, left)
+    without = list(side.run(setup))
+    found = [cause for cause in found if not cause.undo]
+    result = _explained(side, setup, found, record, folder, without)
+    mine, other = without[first.step - 1], record.steps[first.step - 1]
+    after = abs(mine[first.metric] - other[first.metric])
+    result.explanation.followed[:0] = [Followed(cause, first, after) for cause in left]
+    result.explanation.first, result.explanation.base = first, base
+    return result
+
+
+def _explained(
+    side: Any, setup: Any, found: list[Any], record: Record, folder: Path, base: list[Any]
+) -> Result:
+    """The search, and the weights after its last full run."""
+    weights = [weights_gap(side.module, folder / WEIGHTS)]
+    explanation = explain(
+        side.run,
+        setup,
+        found,
+        record.steps,
+        tolerances(record),
+        base=base,
+        finished=lambda: weights.append(weights_gap(side.module, folder / WEIGHTS)),
+    )
+    return Result(record, explanation, weights[-1])
+
+
+def tolerances(record: Record) -> dict[str, float]:
+    """Those of the precision that trl has trained in."""
+    return TOLERANCES["float64" if record.facts["dtype"] == "float64" else "float32"]
 
 
 def _job(options: Options, folder: Path) -> tuple[Job, OurRows]:
@@ -100,53 +217,6 @@ def _with_head(options: Options, folder: Path) -> str:
     model.model.save_pretrained(target)
     model.tokenizer.save_pretrained(target)
     return str(target)
-
-
-def _ours(
-    options: Options,
-    job: Job,
-    rows: OurRows,
-    record: Record,
-    folder: Path,
-    again: Callable[[Job], Record],
-) -> Result:
-    start_folder = folder / START if job.script is not None else Path(job.model)
-    side = Side.load(record.stage, start_folder, float64=record.facts["dtype"] == "float64")
-    encoded = _encoded(options, side, rows, record)
-    setup = _setup(options, record, encoded, rows)
-    tolerances = TOLERANCES["float64" if record.facts["dtype"] == "float64" else "float32"]
-    base = list(side.run(setup))
-    base_weights = weights_gap(side.module, folder / WEIGHTS)
-    first = first_gap(base, record.steps, tolerances)
-    found = causes(Sides(record, side, setup, encoded.left_out, rows.places))
-
-    # What neither side can do like the other, both leave.
-    left = [cause for cause in found if cause.undo]
-    base_of_rest, steps = base, record.steps
-    if left and first is not None:
-        note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
-        record = again(replace(job, **{k: v for cause in left for k, v in cause.undo}))
-        for cause in left:
-            assert cause.follow is not None
-            setup = cause.follow(setup)
-        base_of_rest, steps = list(side.run(setup)), record.steps
-        base_weights = weights_gap(side.module, folder / WEIGHTS)
-    weights = [base_weights]
-    explanation = explain(
-        side.run,
-        setup,
-        [cause for cause in found if not cause.undo],
-        steps,
-        tolerances,
-        base=base_of_rest,
-        finished=lambda: weights.append(weights_gap(side.module, folder / WEIGHTS)),
-    )
-    if left and first is not None:
-        mine, other = base_of_rest[first.step - 1], steps[first.step - 1]
-        after = abs(mine[first.metric] - other[first.metric])
-        explanation.followed[:0] = [Followed(cause, first, after) for cause in left]
-        explanation.first, explanation.base = first, base
-    return Result(record, explanation, weights[-1], base_weights)
 
 
 def _encoded(options: Options, side: Side, rows: OurRows, record: Record) -> Encoded:

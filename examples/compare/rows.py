@@ -9,7 +9,6 @@ from compare.job import Record, Row
 from rlhf_min.encoding.conversation import Conversation, PlacedRow
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.rows.columns import parse_columns
 from rlhf_min.harness.rows.load import LoadedRows, load_rows
 
 ALONE = "{prompt}"  # a template that adds nothing
@@ -94,9 +93,8 @@ def from_script(record: Record) -> OurRows:
 
 
 def _load(options: Options, data: str) -> LoadedRows:
-    columns = None if options.columns is None else parse_columns(options.columns)
     stage: Any = options.stage
-    return load_rows(data, stage, columns=columns, limit=options.limit)
+    return load_rows(data, stage, columns=options.parsed_columns, limit=options.limit)
 
 
 def _template(options: Options, rows: Sequence[Row]) -> str:

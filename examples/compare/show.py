@@ -7,6 +7,7 @@ from compare.command import Options
 from compare.explain import Explanation, Gap, largest
 from compare.job import Record
 
+LOSSES = ("loss", "policy_loss", "value_loss")  # what a run has of them
 CAUSES = 3  # that the first line names
 TOLD = "What brings both together is told under these names in examples/compare/coming_from_trl.md."
 
@@ -20,15 +21,29 @@ class Weights(Protocol):
     def name(self) -> str: ...
 
 
+class Result(Protocol):
+    """What there is to show."""
+
+    @property
+    def record(self) -> Record: ...
+    @property
+    def explanation(self) -> Explanation[Any]: ...
+    @property
+    def weights(self) -> Weights: ...
+    @property
+    def explained(self) -> bool: ...
+
+
 def python(found: Mapping[str, Any]) -> str:
     """What an environment has."""
     return ", ".join(f"{name} {found[name]}" for name in ("trl", "transformers", "torch"))
 
 
-def page(record: Record, explanation: Explanation[Any], weights: Weights, options: Options) -> str:
+def page(result: Result, options: Options) -> str:
     """The whole comparison."""
+    record, explanation = result.record, result.explanation
     blocks = [
-        "\n".join(headline(record, explanation, weights)),
+        "\n".join(headline(result)),
         _what(record, options),
         _causes(explanation),
         _others("These differ too, and change no number:", explanation.without_effect),
@@ -39,22 +54,28 @@ def page(record: Record, explanation: Explanation[Any], weights: Weights, option
     return "\n\n".join(block for block in blocks if block)
 
 
-def headline(record: Record, found: Explanation[Any], weights: Weights) -> list[str]:
+def headline(result: Result) -> list[str]:
     """Two lines: whether and why the two differ, and what is left."""
+    record, found, weights = result.record, result.explanation, result.weights
     n = len(record.steps)
     apart = f"the weights after step {n} are at most {weights.size:.0e} apart"
-    loss = largest(found.best, record.steps, "loss")
-    if found.first is None:
+    loss = max(largest(found.best, record.steps, name) for name in LOSSES)
+    if found.first is None and result.explained:
         return [f"They agree: the loss of {n} steps to {loss:.0e}; {apart}.", _unseen(found)]
     why = [followed.cause.says for followed in found.followed]
     cannot = [cause.says for cause in found.cannot]
     told = "; ".join((why or cannot or ["no known cause"])[:CAUSES])
     more = f"; and {len(why) - CAUSES} more" if len(why) > CAUSES else ""
-    first = f"They differ from step {found.first.step} on ({_gap(found.first)}): {told}{more}."
-    if found.left is None:
-        return [first, f"Explained to {loss:.0e} in loss, {apart}; nothing else differs."]
     rest = "; ".join(cannot) if why and cannot else "no known cause is left to try"
-    return [first, f"Not explained: {_gap(found.left)} in step {found.left.step}; {rest}."]
+    if found.first is None:
+        first = f"They agree in all metrics of {n} steps, and {apart}, most in {weights.name}."
+    else:
+        first = f"They differ from step {found.first.step} on ({_gap(found.first)}): {told}{more}."
+    if found.left is not None:
+        return [first, f"Not explained: {_gap(found.left)} in step {found.left.step}; {rest}."]
+    if not result.explained:
+        return [first, f"Not explained: {apart}, most in {weights.name}; {rest}."]
+    return [first, f"Explained to {loss:.0e} in loss, {apart}; nothing else differs."]
 
 
 def steps(theirs: Sequence[Mapping[str, float]], found: Explanation[Any]) -> str:
