@@ -38,10 +38,10 @@ def causes(setup: Setup, record: Record) -> list[Cause[Setup]]:
     """All that differs, options first."""
     found = [_option(name, value, setup) for name, value in _theirs(record).items()]
     of_trainer = _of_step if record.trainer == STEP else _of_train
+    conventions = [*of_trainer(setup, record), *_of_both(setup, record)]
     return [
         *(cause for cause in found if cause is not None),
-        *of_trainer(setup, record),
-        *_of_both(setup, record),
+        *(replace(cause, row=cause.name[:1].upper() + cause.name[1:]) for cause in conventions),
     ]
 
 
@@ -49,9 +49,7 @@ def _option(name: str, value: Any, setup: Setup) -> Cause[Setup] | None:
     here = getattr(setup.config, name)
     if value == here or name not in {f.name for f in fields(setup.config)}:
         return None
-    return Cause(
-        name, f"{name} is {value} in trl and {here} here", _with(**{name: value}), "Options"
-    )
+    return Cause(name, f"{name} is {value} in trl and {here} here", _with(**{name: value}))
 
 
 def _with(**options: Any) -> Callable[[Setup], Setup]:
@@ -69,7 +67,7 @@ def _of_both(setup: Setup, record: Record) -> list[Cause[Setup]]:
     found: list[Cause[Setup]] = []
     if eps != setup.config.adam_eps:
         says = f"Adam's epsilon is {eps} in trl and {setup.config.adam_eps} here"
-        found.append(Cause("Adam's epsilon", says, _with(adam_eps=eps), "Adam's epsilon in PPO"))
+        found.append(Cause("Adam's epsilon", says, _with(adam_eps=eps)))
     if accumulated > 1:
         found.append(
             Cause(
@@ -77,7 +75,6 @@ def _of_both(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 f"trl gives each of the {accumulated} micro-batches of a step the same weight, "
                 "here each token has the same",
                 _by(micro_batch_means=True),
-                "Checked against trl",
             )
         )
     filled = 1.0
@@ -98,7 +95,6 @@ def _of_both(setup: Setup, record: Record) -> list[Cause[Setup]]:
             "definitions of metrics",
             f"{says}; no weight depends on it",
             _by(metrics_of=record.trainer, filled=filled),
-            "Metrics",
         )
     )
     return found
@@ -108,13 +104,19 @@ def _of_train(setup: Setup, record: Record) -> list[Cause[Setup]]:
     """Of ``PPOTrainer.train``, 1.12."""
     found = _cells(setup, record)
     config, temperature = setup.config, record.facts["temperature"]
+    if record.facts["dropout"]:
+        says = (
+            f"dropout of {record.facts['dropout']} is on in trl, which sets only modules of "
+            "dropout to 0, so that its numbers are random; here it is off"
+        )
+        undo = (("dropout", False),)
+        found.append(Cause("dropout", says, lambda setup: setup, undo=undo))
     found.append(
         Cause(
             "value head without bias",
             "trl's value model, a classifier, has no bias in its last layer, here the value head "
             "has one that learns",
             _by(head_bias=False),
-            "New value head",
         )
     )
     if config.max_grad_norm is not None:
@@ -123,7 +125,6 @@ def _of_train(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 "no gradient clipping",
                 f"trl never clips, whatever max_grad_norm says, here it is {config.max_grad_norm}",
                 _with(max_grad_norm=None),
-                "Options",
             )
         )
     if config.schedule != "constant" or config.warmup_share:
@@ -132,7 +133,6 @@ def _of_train(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 "schedule by rollout",
                 "trl's learning rate changes between rollouts, here after each optimizer step",
                 _by(schedule_by_rollout=True),
-                "Options",
             )
         )
 
@@ -141,7 +141,7 @@ def _of_train(setup: Setup, record: Record) -> list[Cause[Setup]]:
         return _with(temperature=setup.config.temperature + extra)(setup)
 
     says = f"trl adds {temperature - record.options['temperature']:.0e} to the temperature"
-    found.append(Cause("temperature plus 1e-7", f"{says}, here nothing", tempered, "Options"))
+    found.append(Cause("temperature plus 1e-7", f"{says}, here nothing", tempered))
     return found
 
 
@@ -159,13 +159,13 @@ def _cells(setup: Setup, record: Record) -> list[Cause[Setup]]:
             f"trl takes {what} for padding: in {hit} of {len(responses)} responses it is left out "
             "of the policy's loss and of the KL, here it is a token"
         )
-        found.append(Cause(f"{what} taken for padding", says, follow, "Checked against trl"))
+        found.append(Cause(f"{what} taken for padding", says, follow))
     elif any(len({*map(len, x.response_ids)}) > 1 for x in setup.rollouts):
         says = (
             "trl puts the score, and one more value, one cell behind the response where there is "
             "room, here the score is at its last token"
         )
-        found.append(Cause("score cell", says, follow, "Checked against trl"))
+        found.append(Cause("score cell", says, follow))
     hidden = sum(pad_id in ids for ids in prompts)
     if hidden:
         of = f"{hidden} of {len(prompts)} prompts"
@@ -185,7 +185,6 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 f"trl scores at temperature 1 what was sampled at {config.temperature}, here both "
                 "are at the same",
                 _with(temperature=1.0),
-                "Options",
             )
         )
     if config.max_grad_norm is not None:
@@ -195,7 +194,6 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 "trl uses up its list of parameters in the first step, so that no later gradient "
                 "is clipped, here each is",
                 _by(only_first_clipped=True),
-                "Options",
             )
         )
     if config.whiten_rewards:
@@ -205,7 +203,6 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 "trl's whitened rewards are not 0 in the padding behind a row, and reach its "
                 "tokens from there, here they are 0",
                 _by(leaking_rewards=True),
-                "Options",
             )
         )
     if config.stop_kl is not None:
@@ -214,7 +211,6 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
                 "early stop by last minibatch",
                 "trl stops by the KL of an epoch's last minibatch, here by the mean of the epoch",
                 _by(stop_by_last=True),
-                "Options",
             )
         )
     if record.facts["accumulated"] == 1:
@@ -223,5 +219,5 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
             f"{trl['ratio_threshold']}, here it counts like any other"
         )
         follow = _by(ratio_threshold=trl["ratio_threshold"])
-        found.append(Cause("large ratios count nothing", says, follow, "Options"))
+        found.append(Cause("large ratios count nothing", says, follow))
     return found

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from compare.job import Job, Rollout
 from compare.names import in_our_names
 from compare.ours import ppo_conventions as conventions
+from compare.theirs.float64 import float64
 from rlhf_min import ppo
 from rlhf_min.config import PPOConfig
 from rlhf_min.data import Cursor, PromptExample
@@ -111,14 +112,14 @@ class Side:
     in_words_of_trl: list[Metrics] = field(default_factory=list)
 
     @classmethod
-    def load(cls, job: Job, *, critic: Critic, float64: bool) -> "Side":
+    def load(cls, job: Job, critic: Critic) -> "Side":
         """The models of a job. A separate critic starts as a copy of the policy's trunk.
 
         Raises:
             BadInput: if the model cannot be loaded.
         """
         policy = Policy.from_pretrained(job.model, critic=critic, new_head=True)
-        policy = policy.double() if float64 else policy
+        policy = policy.double() if job.float64 else policy
         ref_policy = policy.reference()
         # The weights of the reference are the start's: no copy of them is needed.
         start: dict[str, Tensor] = dict(ref_policy.named_parameters())
@@ -135,6 +136,11 @@ class Side:
 
     def run(self, setup: Setup) -> Iterator[Metrics]:
         """Metrics of each rollout, from the start weights on; the policy is trained in place."""
+        double = self.policy.lm.dtype == torch.float64
+        with float64() if double else nullcontext():
+            yield from self._run(setup)
+
+    def _run(self, setup: Setup) -> Iterator[Metrics]:
         self._restart(setup)
         config = setup.config
         state = ppo.new_state(self.policy, [PromptExample("", tensor([0]))], config)

@@ -29,7 +29,13 @@ from ..names import in_our_names
 from . import Refused, first_line
 from .float64 import isolated
 from .recorder import dropouts, peak_bytes, versions, warned
-from .trainers import from_folder, in_precision_of, read_config
+from .trainers import (
+    BEFORE_5,
+    from_folder,
+    in_precision_of,
+    read_config,
+    read_tokenizer,
+)
 
 EXTRA_TEMPERATURE = 1e-7  # `train` adds it to the one that it is told
 Metrics = dict[str, float]
@@ -82,8 +88,9 @@ def has_train() -> bool:
 
 
 def _run_train(job: Job, folder: Path) -> Record:
-    lm, ref_lm = (load_lm(job) for _ in range(2))
-    tokenizer = load_tokenizer(job.model, lm)
+    facts: dict[str, Any] = {}
+    lm, ref_lm = (load_lm(job, facts) for _ in range(2))
+    tokenizer = load_tokenizer(job.model, lm, facts)
     value = _value_model(lm, job)
     models = Models(lm, ref_lm, GivenScores([s for x in job.rollouts for s in x.scores]), value)
     told = {
@@ -102,6 +109,7 @@ def _run_train(job: Job, folder: Path) -> Record:
         trained = train(models, tokenizer, job.rollouts, told | job.options)
     args = trained.trainer.args
     record = _record("PPOTrainer", job, trained, started)
+    record.facts |= facts
     record.facts["temperature"] = args.temperature + EXTRA_TEMPERATURE
     record.facts["total_steps"] = args.num_total_batches
     record.facts["accumulated"] = args.gradient_accumulation_steps
@@ -216,7 +224,7 @@ def _value_model(lm: Any, job: Job) -> Any:
             f"{job.model}: {type(model).__name__} has no .score, which trl's PPO reads the values "
             "from; give a model like GPT-2 or Llama"
         )
-    model = _dtyped(model, job)
+    model = _as_told(model, job)
     getattr(model, model.base_model_prefix).load_state_dict(lm.base_model.state_dict())
     with torch.no_grad():
         model.score.weight.copy_(torch.tensor([job.value_head]))
@@ -230,13 +238,14 @@ def _run_step(job: Job, folder: Path) -> Record:
     trl: Any = importlib.import_module("trl")
     if not hasattr(getattr(trl, "PPOTrainer", None), "step"):
         raise Refused(f"trl {versions()['trl']} has no PPO: 1.12.0 is the last with it, or 0.11.3")
-    lm = load_lm(job)
-    tokenizer = load_tokenizer(job.model, lm)
+    facts: dict[str, Any] = {}
+    lm = load_lm(job, facts)
+    tokenizer = load_tokenizer(job.model, lm, facts)
     policy = trl.AutoModelForCausalLMWithValueHead.from_pretrained(lm)
     with torch.no_grad():
         policy.v_head.summary.weight.copy_(torch.tensor([job.value_head]))
         policy.v_head.summary.bias.zero_()
-    _dtyped(policy, job)
+    _as_told(policy.v_head, job)
     rows = len(job.rollouts[0].scores)
     accumulated = job.options.get("gradient_accumulation_steps", 1)
     told = {"batch_size": rows, "mini_batch_size": max(1, rows // accumulated)} | job.options
@@ -247,6 +256,7 @@ def _run_step(job: Job, folder: Path) -> Record:
         trained = step(policy, tokenizer, job.rollouts, told)
     config = trained.trainer.config
     record = _record("PPOTrainer.step", job, trained, started)
+    record.facts |= facts
     record.facts["temperature"] = 1.0
     record.facts["total_steps"] = len(job.rollouts)
     record.facts["accumulated"] = config.gradient_accumulation_steps
@@ -289,41 +299,28 @@ def step(
 # Both
 
 
-def load_tokenizer(folder: str, lm: Any) -> Any:
-    """The model's tokenizer, also where it was written by a later transformers.
-
-    A pad token that is missing, or that the model has no embedding for, becomes EOS.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError) as error:  # a class or a form that came later
-        of_folder = Path(folder) / "tokenizer_config.json"
-        if not of_folder.is_file():
-            raise Refused(f"{folder}: {first_line(error)}") from error
-        told = json.loads(of_folder.read_text(encoding="utf-8"))
-        special = {k: v for k, v in told.items() if k.endswith("_token") and isinstance(v, str)}
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(Path(folder) / "tokenizer.json"), **special
-        )
+def load_tokenizer(folder: str, lm: Any, facts: dict[str, Any]) -> Any:
+    """The model's tokenizer. A pad token that is missing, or that the model has no embedding for,
+    becomes EOS."""
+    tokenizer = read_tokenizer(folder, facts)
     known = len(lm.get_output_embeddings().weight)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_lm(job: Job) -> Any:
-    """The language model of the job, in its precision."""
-    config = read_config(job.model, {})
-    lm = from_folder(transformers.AutoModelForCausalLM, job.model, config=config, **_float32())
-    return _dtyped(lm, job)
+def load_lm(job: Job, facts: dict[str, Any]) -> Any:
+    """The language model of the job."""
+    how = {"torch_dtype" if BEFORE_5 else "dtype": torch.float32}
+    auto: Any = transformers.AutoModelForCausalLM
+    lm = from_folder(auto, job.model, config=read_config(job.model, facts), **how)
+    return _as_told(lm, job)
 
 
-def _float32() -> dict[str, Any]:
-    new = int(transformers.__version__.split(".")[0]) >= 5
-    return {"dtype" if new else "torch_dtype": torch.float32}
-
-
-def _dtyped(model: Any, job: Job) -> Any:
+def _as_told(model: Any, job: Job) -> Any:
+    """In the precision of the job, and with dropout as it says."""
+    for module, name, _ in [] if job.dropout else list(dropouts(model)):
+        setattr(module, name, 0.0)
     return model.double() if job.float64 else model
 
 
