@@ -125,7 +125,7 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     record = TheirSide(job, folder, python).run()
     note(f"ours: ppo, {len(record.steps)} steps")
     critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
-    side = ppo.Side.load(job, critic=critic, float64=options.float64)
+    side = ppo.Side.load(job, critic)
     setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours)
     base = list(side.run(setup))
     found = ppo_causes.causes(setup, record)
