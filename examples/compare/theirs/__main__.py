@@ -4,9 +4,11 @@
 """
 
 import json
+import re
 import sys
 import traceback
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,16 +44,21 @@ def run(job: Job, folder: Path) -> None:
 
 
 def probe() -> dict[str, object]:
-    """The versions; `trl` is None where it is not there."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """The versions, and trl's trainers by its own lists; `trl` is None where it is not there."""
     found: dict[str, object] = {"python": sys.version.split()[0]}
     for name in ("trl", "transformers", "torch"):
         try:
             found[name] = version(name) if find_spec(name) else None
         except PackageNotFoundError:
             found[name] = None
-    return found
+    trl = find_spec("trl")
+    names: set[str] = set()
+    if trl is not None and trl.origin is not None:
+        source = Path(trl.origin)
+        names = {*re.findall(r'"(\w+Trainer)"', source.read_text(encoding="utf-8"))}
+        if (source.parent / "experimental" / "ppo").is_dir():
+            names.add("PPOTrainer")
+    return found | {"trainers": sorted(names)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ from rlhf_min.errors import BadInput, require
 
 LOG = "trl.log"  # in the folder: what trl printed
 EXAMPLES = Path(__file__).parents[2]
-# The stages that a version has: from its first one, and up to another that has them no more.
+TRAINERS = {
+    "sft": "SFTTrainer",
+    "reward": "RewardTrainer",
+    "dpo": "DPOTrainer",
+    "ppo": "PPOTrainer",
+}
+# The versions that have a stage in a form that is known here.
 STAGES = {
     "sft": "1.0 or newer",
     "reward": "0.11.3, or 1.0 or newer",
@@ -23,7 +29,7 @@ STAGES = {
 
 
 def probe(python: str = sys.executable) -> dict[str, Any]:
-    """What that Python has: `trl` (None if it is not there), `transformers`, `torch`, `python`.
+    """The versions that a Python has; `trl` is None if it is not there.
 
     Args:
         python: path, or a name that the shell finds.
@@ -56,7 +62,7 @@ def run(job: Job, folder: Path, python: str = sys.executable) -> Record:
     found = probe(python)
     require(found["trl"] is not None, f"no trl in {python}: {python} -m pip install trl")
     require(
-        _has(job.stage, found["trl"]),
+        has(job.stage, found),
         f"trl {found['trl']} in {python} has no {job.stage} that is known here: "
         f"it needs {STAGES[job.stage]}",
     )
@@ -77,12 +83,11 @@ def run(job: Job, folder: Path, python: str = sys.executable) -> Record:
     raise BadInput(_failure(code, folder))
 
 
-def _has(stage: str, version: str) -> bool:
-    """Whether this version of trl has the stage in a form that is known here."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if major == 0:
-        return minor == 11 and stage != "sft"
-    return stage != "ppo" or (major, minor) <= (1, 12)
+def has(stage: str, found: dict[str, Any]) -> bool:
+    """Whether the trl of a `probe` has the stage in a form that is known here."""
+    major, minor = (int(part) for part in found["trl"].split(".")[:2])
+    known = major > 0 or (minor == 11 and stage != "sft")
+    return known and TRAINERS[stage] in found["trainers"]
 
 
 def _environment() -> dict[str, str]:
