@@ -153,13 +153,12 @@ def _cells(setup: Setup, record: Record) -> list[Cause[Setup]]:
     follow = _by(pad_id=pad_id)
     found: list[Cause[Setup]] = []
     hit = sum(pad_id in ids for ids in responses)
-    if hit:
-        what = "EOS" if pad_id == eos_id else f"id {pad_id}"
+    if hit and pad_id == eos_id:
         says = (
-            f"trl takes {what} for padding: in {hit} of {len(responses)} responses it is left out "
-            "of the policy's loss and of the KL, here it is a token"
+            f"trl takes EOS for padding: in {hit} of {len(responses)} responses it is left out of "
+            "the policy's loss and of the KL, here it is a token"
         )
-        found.append(Cause(f"{what} taken for padding", says, follow))
+        found.append(Cause("EOS taken for padding", says, follow))
     elif any(len({*map(len, x.response_ids)}) > 1 for x in setup.rollouts):
         says = (
             "trl puts the score, and one more value, one cell behind the response where there is "

@@ -53,7 +53,7 @@ class Setup:
         schedule_by_rollout: the learning rate stays as it is during a rollout's update.
         leaking_rewards: whitened rewards reach tokens from the padding behind them.
         stop_by_last: `stop_kl` is compared with the last micro-batch of an epoch, not with all.
-        ratio_threshold: a larger mean ratio makes a step that no gradient is taken from.
+        ratio_threshold: a step whose mean ratio is larger has losses and a gradient of 0.
         metrics_of: report as this trainer of trl does, where it means something else.
         filled: share of the numbers that trl of 1.12 has for its averages; the others are 0.
     """
@@ -220,6 +220,8 @@ class Side:
             made, first = made + 1, len(steps)
             for rows in epoch:
                 step, averaged = self._step(setup, optimizer, buffer, rows)
+                if counts_nothing(setup, step):
+                    step |= {"policy_loss": 0.0, "value_loss": 0.0}
                 steps.append(step)
                 watched.append(averaged)
             passed = [x["update_k1"] for x in steps[first:]]
@@ -271,8 +273,7 @@ class FollowingOptimizer(Optimizer):
     def step(self, batch: Any = None, metrics: Mapping[str, float] | None = None) -> float:
         """A step if enough micro-batches were seen; the norm is 0 if not."""
         self.seen += 1
-        threshold = self.setup.ratio_threshold
-        if threshold is not None and (metrics or {}).get("ratio", 0.0) > threshold:
+        if counts_nothing(self.setup, metrics or {}):
             for p in self.parameters:
                 p.grad = None if p.grad is None else torch.zeros_like(p)
         if self.seen % self.parts:
@@ -281,6 +282,11 @@ class FollowingOptimizer(Optimizer):
         if self.setup.only_first_clipped:
             self.max_grad_norm = None
         return norm
+
+
+def counts_nothing(setup: Setup, metrics: Mapping[str, float]) -> bool:
+    """Whether trl would multiply the losses of this step by 0."""
+    return setup.ratio_threshold is not None and metrics.get("ratio", 0.0) > setup.ratio_threshold
 
 
 def _schedule(optimizer: Optimizer, config: PPOConfig) -> Any:
@@ -313,6 +319,8 @@ def make_rollouts(
 ) -> Given:
     """Sample `steps` rollouts from the start policy, and score them.
 
+    A response ends before a pad token that the policy has drawn, as it does for trl of 1.12.
+
     Args:
         folder: of the start policy.
         rows: with ``prompt`` and any further columns; drawn in the order of the config's seed.
@@ -340,6 +348,7 @@ def make_rollouts(
             temperature=config.temperature,
             rng=rng,
         )
+        response_ids = [_without_pad(ids, policy.tokenizer) for ids in response_ids]
         texts = [policy.decode(ids) for ids in response_ids]
         scores = call_reward(reward, [x.text for x in batch], texts, [x.columns for x in batch])
         rollouts.append(
@@ -353,3 +362,10 @@ def make_rollouts(
     rng = torch.Generator().manual_seed(config.seed + HEAD_SEED)
     head = torch.randn(width, generator=rng) / width**0.5
     return Given(rollouts, head.tolist(), describe(report, codec))
+
+
+def _without_pad(ids: Tensor, tokenizer: Any) -> Tensor:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        return ids
+    kept = conventions.before(ids, tokenizer.pad_token_id)
+    return kept if len(kept) else tensor([tokenizer.eos_token_id])
