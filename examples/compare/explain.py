@@ -1,4 +1,4 @@
-"""Why two runs differ: known causes are followed one at a time until the gap is closed."""
+"""Why two runs differ: all known causes are followed, and then each in turn is not."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ TOLERANCES = {
 }
 RELATIVE = ("grad_norm", "learning_rate")
 NOISY = ("accuracy",)  # which a margin of rounding alone turns; shown, and not searched by
-SMALLER = 0.5  # a cause that cannot close a gap must at least halve it
+WIDER = 2.0  # where a gap stays anyway, a cause matters if without it that gap is so much wider
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class Gap:
 
 @dataclass
 class Followed(Generic[Setup]):
-    """A cause that matters, and the gap before our side followed trl in it and after."""
+    """A cause that matters.
+
+    Args:
+        cause: the cause.
+        before: the gap if our side follows trl in all else and not in this.
+        after: the same difference once it is followed too.
+    """
 
     cause: Cause[Setup]
     before: Gap
@@ -53,7 +59,7 @@ class Explanation(Generic[Setup]):
         base: our metrics as they are by our own conventions.
         best: our metrics when all is followed that was found to matter.
         first: where the two differ at first, or None if they agree.
-        followed: the causes that matter, in the order in which they close the gap.
+        followed: the causes that matter; first those that are seen first, and most.
         without_effect: what differs and changes no number.
         cannot: what differs and cannot be followed.
         left: the gap that stays, or None.
@@ -118,69 +124,33 @@ def explain(
     finished()
     left = first_gap(best, theirs, tolerances)
     found = Explanation(base, best, first, cannot=cannot, left=left)
-    search = _Search(run, setup, theirs, tolerances)
-    if first is not None:
-        needed = search.needed(able) if left is None else able
-        found.followed = search.in_order(needed, first, closes=left is None)
-    names = {followed.cause.name for followed in found.followed}
-    found.without_effect = [cause for cause in able if cause.name not in names]
+    needed = list(able)
+    gaps: dict[str, Gap] = {}
+    for cause in able if first is not None else []:
+        others = [other for other in needed if other is not cause]
+        gap = first
+        if others:
+            gap = first_gap(run(following(setup, others)), theirs, tolerances)
+        if gap is not None and _wider(gap, left, tolerances):
+            gaps[cause.name] = gap
+        else:
+            needed = others
+    found.followed = [
+        Followed(cause, gap, _size(best[gap.step - 1][gap.metric], gap.theirs))
+        for cause in needed
+        if (gap := gaps.get(cause.name)) is not None
+    ]
+    found.followed.sort(key=lambda f: (f.before.step, -_excess_of(f.before, tolerances)))
+    found.without_effect = [cause for cause in able if cause.name not in gaps]
     return found
 
 
-@dataclass
-class _Search(Generic[Setup]):
-    run: Run[Setup]
-    setup: Setup
-    theirs: Steps
-    tolerances: Mapping[str, float]
-
-    def gap(self, causes: Sequence[Cause[Setup]]) -> Gap | None:
-        """The first gap when these are followed; no further step is taken."""
-        return first_gap(self.run(following(self.setup, causes)), self.theirs, self.tolerances)
-
-    def needed(self, causes: Sequence[Cause[Setup]]) -> list[Cause[Setup]]:
-        """Of causes that together close the gap those without which it opens again."""
-        needed = list(causes)
-        for cause in causes:
-            others = [other for other in needed if other is not cause]
-            if len(needed) > 1 and self.gap(others) is None:
-                needed = others
-        return needed
-
-    def in_order(
-        self, causes: Sequence[Cause[Setup]], first: Gap, *, closes: bool
-    ) -> list[Followed[Setup]]:
-        """Follow that cause next which leaves the smallest gap where the runs first differ.
-
-        If none makes it much smaller, as where rows and their texts differ, the first one is next.
-        """
-        followed: list[Followed[Setup]] = []
-        left, gap = list(causes), first
-        while left:
-            on = [f.cause for f in followed]
-            sizes = [self.size_at(gap, [*on, cause]) for cause in left]
-            after = min(sizes)
-            best = left[sizes.index(after)]
-            if after > SMALLER * gap.size:  # none of them helps much
-                if not closes:
-                    break
-                best, after = left[0], sizes[0]
-            followed.append(Followed(best, gap, after))
-            left.remove(best)
-            if not left:
-                break
-            rest = self.gap([*on, best])
-            if rest is None:
-                break
-            gap = rest
-        return followed
-
-    def size_at(self, gap: Gap, causes: Sequence[Cause[Setup]]) -> float:
-        """How large that gap is when these are followed."""
-        for number, metrics in enumerate(self.run(following(self.setup, causes)), 1):
-            if number == gap.step:
-                return _size(metrics[gap.metric], gap.theirs)
-        return math.inf
+def _wider(gap: Gap, left: Gap | None, tolerances: Mapping[str, float]) -> bool:
+    """Whether a gap is more than what stays anyway."""
+    if left is None or gap.step < left.step:
+        return True
+    wider = _excess_of(gap, tolerances) > WIDER * _excess_of(left, tolerances)
+    return gap.step == left.step and wider
 
 
 def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
@@ -215,6 +185,10 @@ def _excess(name: str, ours: float, theirs: float, tolerances: Mapping[str, floa
         scale = max(1.0, scale)
     size = _size(ours, theirs)
     return size / (tolerances.get(name, tolerances[""]) * scale) if size else 0.0
+
+
+def _excess_of(gap: Gap, tolerances: Mapping[str, float]) -> float:
+    return _excess(gap.metric, gap.ours, gap.theirs, tolerances)
 
 
 def as_json(explanation: Explanation[Any]) -> dict[str, Any]:

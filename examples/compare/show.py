@@ -113,7 +113,7 @@ def _what(record: Record, options: Options) -> str:
 def _causes(found: Explanation[Any]) -> str:
     if not found.followed:
         return ""
-    rows = [["cause", "difference before", "when followed"]]
+    rows = [["cause", "difference while it is not followed", "once it is"]]
     for followed in found.followed:
         gap = followed.before
         before = f"{gap.size:.1e} in {gap.metric} of step {gap.step}"

@@ -60,16 +60,25 @@ def test_what_changes_no_number_is_not_blamed():
     assert [c.name for c in found.without_effect] == ["d"]
 
 
-def test_causes_that_only_together_close_the_gap_are_followed_largest_first():
-    # At step 1 a leaves 0.5 and b leaves 1.0; c is seen only from step 3 on.
+def test_of_several_causes_each_is_left_out_in_turn():
+    # With the two others followed: without a each step lacks 1, without b step t lacks t / 2, and
+    # without c all is well until step 3.
     found = explained(Toy(), "cba")
     assert [f.cause.name for f in found.followed] == ["a", "b", "c"]
     assert [(f.before.step, f.before.size) for f in found.followed] == [
-        (1, 1.5),
+        (1, 1.0),
         (1, 0.5),
         (3, 0.25),
     ]
-    assert [f.after for f in found.followed] == [0.5, 0.0, 0.0]
+    assert [f.after for f in found.followed] == [0.0, 0.0, 0.0]
+
+
+def test_of_two_causes_that_do_the_same_one_is_enough():
+    both = [cause("b"), replace(cause("b"), name="again")]
+    ours = replace(THEIRS, b=0.0)
+    found = explain(*(run, ours, both, list(run(THEIRS)), FLOAT64), base=list(run(ours)))
+    assert [f.cause.name for f in found.followed] == ["again"]
+    assert [c.name for c in found.without_effect] == ["b"]
 
 
 def test_causes_that_cancel_at_first_are_both_needed():
@@ -84,6 +93,14 @@ def test_causes_that_cancel_at_first_are_both_needed():
 def test_what_no_cause_explains_is_left_and_told():
     found = explained(replace(THEIRS, a=0.0, c=0.0), "a")
     assert [f.cause.name for f in found.followed] == ["a"]
+    assert found.left == Gap(3, "loss", 2.5, 2.75)
+
+
+def test_what_matters_is_told_though_a_gap_stays_behind_it():
+    # a is followed; c, of which nothing is known, stays from step 3 on. d changes nothing.
+    found = explained(replace(THEIRS, a=0.0, c=0.0, d=0.0), "da")
+    assert [f.cause.name for f in found.followed] == ["a"]
+    assert [c.name for c in found.without_effect] == ["d"]
     assert found.left == Gap(3, "loss", 2.5, 2.75)
 
 
