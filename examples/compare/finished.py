@@ -26,13 +26,12 @@ STAGES = {"sft": "sft", "reward": "reward_model", "dpo": "dpo", "ppo": "ppo"}  #
 AXES = {"ppo": "rollouts"}  # the others: optimizer steps
 # What transformers logs as it is at the step; all else is a mean since the last time.
 AT_THE_STEP = {"grad_norm", "learning_rate"}
-SFT = "mean_token_accuracy"  # SFT has it from trl 0.20 on; DPO too, but beside its rewards
-# A metric that only these have, which are not here.
+SFT = "mean_token_accuracy"  # DPO has it too, but beside its rewards
+# Metrics by which a run is known whose algorithm is not compared here.
 FOREIGN = {
-    "log_odds_ratio": "ORPO",
-    "nca_loss": "CPO",
-    "frac_reward_zero_std": "GRPO or RLOO",
-    "objective/rlhf_reward_std": "RLOO",
+    "KTO": {"kl", "rewards/chosen"},
+    "ORPO": {"log_odds_ratio"},
+    "GRPO or RLOO": {"frac_reward_zero_std"},
 }
 NOTHING = 1e-5  # a margin that is rounding
 NOT_HERE = "no counterpart here"
@@ -56,19 +55,15 @@ def compare(trl_run: str, run: str, stage: str | None, out: Path) -> None:
     beside = lay_beside(read(Path(trl_run)), read_run(Path(run)), stage)
     for line in told(beside):
         print(line)
-    write_file(_folder(out) / DATA, json.dumps(as_json(beside), allow_nan=False) + "\n")
     from compare import picture  # matplotlib takes a second: what can be refused is refused before
 
-    picture.write(out / PICTURE, beside)
-    print(f"\n{out / PICTURE}, {out / DATA}")
-
-
-def _folder(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        write_file(out / DATA, json.dumps(as_json(beside), allow_nan=False) + "\n")
+        picture.write(out / PICTURE, beside)
     except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made: {error.strerror}") from error
-    return out
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
+    print(f"\n{out / PICTURE}, {out / DATA}")
 
 
 def lay_beside(logged: Logged, run: Run, stage: str | None) -> Beside:
@@ -101,10 +96,11 @@ def lay_beside(logged: Logged, run: Run, stage: str | None) -> Beside:
 def which(logged: Logged, stage: str | None) -> Key:
     """The stage and trl's class that logged this, by the names that only they have."""
     names = {name.removeprefix("eval/") for name in [*logged.series, *logged.others]}
-    foreign = next((FOREIGN[name] for name in FOREIGN if name in names), None)
+    foreign = [algorithm for algorithm, signs in FOREIGN.items() if signs <= names]
     require(
-        foreign is None or stage is not None,
-        f"{logged.file}: is a run of {foreign}, which is not here; give one of {', '.join(STAGES)}",
+        not foreign or stage is not None,
+        f"{logged.file}: is a run of {''.join(foreign[:1])}, which is not compared; give one of "
+        f"{', '.join(STAGES)}",
     )
     known = {key: names & _names(key) for key in METRICS}
     require(

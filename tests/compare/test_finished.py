@@ -16,6 +16,7 @@ from compare import finished, picture
 from compare.beside import Beside, Pair, as_json, told
 from compare.command import parse_options
 from compare.logged import read
+from compare.names import METRICS, Metric
 from record_trl_runs import BATCH, BETA, EPOCHS, HELDOUT, PAIRS, RATE, RECORDED, SEED
 from small import lengths
 from tolerances import FP32, FP64
@@ -248,7 +249,8 @@ def test_names_windows_and_gaps_by_hand(tmp_path: Path) -> None:
 
 def test_lines_of_another_codebase(tmp_path: Path) -> None:
     """Ours or trl's names; a value is of its step alone; steps from 0 on are ours from 1 on."""
-    ours = run_folder(tmp_path / "ours", "dpo", [{"loss": 1.0, "chosen_rewards": 0.5}] * 3)
+    metrics = [{"loss": loss, "chosen_rewards": 0.5} for loss in (1.0, 2.0, 4.0, 8.0)]
+    ours = run_folder(tmp_path / "ours", "dpo", metrics)
     theirs = table(
         tmp_path / "log.jsonl",
         {"step": 0, "name": "loss", "value": 1.5},
@@ -256,14 +258,48 @@ def test_lines_of_another_codebase(tmp_path: Path) -> None:
         {"step": 2, "name": "chosen_rewards", "value": 0.25},
         {"step": 1, "name": "rewards/accuracies", "value": 1},
         {"step": 1, "name": "tokens_per_second", "value": 1},
+        {"step": 3, "name": "loss", "value": None},
+        {"step": 0, "name": "chosen_rewards", "value": 7},
+        {"step": 0, "name": "chosen_rewards", "value": 0.75},
     )
     found = beside(theirs, ours)
-    assert pairs(found)["loss"].common == {1: (1.0, 1.5), 3: (1.0, 1.25)}
-    assert pairs(found)["chosen_rewards"].common == {3: (0.5, 0.25)}
+    assert pairs(found)["loss"].common == {1: (1.0, 1.5), 3: (4.0, 1.25)}
+    assert math.isnan(pairs(found)["loss"].theirs[4])
+    assert pairs(found)["chosen_rewards"].common == {1: (0.5, 0.75), 3: (0.5, 0.25)}
     assert found.alone["tokens_per_second"] == "neither trl's name nor ours"
     notes = " ".join(found.notes)
     assert "begin at 0" in notes
     assert "passed over: the fields time" in notes
+    assert "1 values were logged again for the same step: the last counts" in notes
+
+
+def test_a_factor_and_a_missing_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl's times the factor is ours; ours of step 2 was lost, so the mean up to 2 is too."""
+    table_of_sft = [Metric("loss", "loss", factor=2.0), Metric("mean_token_accuracy")]
+    monkeypatch.setitem(METRICS, ("sft", "SFTTrainer"), table_of_sft)
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": float(i)} for i in range(1, 7)])
+    file = ours / "metrics.jsonl"
+    file.write_text("".join(line for line in file.open() if '"step": 3' not in line))
+    rows = [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0}, {"step": 6, "loss": 3.0}]
+    found = beside(table(tmp_path / "log.jsonl", *rows), ours, "sft")
+    assert pairs(found)["loss"].common == {2: (1.5, 2.0), 6: (5.5, 6.0)}
+
+
+def test_ppo_is_compared_at_its_rollouts(tmp_path: Path) -> None:
+    """Its trainers log what is so at a rollout, and no mean since the last time."""
+    ours = run_folder(tmp_path / "ours", "ppo", [{"kl": 1.0}, {"kl": 2.0}])
+    rows = [{"step": 2, "objective/kl": 4.0, "loss/policy_avg": None, "lr": None}]
+    found = beside(table(tmp_path / "log.jsonl", *rows), ours, "ppo")
+    assert pairs(found)["kl"].common == {2: (2.0, 4.0)}
+    assert [*found.alone] == []
+
+
+def test_an_accuracy_of_real_margins_is_compared_at_step_1_too(tmp_path: Path) -> None:
+    ours = run_folder(tmp_path / "ours", "dpo", [{"margin": 0.5, "accuracy": 1.0}])
+    for margin, n in ((0.5, 1), (0.0, 1)):
+        row = {"step": 1, "rewards/margins": margin, "rewards/accuracies": 0.0}
+        found = beside(table(tmp_path / "log.jsonl", row), ours)
+        assert len(pairs(found)["accuracy"].common) == n
 
 
 def test_what_is_not_finite_is_a_gap_and_told(tmp_path: Path) -> None:
@@ -293,6 +329,14 @@ def test_tables_of_trackers(tmp_path: Path) -> None:
     assert "2 columns __MIN and __MAX" in notes
     assert "the steps are Step: a tracker's own count" in notes
     assert '"my - run - "' in notes
+    assert found.alone == {}
+
+    history = tmp_path / "history.csv"
+    history.write_text("_step,_runtime,train/loss,train/global_step\n5,9,1.5,1\n6,9,2.5,2\n")
+    found = beside(str(history), ours, "sft")
+    assert pairs(found)["loss"].common == {1: (1.0, 1.5), 2: (2.0, 2.5)}
+    assert found.alone == {}
+    assert any("_runtime" in note for note in found.notes)
 
     unnumbered = table(tmp_path / "log.jsonl", {"loss": 1.5}, {"loss": 2.25})
     found = beside(unnumbered, ours, "sft")
@@ -373,6 +417,7 @@ BAD: dict[str, tuple[str, str]] = {
     "words.jsonl": ('{"step": 1, "foo": "x"}\n', "holds no number"),
     "unclear.jsonl": ('{"step": 1, "loss": 1}\n', "could be a run of several kinds; it has loss"),
     "grpo.jsonl": ('{"step": 1, "loss": 1, "frac_reward_zero_std": 1}\n', "is a run of GRPO"),
+    "kto.jsonl": ('{"step": 1, "kl": 1, "rewards/chosen": 1}\n', "is a run of KTO, which is not"),
     "dpo.jsonl": (
         '{"step": 1, "rewards/margins": 1}\n',
         "has no step of dpo; the stages it has: sft",
@@ -422,6 +467,13 @@ def test_errors_of_what_is_asked_for(tmp_path: Path) -> None:
     ]:
         with pytest.raises(BadInput, match=re.escape(message)):
             finished.compare(str(theirs), str(run), stage, tmp_path / "out")
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    ours = run_folder(tmp_path / "ours", "sft", [{"loss": 1.0}])
+    file = table(tmp_path / "log.jsonl", {"step": 1, "loss": 1.0})
+    with pytest.raises(BadInput, match=r"--out .*log\.jsonl: cannot be written: File exists"):
+        finished.compare(file, str(ours), "sft", Path(file))
 
 
 def test_the_command() -> None:
