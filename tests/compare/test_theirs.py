@@ -135,7 +135,8 @@ def test_dpo_has_logprobs_of_these_ids_and_a_loss_of_these_micro_batches(model, 
 
 def test_a_reward_model_reads_texts_with_eos(model, tmp_path):
     folder = model("classifier")
-    found = record("reward", folder, tmp_path / "out", float64=True)
+    rows = [row | {"margin": 0.1} for row in ROWS["reward"]]
+    found = record("reward", folder, tmp_path / "out", rows=rows, float64=True)
     row = found.batches[0][0][0]
     assert found.rows[row]["chosen_ids"] == [*ids_of(PROMPTS[row] + GOOD[row]), EOS]
     scorer = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
@@ -146,14 +147,14 @@ def test_a_reward_model_reads_texts_with_eos(model, tmp_path):
 
     for micro, theirs in zip(found.batches[0], found.facts["micro_losses"][0], strict=True):
         margins = [
-            score(found.rows[i]["chosen_ids"]) - score(found.rows[i]["rejected_ids"]) for i in micro
+            score(found.rows[i]["chosen_ids"]) - score(found.rows[i]["rejected_ids"]) - 0.1
+            for i in micro
         ]
         assert abs(theirs + float(logsigmoid(tensor(margins, dtype=torch.float64)).mean())) < FP64
 
 
 def test_bert_reads_ids_of_two_segments_and_is_not_told_of_them(model, tmp_path):
-    rows = [row | {"margin": 0.5} for row in ROWS["reward"]]
-    found = record("reward", model("bert"), tmp_path / "out", rows=rows)
+    found = record("reward", model("bert"), tmp_path / "out")
     row = found.batches[0][0][0]
     assert found.rows[row] == {
         f"{name}_ids": bert_syllables()(PROMPTS[row], side[row])["input_ids"]
@@ -294,15 +295,15 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def test_a_script_is_recorded_step_by_step_and_ends_there(model, tmp_path):
     folder, output = model("lm"), tmp_path / "output"
-    rows = [row | {"source": i} for i, row in enumerate(ROWS["dpo"])]
+    rows = [row | {"source": i} for i, row in enumerate(reversed(ROWS["dpo"]))]
     found = run_script(tmp_path, SCRIPT, folder, written(tmp_path, rows), str(output))
     assert (found.stage, found.trainer, found.facts["subclass"]) == ("dpo", "DPOTrainer", "Mine")
     assert found.facts["total_steps"] == 9  # 3 epochs of 5 rows by 2
     assert len(found.steps) == len(found.logged) == 2  # although it logs each hundredth
     assert abs(found.steps[0]["loss"] - math.log(2)) < 1e-6
     assert found.options["beta"] == 0.3
-    assert set(found.left_out) == {5, 6}
-    kept = shuffled(5, 42)
+    assert set(found.left_out) == {0, 1}
+    kept = [2 + i for i in shuffled(5, 42)]
     assert found.batches == [[kept[:2]], [kept[2:4]]]
     assert found.facts["dataset_rows"] == N
     assert found.raw_rows == {i: rows[i] for i in kept[:4]}  # without the EOS that trl adds

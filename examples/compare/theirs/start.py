@@ -29,7 +29,7 @@ STAGES = {
 
 
 def probe(python: str = sys.executable) -> dict[str, Any]:
-    """The versions that a Python has; `trl` is None if it is not there.
+    """The versions that a Python has, and trl's `trainers`; `trl` is None if it is not there.
 
     Args:
         python: path, or a name that the shell finds.
