@@ -56,7 +56,7 @@ class Explanation(Generic[Setup]):
     """What was found.
 
     Args:
-        base: our metrics as they are by our own conventions.
+        base: our metrics by our own conventions, up to the first step that differs.
         best: our metrics when all is followed that was found to matter.
         first: where the two differ at first, or None if they agree.
         followed: the causes that matter; first those that are seen first, and most.
@@ -72,6 +72,18 @@ class Explanation(Generic[Setup]):
     without_effect: list[Cause[Setup]] = field(default_factory=list)
     cannot: list[Cause[Setup]] = field(default_factory=list)
     left: Gap | None = None
+
+
+def up_to_gap(
+    ours: Iterable[dict[str, float]], theirs: Steps, tolerances: Mapping[str, float]
+) -> list[dict[str, float]]:
+    """Our metrics up to the first step with a gap; behind it the two are other runs."""
+    taken: list[dict[str, float]] = []
+    for mine in ours:
+        taken.append(mine)
+        if first_gap(taken[-1:], theirs[len(taken) - 1 :], tolerances) is not None:
+            break
+    return taken
 
 
 def first_gap(
@@ -112,23 +124,26 @@ def explain(
         setup: ours, by our own conventions.
         causes: what is known to differ; each is tried by following it.
         theirs: trl's metrics, step by step, under our names.
-        base: what `run(setup)` gave.
+        base: what `run(setup)` gave, at least up to the first gap.
         finished: called after the run that follows every cause, when its weights are there.
     """
     first = first_gap(base, theirs, tolerances)
     able = [cause for cause in causes if cause.follow is not None]
     cannot = [cause for cause in causes if cause.follow is None]
-    if not able:
-        return Explanation(base, base, first, cannot=cannot, left=first)
+    if first is None or not able:
+        if first is not None:
+            base = list(run(setup))
+            finished()
+        return Explanation(base, base, first, without_effect=able, cannot=cannot, left=first)
     best = list(run(following(setup, able)))
     finished()
     left = first_gap(best, theirs, tolerances)
     found = Explanation(base, best, first, cannot=cannot, left=left)
     needed = list(able)
     gaps: dict[str, Gap] = {}
-    for cause in able if first is not None else []:
+    for cause in able:
         others = [other for other in needed if other is not cause]
-        gap = first
+        gap: Gap | None = first
         if others:
             gap = first_gap(run(following(setup, others)), theirs, tolerances)
         if gap is not None and _wider(gap, left, tolerances):
@@ -136,9 +151,9 @@ def explain(
         else:
             needed = others
     found.followed = [
-        Followed(cause, gap, _size(best[gap.step - 1][gap.metric], gap.theirs))
+        Followed(cause, at, _size(best[at.step - 1][at.metric], at.theirs))
         for cause in needed
-        if (gap := gaps.get(cause.name)) is not None
+        if (at := gaps.get(cause.name)) is not None
     ]
     found.followed.sort(key=lambda f: (f.before.step, -_excess_of(f.before, tolerances)))
     found.without_effect = [cause for cause in able if cause.name not in gaps]

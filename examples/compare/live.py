@@ -24,6 +24,7 @@ from compare.explain import (
     explain,
     first_gap,
     following,
+    up_to_gap,
 )
 from compare.job import START, WEIGHTS, Job, Record
 from compare.ours import ppo
@@ -127,7 +128,7 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
     side = ppo.Side.load(job, critic)
     setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours)
-    base = list(side.run(setup))
+    base = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = ppo_causes.causes(setup, record)
     return _explained(side, setup, found, record, folder, base)
 
@@ -148,7 +149,7 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
     side = Side.load(record.stage, start_folder, float64=record.facts["dtype"] == "float64")
     encoded = _encoded(options, side, rows, record)
     setup = _setup(options, record, encoded, rows)
-    base = list(side.run(setup))
+    base = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = causes(Sides(record, side, setup, encoded.left_out, rows.places))
 
     # What neither side can do like the other, such as random numbers, both leave.
@@ -159,10 +160,10 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
     note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
     record = their_side.run(**{name: value for cause in left for name, value in cause.undo})
     setup = following(setup, left)
-    without = list(side.run(setup))
+    without = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = [cause for cause in found if not cause.undo]
     result = _explained(side, setup, found, record, folder, without)
-    mine, other = without[first.step - 1], record.steps[first.step - 1]
+    mine, other = result.explanation.best[first.step - 1], record.steps[first.step - 1]
     after = abs(mine[first.metric] - other[first.metric])
     result.explanation.followed[:0] = [Followed(cause, first, after) for cause in left]
     result.explanation.first, result.explanation.base = first, base

@@ -79,17 +79,23 @@ def headline(result: Result) -> list[str]:
 
 
 def steps(theirs: Sequence[Mapping[str, float]], found: Explanation[Any]) -> str:
-    """Every metric of every step: trl's, ours, and the difference, also once all is followed."""
+    """Every metric of every step: trl's, ours up to the step that differs, and ours with all
+    followed."""
     changed = bool(found.followed)
-    head = ["step", "metric", "trl", "here", "difference"] + ["when followed"] * changed
-    rows = [head]
-    for number, (other, mine, best) in enumerate(
-        zip(theirs, found.base, found.best, strict=False), 1
-    ):
-        for name in (name for name in mine if name in other):
-            size = [f"{abs(m[name] - other[name]):.0e}" for m in (mine, best)[: 1 + changed]]
-            rows.append([str(number), name, f"{other[name]:.8g}", f"{mine[name]:.8g}", *size])
+    head = ["step", "metric", "trl", "here", "difference"]
+    rows = [head + ["followed", "difference"] * changed]
+    for i, (other, best) in enumerate(zip(theirs, found.best, strict=False)):
+        mine = found.base[i] if i < len(found.base) else {}
+        for name in (name for name in best if name in other):
+            cells = _beside(mine.get(name), other[name])
+            if changed:
+                cells += _beside(best[name], other[name])
+            rows.append([str(i + 1), name, f"{other[name]:.8g}", *cells])
     return _table(rows)
+
+
+def _beside(ours: float | None, theirs: float) -> list[str]:
+    return ["", ""] if ours is None else [f"{ours:.8g}", f"{abs(ours - theirs):.0e}"]
 
 
 def _gap(gap: Gap) -> str:
