@@ -87,7 +87,12 @@ class Record:
             was active in training), ``pad_id``, ``eos_id``, ``optimizer`` (class, with ``betas``,
             ``eps``), ``total_steps`` (what the schedule counts to), ``ref_model`` (DPO: whether it
             was given, copied or reloaded). Of PPO also ``temperature`` (what log-probabilities are
-            computed with) and ``accumulated`` (micro-batches of one optimizer step).
+            computed with) and ``accumulated`` (micro-batches of one optimizer step). Of trl's side:
+            ``dataset_rows`` (that it was given), ``ref_is_start`` (DPO: whether the reference is
+            the model before its first step), ``micro_losses``, and, only where it is so,
+            ``numbers`` (rows are not numbered as they were given), ``packed``, ``holes`` (a
+            response is not all of the text from its first token on), ``raw_rows`` (why there are
+            none), ``new_weights``, ``rows``, ``config`` and ``tokenizer`` (what was translated).
         rows: number of a row -> its ids, of all rows that were trained on in the recorded steps.
         left_out: rows of the job that the side has dropped, and why.
         batches: of each step its micro-batches, as numbers of rows in their order; of PPO those of

@@ -198,6 +198,17 @@ def test_a_prompt_that_is_cut_from_the_left_is_told_of_both_sides(model, tmp_pat
     assert found.rows[0]["rejected_prompt_ids"] == ids_of("bi")
 
 
+def test_packed_texts_are_numbered_as_they_come(model, tmp_path):
+    options = {"packing": True, "max_length": 16}
+    found = record("sft", model("lm"), tmp_path / "out", options=options)
+    assert found.facts["packed"] is True
+    assert found.facts["numbers"] == "in the order of their coming"
+    assert found.left_out == {}
+    read = [(row["prompt_ids"], row["response_ids"]) for row in found.rows.values()]
+    every = [(ids_of(p), [*ids_of(c), EOS]) for p, c in zip(PROMPTS, GOOD, strict=True)]
+    assert sorted(read[:N]) == sorted(every)  # 4 rows of trl's make an epoch
+
+
 def test_the_weights_are_those_after_the_last_step(model, tmp_path):
     folder = model("lm")
     record("dpo", folder, tmp_path / "out", options={"learning_rate": 1e-3})
@@ -334,6 +345,41 @@ def test_another_reference_is_kept(model, tmp_path):
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "reference")
     theirs = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in kept.named_parameters())
+
+
+CHAT = """
+    import sys
+    from datasets import Dataset
+    from small import syllables
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    model, rows, folder = sys.argv[1:]
+    tokenizer = syllables()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + ' ' }}{% else %}"
+        "{% generation %}{{ m.content + ' ' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=SFTConfig(folder, assistant_only_loss=True, use_cpu=True, bf16=False, max_steps=1),
+        train_dataset=Dataset.from_json(rows),
+        processing_class=tokenizer,
+    ).train()
+"""
+
+
+def test_a_chat_of_several_turns_has_holes_and_a_stage_of_its_own(model, tmp_path):
+    turns = [("user", "ba be"), ("assistant", "bi"), ("user", "bo"), ("assistant", "bu da")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    found = run_script(
+        tmp_path, CHAT, model("lm"), written(tmp_path, rows), str(tmp_path / "output"), steps=3
+    )
+    assert found.stage == "sft"
+    assert found.rows == {0: {"prompt_ids": ids_of("ba be"), "response_ids": ids_of("bi bu da")}}
+    assert "have none" in found.facts["holes"]
+    assert found.raw_rows == {0: rows[0]}
+    assert len(found.steps) == 1  # all that it has
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from . import Refused
 
 # The column of the dataset, and the entry of a batch, that tells the number of a row.
 NUMBER = "number_of_row"
+COMING = "in the order of their coming"
 IGNORED = -100  # a label that is not trained on
 
 
@@ -41,10 +42,10 @@ def attach(trainer: Any, job: Job, folder: Path, *, given: int | None = None) ->
         given: rows that the trainer was given, before it dropped some. Those of the job if None.
     """
     recorder = Recorder(trainer, job, folder)
-    _number_rows(trainer)
+    carried = _number_rows(trainer)
     if not job.dropout:
         _switch_off_dropout(trainer)
-    recorder.look(len(job.rows) if given is None else given)
+    recorder.look(len(job.rows) if given is None else given, carried=carried)
     trainer.data_collator = _NumberingCollator(trainer.data_collator)
     recorder.watch_steps()
     trainer.add_callback(_Events(recorder))  # the last one: it has the last word on what follows
@@ -72,11 +73,12 @@ class Recorder:
         self._rate = 0.0  # with which the step is taken
         self._started = 0.0
 
-    def look(self, given: int) -> None:
+    def look(self, given: int, *, carried: bool) -> None:
         """What can be seen before the first step.
 
         Args:
             given: rows that the trainer was given.
+            carried: whether the rows have the numbers that they were given with.
         """
         trainer, facts = self.trainer, self.record.facts
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -98,12 +100,16 @@ class Recorder:
         if self.job.stage == "dpo":
             facts |= _reference(trainer, model)
         dataset = trainer.train_dataset
-        if isinstance(dataset, datasets.Dataset):
+        if not isinstance(dataset, datasets.Dataset):
+            facts["numbers"] = COMING  # a stream
+        elif carried or len(dataset) == given:
             kept = set(dataset[NUMBER])
             reason = _reason_to_leave_out(self.job.stage, self.record.options)
             self.record.left_out = {i: reason for i in range(given) if i not in kept}
             if not kept:
                 raise Refused(f"trl leaves out all of {given} rows: {reason}")
+        else:
+            facts["numbers"] = "of rows that trl made of several"
 
     def watch_steps(self) -> None:
         """Look at each micro-batch as it is trained on, and at its loss."""
@@ -130,7 +136,7 @@ class Recorder:
         numbers = inputs.pop(NUMBER).tolist() if NUMBER in inputs else []
         rows = _ROWS[self.job.stage](inputs, self.record.facts)
         if len(numbers) != len(rows):  # a stream, or several texts packed into one row
-            self.record.facts["numbers"] = "in the order of their coming"
+            self.record.facts["numbers"] = COMING
             first = len(self.record.rows)
             numbers = list(range(first, first + len(rows)))
         self.record.rows |= zip(numbers, rows, strict=True)
@@ -225,13 +231,20 @@ class _NumberingCollator:
         return batch
 
 
-def _number_rows(trainer: Any) -> None:
-    """A column with the number of each row, if it has none yet, which is kept for the collator."""
+def _number_rows(trainer: Any) -> bool:
+    """A column with the number of each row, which is kept for the collator.
+
+    Returns:
+        Whether it was there already, from before trl dropped some rows.
+    """
     dataset = trainer.train_dataset
-    if isinstance(dataset, datasets.Dataset) and NUMBER not in dataset.column_names:
+    table = isinstance(dataset, datasets.Dataset)
+    carried = table and NUMBER in dataset.column_names
+    if table and not carried:
         trainer.train_dataset = dataset.add_column(NUMBER, list(range(len(dataset))))
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*trainer._signature_columns, NUMBER]
+    return carried
 
 
 def _reference(trainer: Any, model: nn.Module) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run(job: Job, folder: Path) -> Record:
         tokenizer = read_tokenizer(job.model, facts)
         model = _model(job, folder, args.seed, facts)
         with in_precision_of(job):
-            dataset = _dataset(job, tokenizer, facts)
+            dataset = _dataset(job, tokenizer, args.max_length, facts)
             trainer = _trainer(job, args, model, tokenizer, dataset)
             recorder = attach(trainer, job, folder)
             recorder.record.facts |= facts
@@ -169,11 +169,11 @@ def _train(trainer: Any) -> None:
         longest = getattr(trainer.model.config, "max_position_embeddings", None)
         raise Refused(
             f"trl {TRL}: {first_line(error)}; is a row longer than the {longest} tokens that the "
-            f"model takes? Then give max_length={longest}, or leave it out"
+            f"model takes? Then give max_length={longest}"
         ) from error
 
 
-def _dataset(job: Job, tokenizer: Any, facts: dict[str, Any]) -> Dataset:
+def _dataset(job: Job, tokenizer: Any, longest: int | None, facts: dict[str, Any]) -> Dataset:
     """The rows in trl's columns, each with its number."""
     for number, row in enumerate(job.rows):
         for column in TEXTS[job.stage]:
@@ -184,8 +184,12 @@ def _dataset(job: Job, tokenizer: Any, facts: dict[str, Any]) -> Dataset:
         rows = [trl.maybe_apply_chat_template(row, tokenizer) for row in rows]
     if job.stage == "reward" and (OLD or tokenizer.eos_token is None):
         rows = [_with_ids(row, tokenizer, facts) for row in rows]
+    numbered = [row | {NUMBER: number} for number, row in enumerate(rows)]
+    if OLD and job.stage == "reward" and longest is not None:  # it leaves that to the user
+        names = [f"input_ids_{side}" for side in SIDES]
+        numbered = [row for row in numbered if max(len(row[name]) for name in names) <= longest]
     try:
-        return Dataset.from_list([row | {NUMBER: number} for number, row in enumerate(rows)])
+        return Dataset.from_list(numbered)
     except Exception as error:  # texts in one row and messages in another
         raise Refused(f"the rows do not make one table: {first_line(error)}") from error
 
