@@ -133,6 +133,9 @@ def _model(sides: Sides) -> list[Cause[Setup]]:
         found.append(Cause("dropout", says, without, undo=(("dropout", False),)))
     elif ours:
         found.append(Cause("dropout", f"dropout is off in trl and {ours} here", without))
+    if not facts.get("ref_is_start", True):
+        says = "the reference is another model in trl, here it is the model before its first step"
+        found.append(Cause("reference", says, lambda s: replace(s, reference=facts["reference"])))
     if stage == "reward":
         model: Any = side.model
         segments = getattr(model.model.config, "type_vocab_size", 0) > 1

@@ -47,6 +47,7 @@ class Setup:
         pad_id: what a reward model takes for padding; None: as it is.
         margins: of a reward model's pairs, by number of the row.
         eps, betas: of AdamW.
+        reference: of DPO, folder of its reference; None: the model that it starts from.
     """
 
     config: TrainingConfig
@@ -62,6 +63,7 @@ class Setup:
     margins: Mapping[int, float] = field(default_factory=dict)
     eps: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.999)
+    reference: str | None = None
 
     def drawn(self) -> list[Micros]:
         """The rows of each step, in micro-batches if their means are taken."""
@@ -121,6 +123,7 @@ class Side:
     model: Policy | RewardModel
     start: dict[str, Tensor] = field(default_factory=dict)
     dropped: list[tuple[nn.Module, str, float]] = field(default_factory=list)
+    references: dict[str | None, Policy | RewardModel] = field(default_factory=dict)
 
     @classmethod
     def load(cls, stage: Stage, folder: str | Path, *, float64: bool) -> "Side":
@@ -154,6 +157,9 @@ class Side:
     def run(self, setup: Setup) -> Iterator[dict[str, float]]:
         """Metrics of each step, from the start weights on; the module is trained in place."""
         double = next(self.module.parameters()).dtype == torch.float64
+        if setup.reference not in {None, *self.references}:  # loaded as in `load`
+            loaded = Side.load(self.stage, str(setup.reference), float64=double)
+            self.references[setup.reference] = loaded.model
         with float64() if double else nullcontext():
             yield from self._run(setup)
 
@@ -219,8 +225,9 @@ class Side:
             )
             for x in rows
         ]
-        policy: Any = self.model
-        with evaluating(policy):  # which is still its own reference
+        policy: Any = self.model  # which is still its own reference
+        policy = self.references.get(setup.reference, policy)
+        with evaluating(policy):
             return dpo.cache_reference(policy, pairs, max_tokens=setup.config.max_tokens)
 
 

@@ -115,7 +115,9 @@ def _record(
         model.save_pretrained(folder / START)
         tokenizer_of(trainer).save_pretrained(folder / START)
         if not record.facts.get("ref_is_start", True):
+            record.facts["reference"] = str(folder / REFERENCE)
             trainer.ref_model.save_pretrained(folder / REFERENCE)
+            tokenizer_of(trainer).save_pretrained(folder / REFERENCE)
         if job.float64:
             _double(trainer)
             record.facts["dtype"] = "float64"
