@@ -99,7 +99,8 @@ class Record:
             all its epochs, where the rows of all rollouts are counted on.
         steps: the metrics of each step under our names, see `names.py`.
         logged: of trl's side, what it logged itself, names and all.
-        raw_rows: of a script: number of a row -> its columns before tokenising.
+        raw_rows: of a script: number of a row -> its columns before tokenising; of the rows that
+            were trained on, and of those that would have been if none had been dropped.
         warnings: what trl and transformers warned of.
         seconds, peak_bytes: of the recorded steps, and of the process.
     """

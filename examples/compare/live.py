@@ -26,7 +26,7 @@ from compare.explain import (
     following,
     up_to_gap,
 )
-from compare.job import START, WEIGHTS, Job, Record
+from compare.job import START, WEIGHTS, Ids, Job, Record
 from compare.ours import ppo
 from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
@@ -241,9 +241,9 @@ def _encoded(options: Options, side: Side, rows: OurRows, record: Record) -> Enc
 
 def _setup(options: Options, record: Record, encoded: Encoded, rows: OurRows) -> Setup:
     total = record.facts["total_steps"]
-    theirs = words.in_our_words(record.stage, record.options, total_steps=total)
     config = CONFIGS[record.stage](**options.ours)
-    for name, value in theirs.items():
+    given = words.in_our_words(record.stage, record.options, total_steps=total)
+    for name, value in given.items():
         if name not in options.ours:
             try:
                 config = replace(config, **{name: value})
@@ -252,14 +252,20 @@ def _setup(options: Options, record: Record, encoded: Encoded, rows: OurRows) ->
     margins = {
         n: row["margin"] for n, row in zip(rows.places, rows.rows, strict=True) if row.get("margin")
     }
-    untouched: dict[int, Any] = {} if not rows.of else {n: {} for n in range(rows.of)}
-    return Setup(
+    known: dict[int, Ids] = {n: {} for n in range(rows.of) if n not in encoded.left_out}
+    setup = Setup(
         config,
-        rows={**untouched, **encoded.rows},
+        rows={**known, **encoded.rows},
         total_steps=total,
         steps=len(record.steps),
         margins=margins,
     )
+    if all(setup.rows[n] for micros in setup.drawn() for part in micros for n in part):
+        return setup
+    # The texts of a script are not all known: then the order is trl's, and where need be the ids.
+    theirs = {n: ids for n, ids in record.rows.items() if not setup.rows.get(n)}
+    batches = [[n for part in micros for n in part] for micros in record.batches]
+    return replace(setup, rows={**setup.rows, **theirs}, batches=batches)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import datasets
+import torch
 import transformers
 import trl
 
@@ -125,11 +126,23 @@ def _record(
             train()
     record.warnings = warnings
     if known:
-        record.raw_rows = {n: _plain(dataset[n]) for n in record.rows}
+        count = sum(len(micro) for micros in record.batches for micro in micros)
+        numbers = record.rows.keys() | _drawn(len(dataset), trainer.args.seed, count)
+        numbers &= set(range(len(dataset)))  # packed rows have numbers of their own
+        record.raw_rows = {n: _plain(dataset[n]) for n in sorted(numbers)}
     if not any(record.raw_rows.values()):
         record.raw_rows = {}
         record.facts["raw_rows"] = "not there any more when training begins: ids only"
     recorder.save()
+
+
+def _drawn(n: int, seed: int, count: int) -> set[int]:
+    """The rows that come first if none of the n is dropped: the other side may train on them."""
+    found: list[int] = []
+    for epoch in range(-(-count // n)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        found += torch.randperm(n, generator=generator).tolist()
+    return set(found[:count])
 
 
 def _keep_raw(stack: ExitStack, trainer_class: Any, raw: dict[int, Any]) -> None:
