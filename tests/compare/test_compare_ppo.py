@@ -37,6 +37,7 @@ CONFIG = PPOConfig(
 )
 COMMON = ["value head without bias", "no gradient clipping", "schedule by rollout"]
 COMMON += ["temperature plus 1e-7", "Adam's epsilon", "definitions of metrics"]
+ACCUMULATED, TWO_STEPS = "minibatches are accumulated", "two steps in an epoch"
 MICRO = "mean of micro-batch means"
 # Of trl 1.12.0: the tokenizer's pad token, trl's options, and what there is to be followed.
 RUNS: dict[str, tuple[str | None, dict[str, Any], list[str]]] = {
@@ -46,12 +47,12 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], list[str]]] = {
         {"whiten_rewards": True},
         ["EOS taken for padding", "padding inside prompts", *COMMON],
     ),
-    "minibatches are accumulated": (
+    ACCUMULATED: (
         "<pad>",
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 2},
         ["score cell", *COMMON, MICRO],
     ),
-    "two steps of two in an epoch": (
+    TWO_STEPS: (
         "<pad>",
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 4}
         | {"kl_estimator": "k3", "warmup_steps": 1},
@@ -228,6 +229,31 @@ def test_rollouts_and_rows_are_what_was_sampled(run: Callable[[str], Beside]) ->
         assert sorted(used) == sorted(4 * list(range(8 * step, 8 * step + 8)))
     lengths = {len(ids) for rollout in both.job.rollouts for ids in rollout.response_ids}
     assert len(lengths) > 3
+
+
+def test_an_optimizer_step_has_the_rows_of_trls(run: Callable[[str], Beside]) -> None:
+    for name, rows in [("plain", 8), (ACCUMULATED, 8), (TWO_STEPS, 4)]:
+        both = run(name)
+        assert both.setup.config.minibatch_size == rows
+        epoch = next(both.setup.epochs(1))
+        assert [len(part) for part in epoch] == [rows] * (8 // rows)
+        assert sorted(row for part in epoch for row in part) == list(range(8))
+        trls = [row - 8 for part in both.record.batches[1] for row in part]
+        assert [row for part in epoch for row in part] == trls[:8]
+
+
+def test_score_cells_are_no_tokens_in_our_metrics(run: Callable[[str], Beside]) -> None:
+    both = run("plain")
+    # The policy stays as it is, so that all of its metrics do.
+    still = replace(both.setup, config=replace(both.setup.config, learning_rate=1e-30))
+    plain, with_cells = (
+        next(both.side.run(setup)) for setup in (still, replace(still, pad_id=PAD))
+    )
+    changed = {"value", "return", "explained_variance", "policy_loss", "value_loss", "grad_norm"}
+    changed |= {"clip_fraction", "value_clip_fraction", "tokens"}
+    for name in plain.keys() - changed:
+        assert with_cells[name] == pytest.approx(plain[name], abs=FP64)
+    assert with_cells["value_loss"] != pytest.approx(plain["value_loss"], abs=1e-3)
 
 
 def test_in_float32_the_losses_agree(tmp_path: Path) -> None:
