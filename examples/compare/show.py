@@ -42,6 +42,8 @@ def python(found: Mapping[str, Any]) -> str:
 def page(result: Result, options: Options) -> str:
     """The whole comparison."""
     record, explanation = result.record, result.explanation
+    # What transformers will rename is nothing that the user's script could help.
+    warned = [line for line in record.warnings if "deprecated" not in line]
     blocks = [
         "\n".join(headline(result)),
         _what(record, options),
@@ -49,7 +51,7 @@ def page(result: Result, options: Options) -> str:
         _others("These differ too, and change no number:", explanation.without_effect),
         _others("Nothing here follows trl in these:", explanation.cannot),
         steps(record.steps, explanation),
-        *(["trl warned:\n  " + "\n  ".join(record.warnings)] if record.warnings else []),
+        "\n  ".join(["trl warned:", *warned]) if warned else "",
     ]
     return "\n\n".join(block for block in blocks if block)
 

@@ -115,7 +115,8 @@ def _of_prompt(
         return "BOS", "trl begins the prompt with BOS, here it does not"
     if ours == [bos, *theirs]:
         return "BOS", "the prompt begins with BOS here, in trl it does not"
-    if too_long and (ours[-len(theirs) :] == theirs or theirs[-len(ours) :] == ours):
+    rest = min(len(ours), len(theirs)) - 1  # a cut prompt keeps its BOS
+    if too_long and ours[len(ours) - rest :] == theirs[len(theirs) - rest :]:
         return "cut prompt", f"the prompt keeps {len(theirs)} tokens in trl and {len(ours)} here"
     return "template", "the prompt " + _texts(ours, theirs, tokenizer)
 

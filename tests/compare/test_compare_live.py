@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 from compare import live
@@ -15,6 +15,7 @@ from compare.command import parse_options
 from compare.job import Job, Record
 from compare.theirs.__main__ import run as run_theirs
 from compare.theirs.float64 import isolated
+from compare.theirs.script import run as run_script
 from small import SYLLABLES, bert, bert_syllables, gpt2, gpt2_classifier, syllables
 from tolerances import FP32, FP64, LEGACY_STEP
 
@@ -49,13 +50,25 @@ def demonstrations(n: int = 10) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(n)]
 
 
+class Left(BaseException):
+    """In the place of the end of trl's process, in the middle of a script."""
+
+
+def leave() -> NoReturn:
+    raise Left
+
+
 @pytest.fixture
 def _in_process(monkeypatch):
     """trl's side without a process of its own, which takes seconds to start."""
 
     def run(job: Job, folder: Path, _python: str) -> Record:
         with isolated(), contextlib.redirect_stdout(io.StringIO()):
-            run_theirs(job, folder)
+            if job.script is None:
+                run_theirs(job, folder)
+            else:
+                with contextlib.suppress(Left):
+                    run_script(job, folder, leave)
         return Record.load(folder)
 
     monkeypatch.setattr(live.start, "run", run)
@@ -81,7 +94,7 @@ class Beside:
         if chat:
             tokenizer.chat_template = CHAT
         folder = self.folder / "model"
-        model.save_pretrained(folder)
+        model.float().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return str(folder)
 
@@ -93,8 +106,17 @@ class Beside:
     def __call__(self, stage: str, model: str, rows, *more: str, float64: bool = True) -> str:
         arguments = ["--stage", stage, "--model", model, "--data", self.rows("rows", rows)]
         arguments += ["--steps", "3", "--learning_rate", RATE, "--float64"][: 5 if float64 else 4]
+        return self.compared([*arguments, *more])
+
+    def script(self, text: str, *more: str) -> str:
+        """Of a script of the user's."""
+        file = self.folder / "script.py"
+        file.write_text(text, encoding="utf-8")
+        return self.compared(["--trl_script", str(file), "--steps", "3", *more])
+
+    def compared(self, arguments: list[str]) -> str:
         out = self.folder / "out"
-        options = parse_options("", [*arguments, "--out", str(out), *more])
+        options = parse_options("", [*arguments, "--out", str(out)])
         work = self.folder / "work"
         work.mkdir(exist_ok=True)
         self.explained = live.compare(options, work)
@@ -286,3 +308,60 @@ def test_in_float32_the_losses_agree_to_1e_5(beside):
     beside("dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", float64=False)
     assert beside.explained
     assert 0 < beside.loss_gap <= FP32
+
+
+SCRIPT = """
+import sys
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+folder = {folder!r}
+model = AutoModelForCausalLM.from_pretrained(folder + "/model")
+rows = load_dataset("json", data_files=folder + "/rows.jsonl", split="train").shuffle(seed=3)
+args = DPOConfig(
+    output_dir=folder + "/trl", use_cpu=True, bf16=False, learning_rate=1e-3, report_to="none",
+    per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=50, {options}
+)
+trainer = DPOTrainer(
+    model=model, {more}
+    args=args, processing_class=AutoTokenizer.from_pretrained(folder + "/model"), train_dataset=rows
+)
+trainer.train()
+raise SystemExit("what stands behind train() must not happen")
+"""
+
+
+def scripted(beside, options: str = "", more: str = "", rows: Rows | None = None) -> str:
+    beside.model("gpt2")
+    beside.rows("rows", pairs() if rows is None else rows)
+    text = SCRIPT.format(folder=str(beside.folder), options=options, more=more)
+    return beside.script(text, "--float64")
+
+
+def test_a_script_is_compared_on_its_own_rows_and_options(beside):
+    said = scripted(beside, "beta=0.3")
+    assert head(said).startswith("They agree: ")
+    assert beside.found["weights"]["size"] <= WEIGHTS
+    assert beside.found["trl"]["options"]["beta"] == 0.3
+
+
+def test_a_scripts_label_smoothing_is_ignored_by_its_loss(beside):
+    said = scripted(beside, "label_smoothing=0.2")
+    assert "trl's loss 'sigmoid' ignores label_smoothing, here it is heeded: 0.2" in head(said)
+    assert beside.explained
+
+
+def test_a_scripts_reference_may_be_another_model(beside):
+    gpt2(2, vocabulary=28).float().save_pretrained(beside.folder / "other")
+    other = 'ref_model=AutoModelForCausalLM.from_pretrained(folder + "/other"),'
+    said = scripted(beside, more=other)
+    assert head(said).startswith("They agree: ")
+    assert abs(beside.found["trl"]["steps"][0]["margin"]) > 1e-3
+
+
+def test_a_scripts_repeated_row_is_left_out_here(beside):
+    rows = pairs()
+    said = scripted(beside, rows=[*rows, rows[4]])
+    assert "left out here (duplicate of an earlier row)" in head(said)
+    assert beside.explained

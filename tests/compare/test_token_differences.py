@@ -77,6 +77,10 @@ def test_a_row_that_fills_the_room_is_cut_even_if_only_eos_is_gone():
 def test_a_prompt_is_cut_only_where_the_row_is_too_long():
     assert kinds(SFT, {"prompt_ids": [B]}, max_length=5) == {"template": ("prompt_ids",)}
     assert kinds(SFT, {"prompt_ids": [B]}, max_length=4) == {"cut prompt": ("prompt_ids",)}
+    with_bos = {"prompt_ids": [BOS, A, B], "response_ids": [C, D, EOS]}
+    assert kinds(with_bos, {"prompt_ids": [BOS, D, A, B]}, max_length=7) == {
+        "cut prompt": ("prompt_ids",)
+    }
 
 
 def test_a_row_may_differ_in_two_ways():
