@@ -20,7 +20,7 @@ import trl
 from ..job import REFERENCE, START, Job, Row
 from . import Refused, first_line
 from .recorder import NUMBER, attach, tokenizer_of, warned
-from .trainers import CLASSES, in_precision_of
+from .trainers import BEFORE_5, CLASSES, in_precision_of
 
 STAGES = {trainer: stage for stage, (trainer, _) in CLASSES.items()}
 # Of what trl's own tokenising adds to a dataset.
@@ -113,6 +113,12 @@ def _record(
         recorder = attach(trainer, job, folder, given=len(dataset) if known else 0)
         record = recorder.record
         model = trainer.accelerator.unwrap_model(trainer.model)
+        rope = vars(model.config).pop("rope_parameters", None) if BEFORE_5 else None
+        if rope:  # the model is kept as this version has read it
+            warnings.append(
+                f"transformers {transformers.__version__} does not know the rope_parameters of the "
+                f"model's config, {rope}, and computes with rope_theta={model.config.rope_theta}"
+            )
         model.save_pretrained(folder / START)
         tokenizer_of(trainer).save_pretrained(folder / START)
         if not record.facts.get("ref_is_start", True):
