@@ -30,7 +30,7 @@ from compare.job import START, WEIGHTS, Ids, Job, Record
 from compare.ours import ppo
 from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
-from compare.rows import OurRows, from_script, read
+from compare.rows import OurRows, from_script, read, template_of
 from compare.theirs import start
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rewards import FORMS, load_reward
@@ -106,7 +106,7 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     config = CONFIGS["ppo"](**given, steps=options.steps)
     require(options.reward is not None, f"PPO needs a --reward: {FORMS}")
     reward = load_reward([str(options.reward)], RewardModel.from_pretrained)
-    template = "{prompt}" if options.template is None else options.template.replace("\\n", "\n")
+    template = template_of(options, rows.rows)
     rollouts = ppo.make_rollouts(
         str(options.model), rows.rows, reward, config, steps=options.steps, template=template
     )
@@ -123,14 +123,15 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
         rollouts=rollouts.rollouts,
         value_head=rollouts.value_head,
     )
-    record = TheirSide(job, folder, python).run()
+    their_side = TheirSide(job, folder, python)
+    record = their_side.run()
     note(f"ours: ppo, {len(record.steps)} steps")
     critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
     side = ppo.Side.load(job, critic)
     setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours)
     base = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = ppo_causes.causes(setup, record)
-    return _explained(side, setup, found, record, folder, base)
+    return _explained(side, setup, found, their_side, record, base)
 
 
 def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> Result:
@@ -151,18 +152,24 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
     setup = _setup(options, record, encoded, rows)
     base = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = causes(Sides(record, side, setup, encoded.left_out, rows.places))
+    return _explained(side, setup, found, their_side, record, base)
 
-    # What neither side can do like the other, such as random numbers, both leave.
+
+def _explained(
+    side: Any, setup: Any, found: list[Any], their_side: TheirSide, record: Record, base: list[Any]
+) -> Result:
+    """What makes the two differ. What neither can do like the other, such as random numbers, both
+    leave before that."""
     first = first_gap(base, record.steps, tolerances(record))
     left = [cause for cause in found if cause.undo and first is not None]
     if first is None or not left:
-        return _explained(side, setup, found, record, folder, base)
+        return _searched(side, setup, found, their_side, record, base)
     note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
     record = their_side.run(**{name: value for cause in left for name, value in cause.undo})
     setup = following(setup, left)
     without = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = [cause for cause in found if not cause.undo]
-    result = _explained(side, setup, found, record, folder, without)
+    result = _searched(side, setup, found, their_side, record, without)
     mine, other = result.explanation.best[first.step - 1], record.steps[first.step - 1]
     after = abs(mine[first.metric] - other[first.metric])
     result.explanation.followed[:0] = [Followed(cause, first, after) for cause in left]
@@ -170,11 +177,12 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
     return result
 
 
-def _explained(
-    side: Any, setup: Any, found: list[Any], record: Record, folder: Path, base: list[Any]
+def _searched(
+    side: Any, setup: Any, found: list[Any], their_side: TheirSide, record: Record, base: list[Any]
 ) -> Result:
     """The search, and the weights after its last full run."""
-    weights = [weights_gap(side.module, folder / WEIGHTS)]
+    file = their_side.folder / WEIGHTS
+    weights = [weights_gap(side.module, file)]
     explanation = explain(
         side.run,
         setup,
@@ -182,7 +190,7 @@ def _explained(
         record.steps,
         tolerances(record),
         base=base,
-        finished=lambda: weights.append(weights_gap(side.module, folder / WEIGHTS)),
+        finished=lambda: weights.append(weights_gap(side.module, file)),
     )
     return Result(record, explanation, weights[-1])
 

@@ -45,7 +45,7 @@ def read(options: Options) -> OurRows:
         BadInput: if it cannot be read, or the two are not the same rows.
     """
     loaded = _load(options, str(options.data))
-    template = _template(options, loaded.rows)
+    template = template_of(options, loaded.rows)
     theirs = loaded.rows
     report = [loaded.report(), loaded.details()]
     if options.trl_data is not None:
@@ -97,7 +97,8 @@ def _load(options: Options, data: str) -> LoadedRows:
     return load_rows(data, stage, columns=options.parsed_columns, limit=options.limit)
 
 
-def _template(options: Options, rows: Sequence[Row]) -> str:
+def template_of(options: Options, rows: Sequence[Row]) -> str:
+    """The one that is told, or what the prompts ask for."""
     if options.template is not None:
         return options.template.replace("\\n", "\n")
     return CHAT if any(isinstance(row["prompt"], Conversation) for row in rows) else ALONE
