@@ -5,6 +5,7 @@ Each cause is shown alone: all others are followed, the gap is there; it too, an
 the Python of trl 0.11.3 and ``PYTHONPATH=examples``, from the model and the job that lie there.
 """
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare import live
 from compare import options as words
+from compare.command import parse_options
 from compare.conventions import Cause
 from compare.job import COLUMNS, WEIGHTS, Job, Record
 from compare.ours.ppo import Setup, Side, make_rollouts
@@ -316,3 +319,66 @@ def test_what_trl_cannot_is_said_in_one_line(
         theirs.run(job_of(tmp_path, options), tmp_path)
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+# The command
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, bool]]:
+    """What the command prints of a tiny model, and whether all is explained; both run here."""
+
+    def run(job: Job, folder: Path, _python: str) -> Record:
+        theirs.run(job, folder)
+        return Record.load(folder)
+
+    monkeypatch.setattr(live.start, "run", run)
+    found = {"trl": "1.12.0", "transformers": "5", "torch": "2"}
+    monkeypatch.setattr(live.start, "probe", lambda _: found)
+
+    def compared(*arguments: str, model: Callable[..., Any] = gpt2) -> tuple[str, bool]:
+        job_of(tmp_path, {}, model=model)
+        rows = [{"prompt": text} for text in SYLLABLES]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+        reward = (
+            "def words(prompts, responses):\n    return [len(x.split()) / 3 for x in responses]"
+        )
+        (tmp_path / "words.py").write_text(reward, encoding="utf-8")
+        told = ["--stage", "ppo", "--model", str(tmp_path / "model"), "--steps", "2", "--float64"]
+        told += ["--data", str(tmp_path / "rows.jsonl"), "--max_new_tokens", "6"]
+        told += ["--reward", f"{tmp_path / 'words.py'}:words", "--learning_rate", "1e-3"]
+        capsys.readouterr()
+        explained = live.compare(parse_options("", [*told, *arguments]), tmp_path)
+        text = capsys.readouterr().out
+        return text[text.index("They ") :], explained
+
+    return compared
+
+
+def test_the_command_names_every_convention(command: Callable[..., tuple[str, bool]]) -> None:
+    text, explained = command()
+    assert explained
+    assert "nothing else differs" in text.splitlines()[1]
+    for name in ("score cell", *COMMON):
+        assert f"\n{name} " in text
+
+
+@pytest.mark.parametrize("option", ["lam=0.5", "cliprange=0.01"])
+def test_the_command_names_an_option(option: str, command: Callable[..., tuple[str, bool]]) -> None:
+    name, value = option.split("=")
+    ours = {"cliprange": "clip"}.get(name, name)
+    default = str(getattr(PPOConfig(), ours))
+    text, explained = command("--trl", option, f"--{ours}", default)
+    assert explained
+    assert f"{ours} is {value} in trl and {default} here" in text
+
+
+def test_the_command_leaves_dropout_on_both_sides(
+    command: Callable[..., tuple[str, bool]],
+) -> None:
+    text, explained = command(model=llama)
+    assert explained
+    assert "dropout of 0.2 is on in trl" in "".join(text.splitlines()[:2])
