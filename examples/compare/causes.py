@@ -133,6 +133,12 @@ def _model(sides: Sides) -> list[Cause[Setup]]:
         found.append(Cause("dropout", says, without, undo=(("dropout", False),)))
     elif ours:
         found.append(Cause("dropout", f"dropout is off in trl and {ours} here", without))
+    halves = {facts.get("mixed_precision", "no"), facts["dtype"]} - {"no", "float32", "float64"}
+    if halves or sides.setup.config.precision != "fp32":
+        precision = " and ".join(sorted(halves)) or facts["dtype"]
+        says = f"trl computes in {precision}, here in {sides.setup.config.precision}"
+        again = (("float32", True),) if halves else ()
+        found.append(Cause("half precision", says, _in_float32, undo=again))
     if not facts.get("ref_is_start", True):
         says = "the reference is another model in trl, here it is the model before its first step"
         found.append(Cause("reference", says, lambda s: replace(s, reference=facts["reference"])))
@@ -147,6 +153,10 @@ def _model(sides: Sides) -> list[Cause[Setup]]:
             says = f"trl pads with id {pad_id}, and here it is {here_id}"
             found.append(Cause("pad", says, lambda setup: replace(setup, pad_id=pad_id)))
     return found
+
+
+def _in_float32(setup: Setup) -> Setup:
+    return replace(setup, config=replace(setup.config, precision="fp32"))
 
 
 def _rows(sides: Sides) -> list[Cause[Setup]]:

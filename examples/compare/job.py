@@ -49,6 +49,7 @@ class Job:
         rollouts: of PPO, one for each step.
         value_head: of PPO, the weights that both value heads start from; their bias is 0.
         dropout: False: it is switched off in all modules, whatever the options say.
+        float32: True: all is computed in float32 at least, whatever options or script say.
     """
 
     stage: Stage
@@ -62,6 +63,7 @@ class Job:
     rollouts: list[Rollout] = field(default_factory=list)
     value_head: list[float] = field(default_factory=list)
     dropout: bool = True
+    float32: bool = False
 
     def save(self, file: Path) -> None:
         """Write it as JSON."""

@@ -296,6 +296,14 @@ def test_sft_with_dropout_on_both_sides_is_compared_without(beside):
     assert beside.loss_gap <= FP64
 
 
+def test_half_precision_is_left_by_trl(beside):
+    arguments = ("--batch_size", "4", "--trl", "bf16=True")
+    said = beside("dpo", beside.model("gpt2"), pairs(), *arguments, float64=False)
+    assert "trl computes in bf16, here in fp32" in head(said)
+    assert beside.causes == ["half precision"]
+    assert beside.explained
+
+
 def test_a_row_that_trl_drops_changes_the_order(beside):
     rows = pairs()
     rows[2] = {**rows[2], "prompt": "ba " * 12}

@@ -229,6 +229,15 @@ def test_dropout_is_told_and_can_be_switched_off(model, tmp_path):
     assert dropping.steps != without.steps
 
 
+def test_half_precision_is_told_and_can_be_left(model, tmp_path):
+    folder, half = model("lm"), {"bf16": True}
+    halved = record("dpo", folder, tmp_path / "a", options=half)
+    assert halved.facts["mixed_precision"] == "bf16"
+    single = record("dpo", folder, tmp_path / "b", options=half, float32=True)
+    assert single.facts["mixed_precision"] == "no"
+    assert single.steps == record("dpo", folder, tmp_path / "c").steps != halved.steps
+
+
 def test_errors_are_one_line(model, tmp_path):
     folder = model("lm")
     with pytest.raises(Refused, match="DPOConfig has no option betta; there is beta"):

@@ -45,6 +45,10 @@ def attach(trainer: Any, job: Job, folder: Path, *, given: int | None = None) ->
     carried = _number_rows(trainer)
     if not job.dropout:
         _switch_off_dropout(trainer)
+    if job.float32 or job.float64:
+        _switch_off_autocast(trainer)
+        for model in models(trainer) if not job.float64 else []:
+            model.float()
     recorder.look(len(job.rows) if given is None else given, carried=carried)
     trainer.data_collator = _NumberingCollator(trainer.data_collator)
     recorder.watch_steps()
@@ -267,10 +271,28 @@ def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
                 yield module, name, value
 
 
+def models(trainer: Any) -> list[nn.Module]:
+    """The one that is trained, and DPO's reference where there is one."""
+    both = (trainer.model, getattr(trainer, "ref_model", None))
+    return [model for model in both if model is not None]
+
+
 def _switch_off_dropout(trainer: Any) -> None:
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        for module, name, _ in list(dropouts(model)) if model is not None else []:
+    for model in models(trainer):
+        for module, name, _ in list(dropouts(model)):
             setattr(module, name, 0.0)
+
+
+def _switch_off_autocast(trainer: Any) -> None:
+    """accelerate's, by which a reference is wrapped already, and that of older Trainers."""
+    accelerator = trainer.accelerator
+    accelerator.state._mixed_precision = "no"
+    accelerator.native_amp, accelerator.scaler = False, None
+    trainer.use_cpu_amp = False
+    for model in models(trainer):
+        forward = vars(model).pop("_original_forward", None)
+        if forward is not None:
+            model.forward = forward
 
 
 def tokenizer_of(trainer: Any) -> Any:

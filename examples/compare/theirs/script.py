@@ -19,7 +19,7 @@ import trl
 
 from ..job import REFERENCE, START, Job, Row
 from . import Refused, first_line
-from .recorder import NUMBER, attach, tokenizer_of, warned
+from .recorder import NUMBER, attach, models, tokenizer_of, warned
 from .trainers import BEFORE_5, CLASSES, in_precision_of
 
 STAGES = {trainer: stage for stage, (trainer, _) in CLASSES.items()}
@@ -126,7 +126,8 @@ def _record(
             trainer.ref_model.save_pretrained(folder / REFERENCE)
             tokenizer_of(trainer).save_pretrained(folder / REFERENCE)
         if job.float64:
-            _double(trainer)
+            for each in models(trainer):
+                each.double()
             record.facts["dtype"] = "float64"
         with in_precision_of(job):
             train()
@@ -192,12 +193,6 @@ def _drop_reports(trainer: Any) -> None:
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__module__.startswith("transformers.integrations"):
             trainer.remove_callback(callback)
-
-
-def _double(trainer: Any) -> None:
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            model.double()
 
 
 def _plain(row: Row) -> Row:
