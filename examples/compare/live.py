@@ -32,6 +32,7 @@ from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
 from compare.rows import OurRows, from_script, read, template_of
 from compare.theirs import start
+from compare.theirs.recorder import peak_bytes
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rewards import FORMS, load_reward
 from rlhf_min.harness.rows.load import load_rows
@@ -298,6 +299,7 @@ def _write(out: Path, result: Result) -> None:
         "base": result.explanation.base,
         "followed": result.explanation.best,
         "weights": asdict(result.weights),
+        "peak_bytes": peak_bytes(),  # of our process
     }
     (out / "comparison.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"written: {out / 'comparison.json'}")

@@ -414,7 +414,10 @@ def forbidden(path: Path, source: ast.Module) -> list[str]:
 
 @of_each(SOURCES + EXAMPLES)
 def test_never(path):
-    assert forbidden(path, tree(path)) == []
+    found = forbidden(path, tree(path))
+    if "theirs" in path.parts:  # runs trl and users' scripts: whatever they raise becomes a line
+        found = [fault for fault in found if not fault.endswith("except Exception")]
+    assert found == []
 
 
 @pytest.mark.parametrize(
