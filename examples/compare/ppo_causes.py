@@ -177,6 +177,12 @@ def _of_step(setup: Setup, record: Record) -> list[Cause[Setup]]:
     """Of ``PPOTrainer.step``, 0.11."""
     trl, config = record.options, setup.config
     found: list[Cause[Setup]] = []
+    if record.facts.get("padding_side") == "left":
+        says = (
+            "trl pads on the left, as the tokenizer says, and counts the padding in positions, "
+            "here a row begins at 0"
+        )
+        found.append(Cause("left padding shifts positions", says))
     if config.temperature != record.facts["temperature"]:
         found.append(
             Cause(

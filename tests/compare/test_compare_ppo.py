@@ -204,6 +204,14 @@ def test_a_cause_alone_is_the_gap(name: str, cause: str, run: Callable[[str], Be
     assert (of_weights <= LEGACY_STEP) == (cause == "definitions of metrics")
 
 
+def test_left_padding_of_step_is_told(run: Callable[[str], Beside]) -> None:
+    both = run("recorded")
+    facts = both.record.facts | {"padding_side": "left"}
+    (told,) = [x for x in causes(both.setup, replace(both.record, facts=facts)) if not x.follow]
+    assert told.name == "left padding shifts positions"
+    assert [x for x in both.causes if not x.follow] == []
+
+
 def test_options_that_differ_are_causes(run: Callable[[str], Beside]) -> None:
     both = run("plain")
     own = {"kl_coef": 0.5, "clip": 0.1, "lam": 0.5, "epochs": 2, "adam_eps": 1e-8}

@@ -352,6 +352,7 @@ def _record(trainer: str, job: Job, trained: Trained, started: float) -> Record:
             "dropout": dropout if trainer == "PPOTrainer" else 0.0,
             "pad_id": tokenizer.pad_token_id,
             "eos_id": tokenizer.eos_token_id,
+            "padding_side": tokenizer.padding_side,
             "optimizer": {
                 "class": type(optimizer).__name__,
                 "betas": list(group["betas"]),
