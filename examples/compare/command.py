@@ -19,8 +19,9 @@ CONFIGS: dict[str, Any] = {
     "dpo": DPOConfig,
     "ppo": PPOConfig,
 }
-# What a run of a few steps has no use for; its steps and epochs follow from --steps.
-UNUSED = ("epochs", "steps", "eval_every", "normalise", "cache_reference")
+# What a run of a few steps has no use for; how long it is follows from --steps.
+UNUSED = ("steps", "eval_every", "normalise", "cache_reference")
+PASSES = ("epochs",)  # over all data; those of PPO are over one rollout
 TRUTH = {"True": True, "False": False, "None": None}
 
 
@@ -81,7 +82,8 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     parser.add_fields(Options, without=("ours",))
     stage = _stage(arguments)
     if stage in CONFIGS:
-        parser.add_fields(CONFIGS[stage], without=(*UNUSED, *map(_name, fields(Options))))
+        unused = UNUSED if stage == "ppo" else UNUSED + PASSES
+        parser.add_fields(CONFIGS[stage], without=(*unused, *map(_name, fields(Options))))
     given = vars(parser.parse_args(arguments))
     names = {f.name for f in fields(Options)}
     ours = {name: value for name, value in given.items() if name not in names}

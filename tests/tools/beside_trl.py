@@ -26,12 +26,13 @@ from rlhf_min.errors import BadInput
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "examples/results/beside_trl.json"
 REWARD = "def length(prompts, responses):\n    return [len(r) / 100 for r in responses]\n"
+EPOCHS = ["--epochs", "1", "--minibatch_size", "4"]  # two optimizer steps in each rollout
 # What is compared: the stage, which of the folders, and further options.
 CASES = {
     "dpo": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "128"]),
     "sft": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "128"]),
     "reward": ("minilm", ["--limit", "40", "--batch_size", "10", "--max_length", "512"]),
-    "ppo": ("gpt2", ["--limit", "16", "--batch_size", "8", "--max_new_tokens", "32"]),
+    "ppo": ("gpt2", ["--limit", "16", "--batch_size", "8", "--max_new_tokens", "32", *EPOCHS]),
 }
 STEPS = {"ppo": 2}  # of the others 4
 LOSSES = ("loss", "policy_loss", "value_loss")
