@@ -65,7 +65,7 @@ def causes(sides: Sides) -> list[Cause[Setup]]:
     found = [*_options(sides), *_optimizer(sides), *_model(sides), *_rows(sides), *_texts(sides)]
     found = [_checked(cause, sides.setup) for cause in found]
     found += _order(sides, found)
-    return [*found, *_micro_batches(sides), *_foreign(sides)]
+    return [*found, *_micro_batches(sides), *_shares(sides), *_foreign(sides)]
 
 
 def _options(sides: Sides) -> list[Cause[Setup]]:
@@ -242,6 +242,21 @@ def _micro_batches(sides: Sides) -> list[Cause[Setup]]:
     return [
         Cause("mean of micro-batch means", says, lambda s: replace(s, micro_batch_size=size)),
     ]
+
+
+def _shares(sides: Sides) -> list[Cause[Setup]]:
+    """Steps whose micro-batches have weights that do not add up to 1."""
+    facts = sides.record.facts
+    for i, losses in enumerate(facts["micro_losses"] if sides.record.stage != "sft" else []):
+        weights = [
+            share / loss if loss else 0.0
+            for share, loss in zip(facts["micro_shares"][i], losses, strict=True)
+        ]
+        if abs(sum(weights) - 1) > 1e-3 and all(losses):
+            told = ", ".join(f"{weight:.3g}" for weight in weights)
+            says = f"in step {i + 1} trl adds micro-batches up with the weights {told}"
+            return [Cause("weights of micro-batches", f"{says}, here each row weighs alike")]
+    return []
 
 
 def _foreign(sides: Sides) -> list[Cause[Setup]]:

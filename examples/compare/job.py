@@ -91,7 +91,8 @@ class Record:
             was given, copied or reloaded). Of PPO also ``temperature`` (what log-probabilities are
             computed with) and ``accumulated`` (micro-batches of one optimizer step). Of trl's side:
             ``dataset_rows`` (that it was given), ``ref_is_start`` (DPO: whether the reference is
-            the model before its first step), ``micro_losses``, and, only where it is so,
+            the model before its first step), ``micro_losses`` of each step, ``micro_shares`` (what
+            each of them adds to the loss of its step), and, only where it is so,
             ``numbers`` (rows are not numbered as they were given), ``packed``, ``holes`` (a
             response is not all of the text from its first token on), ``raw_rows`` (why there are
             none), ``new_weights``, ``rows``, ``config`` and ``tokenizer`` (what was translated).

@@ -269,7 +269,7 @@ def _setup(options: Options, record: Record, encoded: Encoded, rows: OurRows) ->
         steps=len(record.steps),
         margins=margins,
     )
-    if all(setup.rows[n] for micros in setup.drawn() for part in micros for n in part):
+    if encoded.rows and all(setup.rows[n] for step in setup.drawn() for part in step for n in part):
         return setup
     # The texts of a script are not all known: then the order is trl's, and where need be the ids.
     theirs = {n: ids for n, ids in record.rows.items() if not setup.rows.get(n)}

@@ -340,11 +340,13 @@ raise SystemExit("what stands behind train() must not happen")
 """
 
 
-def scripted(beside, options: str = "", more: str = "", rows: Rows | None = None) -> str:
+def scripted(
+    beside, options: str = "", more: str = "", rows: Rows | None = None, change: Any = ("", "")
+) -> str:
     beside.model("gpt2")
     beside.rows("rows", pairs() if rows is None else rows)
     text = SCRIPT.format(folder=str(beside.folder), options=options, more=more)
-    return beside.script(text, "--float64")
+    return beside.script(text.replace(*change), "--float64")
 
 
 def test_a_script_is_compared_on_its_own_rows_and_options(beside):
@@ -367,6 +369,14 @@ def test_a_scripts_reference_may_be_another_model(beside):
     assert "the reference is another model in trl" in head(said)
     assert beside.explained
     assert abs(beside.found["trl"]["steps"][0]["margin"]) > 1e-3
+
+
+def test_a_script_whose_rows_stream_is_compared_on_trls_ids(beside):
+    stream = ("train_dataset=rows", "train_dataset=rows.to_iterable_dataset()")
+    said = scripted(beside, "max_steps=6", rows=pairs(12), change=stream)
+    assert head(said).startswith("They agree: ")
+    said = scripted(beside, "max_steps=6", change=stream)  # of 10 rows 2 are left over
+    assert "in step 3 trl adds micro-batches up with the weights 1, 0.5, 0.5" in head(said)
 
 
 def test_a_scripts_repeated_row_is_left_out_here(beside):

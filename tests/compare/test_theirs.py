@@ -440,6 +440,35 @@ def test_a_python_without_trl_or_with_another_says_what_to_do(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            "ended by SIGKILL, as when mem",
+        ),
+        ("import os\nprint('no', flush=True)\nos._exit(3)", r"left nothing \(exit code 3\): no"),
+        (
+            "import pathlib, sys\n"
+            "pathlib.Path(sys.argv[1], 'error.txt').write_text('one line of its own')\n"
+            "sys.exit(2)",
+            "^one line of its own$",
+        ),
+    ],
+)
+def test_a_process_that_ends_early_says_how(code, says, tmp_path, monkeypatch):
+    package = tmp_path / "examples" / "compare"
+    (package / "theirs").mkdir(parents=True)
+    for folder in (package, package / "theirs"):
+        (folder / "__init__.py").touch()
+    (package / "theirs" / "__main__.py").write_text(code)
+    found = {"trl": "1.12.0", "trainers": ["DPOTrainer"]}
+    monkeypatch.setattr(start, "probe", lambda _: found)
+    monkeypatch.setattr(start, "EXAMPLES", tmp_path / "examples")
+    with pytest.raises(start.BadInput, match=says):
+        start.run(Job("dpo", "", 1, []), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     ("version", "lacks", "stages"),
     [
         ("0.11.3", "", {"reward", "dpo", "ppo"}),

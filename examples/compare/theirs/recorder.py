@@ -100,6 +100,7 @@ class Recorder:
             "attention": getattr(model.config, "_attn_implementation", None),
             "dataset_rows": given,
             "micro_losses": [],
+            "micro_shares": [],
         }
         if self.job.stage == "dpo":
             facts |= _reference(trainer, model)
@@ -170,6 +171,7 @@ class Recorder:
         """An optimizer step is over; whether it was the last to record."""
         self.record.batches.append(self._step)
         self.record.facts["micro_losses"].append(self._losses)
+        self.record.facts["micro_shares"].append(self._shares)
         self._step, self._losses = [], []
         self.record.seconds = time.monotonic() - self._started
         return len(self.record.batches) >= self.job.steps

@@ -105,6 +105,8 @@ def _record(
     stage = next((STAGES[name] for name in names if name in STAGES), None)
     if stage is None:
         raise _not_compared(job, trainer)
+    if hasattr(trainer.model, "peft_config"):
+        raise Refused(f"{job.script}: it trains adapters; only whole models are compared")
     job.stage = stage  # type: ignore[assignment]
     dataset = raw.get(id(trainer), trainer.train_dataset)
     known = isinstance(dataset, datasets.Dataset)
