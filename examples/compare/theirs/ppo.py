@@ -8,7 +8,6 @@ import copy
 import importlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ def _run_train(job: Job, folder: Path) -> Record:
     value = _value_model(lm, job)
     models = Models(lm, ref_lm, GivenScores([s for x in job.rollouts for s in x.scores]), value)
     told = {
-        "output_dir": tempfile.mkdtemp(prefix="trl"),
+        "output_dir": str(folder / "trl"),
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,

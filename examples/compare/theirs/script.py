@@ -17,9 +17,9 @@ import torch
 import transformers
 import trl
 
-from ..job import REFERENCE, START, Job, Row
+from ..job import REFERENCE, START, Job, Record, Row
 from . import Refused, first_line
-from .recorder import NUMBER, attach, models, tokenizer_of, warned
+from .recorder import NUMBER, Recorder, attach, models, tokenizer_of, warned
 from .trainers import BEFORE_5, CLASSES, in_precision_of
 
 STAGES = {trainer: stage for stage, (trainer, _) in CLASSES.items()}
@@ -48,7 +48,8 @@ def run(job: Job, folder: Path, leave: Callable[[], NoReturn] | None = None) -> 
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", arguments))
         stack.enter_context(patch.object(sys, "path", path))
-        stack.enter_context(_watching(job, folder, leave or _leave, refused))
+        warnings = stack.enter_context(warned())
+        stack.enter_context(_watching(job, folder, leave or _leave, refused, warnings))
         try:
             runpy.run_path(str(script), run_name="__main__")
         except _Stop:
@@ -70,7 +71,11 @@ def _leave() -> NoReturn:
 
 @contextmanager
 def _watching(
-    job: Job, folder: Path, leave: Callable[[], NoReturn], refused: list[Refused]
+    job: Job,
+    folder: Path,
+    leave: Callable[[], NoReturn],
+    refused: list[Refused],
+    warnings: list[str],
 ) -> Iterator[None]:
     """Inside, a trainer that begins is recorded, and its rows are known as it was given them."""
     raw: dict[int, Any] = {}  # trainer -> its dataset before trl tokenised it
@@ -78,7 +83,10 @@ def _watching(
 
     def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            _record(trainer, job, folder, raw, partial(original, trainer, *args, **kwargs))
+            begin = partial(original, trainer, *args, **kwargs)
+            recorder = _record(trainer, job, folder, raw, begin)
+            recorder.record.warnings = [*warnings, *recorder.record.warnings]
+            recorder.save()
         except Refused as error:
             refused.append(error)
             raise _Stop from error
@@ -99,7 +107,7 @@ def _watching(
 
 def _record(
     trainer: Any, job: Job, folder: Path, raw: dict[int, Any], train: Callable[[], Any]
-) -> None:
+) -> Recorder:
     """One training, from its first step to the last that is recorded."""
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
     stage = next((STAGES[name] for name in names if name in STAGES), None)
@@ -111,38 +119,46 @@ def _record(
     dataset = raw.get(id(trainer), trainer.train_dataset)
     known = isinstance(dataset, datasets.Dataset)
     _drop_reports(trainer)
-    with warned() as warnings:
-        recorder = attach(trainer, job, folder, given=len(dataset) if known else 0)
-        record = recorder.record
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        rope = vars(model.config).pop("rope_parameters", None) if BEFORE_5 else None
-        if rope:  # the model is kept as this version has read it
-            warnings.append(
-                f"transformers {transformers.__version__} does not know the rope_parameters of the "
-                f"model's config, {rope}, and computes with rope_theta={model.config.rope_theta}"
-            )
-        model.save_pretrained(folder / START)
-        tokenizer_of(trainer).save_pretrained(folder / START)
-        if not record.facts.get("ref_is_start", True):
-            record.facts["reference"] = str(folder / REFERENCE)
-            trainer.ref_model.save_pretrained(folder / REFERENCE)
-            tokenizer_of(trainer).save_pretrained(folder / REFERENCE)
-        if job.float64:
-            for each in models(trainer):
-                each.double()
-            record.facts["dtype"] = "float64"
-        with in_precision_of(job):
-            train()
-    record.warnings = warnings
+    recorder = attach(trainer, job, folder, given=len(dataset) if known else 0)
+    _keep_models(trainer, recorder.record, folder)
+    if job.float64:
+        for model in models(trainer):
+            model.double()
+        recorder.record.facts["dtype"] = "float64"
+    with in_precision_of(job):
+        train()
     if known:
-        count = sum(len(micro) for micros in record.batches for micro in micros)
-        numbers = record.rows.keys() | _drawn(len(dataset), trainer.args.seed, count)
-        numbers &= set(range(len(dataset)))  # packed rows have numbers of their own
-        record.raw_rows = {n: _plain(dataset[n]) for n in sorted(numbers)}
-    if not any(record.raw_rows.values()):
-        record.raw_rows = {}
-        record.facts["raw_rows"] = "not there any more when training begins: ids only"
-    recorder.save()
+        recorder.record.raw_rows = _raw_rows(dataset, recorder.record, trainer.args.seed)
+    if not recorder.record.raw_rows:
+        recorder.record.facts["raw_rows"] = "not there any more when training begins: ids only"
+    return recorder
+
+
+def _keep_models(trainer: Any, record: Record, folder: Path) -> None:
+    """What training starts from, as this transformers has read it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    rope = vars(model.config).pop("rope_parameters", None) if BEFORE_5 else None
+    if rope:
+        record.warnings.append(
+            f"transformers {transformers.__version__} does not know the rope_parameters of the "
+            f"model's config, {rope}, and computes with rope_theta={model.config.rope_theta}"
+        )
+    kept = {START: model}
+    if not record.facts.get("ref_is_start", True):
+        record.facts["reference"] = str(folder / REFERENCE)
+        kept[REFERENCE] = trainer.ref_model
+    for name, each in kept.items():
+        each.save_pretrained(folder / name)
+        tokenizer_of(trainer).save_pretrained(folder / name)
+
+
+def _raw_rows(dataset: Any, record: Record, seed: int) -> dict[int, Row]:
+    """The texts of the rows that were trained on, and that would be if none were dropped."""
+    count = sum(len(micro) for micros in record.batches for micro in micros)
+    numbers = record.rows.keys() | _drawn(len(dataset), seed, count)
+    numbers &= set(range(len(dataset)))  # packed rows have numbers of their own
+    rows = {n: _plain(dataset[n]) for n in sorted(numbers)}
+    return rows if any(rows.values()) else {}
 
 
 def _drawn(n: int, seed: int, count: int) -> set[int]:

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import tempfile
 from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
@@ -40,7 +39,7 @@ BEFORE_5 = transformers.__version__.startswith("4.")
 def run(job: Job, folder: Path) -> Record:
     """Train by the job, and write the record and the weights into the folder."""
     with warned() as warnings:
-        args = _config(job)
+        args = _config(job, folder)
         facts: dict[str, Any] = {}
         tokenizer = read_tokenizer(job.model, facts)
         model = _model(job, folder, args.seed, facts)
@@ -61,7 +60,7 @@ def in_precision_of(job: Job) -> Any:
     return float64() if job.float64 else nullcontext()
 
 
-def _config(job: Job) -> Any:
+def _config(job: Job, folder: Path) -> Any:
     """What both sides must have in common, and all else as the job says or trl has it."""
     config_class = getattr(trl, CLASSES[job.stage][1])
     known = {field.name for field in fields(config_class)}
@@ -71,7 +70,7 @@ def _config(job: Job) -> Any:
             hint = f"; there is {', '.join(near)}" if near else ""
             raise Refused(f"trl {TRL}: {config_class.__name__} has no option {name}{hint}")
     options = {
-        "output_dir": tempfile.mkdtemp(prefix="trl"),
+        "output_dir": str(folder / "trl"),
         "use_cpu": job.float64 or not torch.cuda.is_available(),
         "bf16": False,
         "optim": "adamw_torch",
