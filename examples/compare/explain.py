@@ -59,7 +59,7 @@ class Explanation(Generic[Setup]):
         base: our metrics by our own conventions, up to the first step that differs.
         best: our metrics when all is followed that was found to matter.
         first: where the two differ at first, or None if they agree.
-        followed: the causes that matter; first those that are seen first, and most.
+        followed: the causes that matter; first those that are seen first, in a loss, and most.
         without_effect: what differs and changes no number.
         cannot: what differs and cannot be followed.
         left: the gap that stays, or None.
@@ -89,7 +89,7 @@ def up_to_gap(
 def first_gap(
     ours: Iterable[Mapping[str, float]], theirs: Steps, tolerances: Mapping[str, float]
 ) -> Gap | None:
-    """The first step in which a metric of both is off, by the loss if that is off too.
+    """The first step in which a metric of both is off, by a loss if one is off too.
 
     It takes no further step of `ours` than it needs.
     """
@@ -102,7 +102,8 @@ def first_gap(
             and (excess := _excess(name, mine[name], other[name], tolerances)) > 1
         }
         if off:
-            name = "loss" if "loss" in off else max(off, key=lambda name: off[name])
+            losses = [name for name in off if name.endswith("loss")]
+            name = max(losses or off, key=lambda name: off[name])
             return Gap(number, name, mine[name], other[name])
     return None
 
@@ -155,7 +156,7 @@ def explain(
         for cause in needed
         if (at := gaps.get(cause.name)) is not None
     ]
-    found.followed.sort(key=lambda f: (f.before.step, -_excess_of(f.before, tolerances)))
+    found.followed.sort(key=lambda f: _place(f.before, tolerances))
     found.without_effect = [cause for cause in able if cause.name not in gaps]
     return found
 
@@ -174,6 +175,11 @@ def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
         assert cause.follow is not None
         setup = cause.follow(setup)
     return setup
+
+
+def _place(gap: Gap, tolerances: Mapping[str, float]) -> tuple[int, bool, float]:
+    """Gaps in order: those that are seen first, in a loss, and most."""
+    return gap.step, not gap.metric.endswith("loss"), -_excess_of(gap, tolerances)
 
 
 def largest(ours: Steps, theirs: Steps, metric: str) -> float:

@@ -110,6 +110,7 @@ class Side:
     ref_policy: Policy
     start: Mapping[str, Tensor]
     in_words_of_trl: list[Metrics] = field(default_factory=list)
+    _first: dict[Any, Scored] = field(default_factory=dict)  # by what it depends on
 
     @classmethod
     def load(cls, job: Job, critic: Critic) -> "Side":
@@ -174,23 +175,34 @@ class Side:
             p.copy_(self.start[name])
 
     def _judged(self, setup: Setup, given: Rollout, kl_coef: float) -> RolloutBuffer:
+        config = setup.config
+        # Before the first step all runs have the same weights: one scores for all.
+        first = given is setup.rollouts[0]
+        key = (setup.pad_id, setup.pad_in_prompts, config.temperature, config.kl)
+        rollout = self._first.get(key) if first else None
+        if rollout is None:
+            rollout = self._rollout(setup, given)
+        if first:
+            self._first[key] = rollout
+        if setup.leaking_rewards:
+            return conventions.judge_leaking(rollout, config, kl_coef=kl_coef)
+        return conventions.judge_marked(rollout, config, kl_coef=kl_coef)
+
+    def _rollout(self, setup: Setup, given: Rollout) -> Scored:
+        """The given responses, scored, with score cells if they are followed."""
         prompts, responses = (
             [tensor(ids) for ids in rows] for rows in (given.prompt_ids, given.response_ids)
         )
         if setup.pad_in_prompts is not None:
             prompts = [ids[ids != setup.pad_in_prompts] for ids in prompts]
         if setup.pad_id is None:
-            rollout = self._scored(setup, prompts, responses, given.scores)
-            if setup.leaking_rewards:
-                return conventions.judge_leaking(rollout, setup.config, kl_coef=kl_coef)
-            return ppo.judge(rollout, setup.config, kl_coef=kl_coef)
+            return self._scored(setup, prompts, responses, given.scores)
         tokens = [conventions.before(ids, setup.pad_id) for ids in responses]
         cells = conventions.with_score_cell(tokens, filler=self.policy.pad_id)
         rollout = self._scored(setup, prompts, cells, given.scores)
         eos_id = self.policy.tokenizer.eos_token_id
         ended = tensor([bool((ids == eos_id).any()) for ids in responses])
-        rollout = conventions.marked(replace(rollout, ended=ended), tokens)
-        return conventions.judge_marked(rollout, setup.config, kl_coef=kl_coef)
+        return conventions.marked(replace(rollout, ended=ended), tokens)
 
     def _scored(
         self,

@@ -63,7 +63,9 @@ def tokens_of(rollout: Rollout) -> Tensor:
 
 
 def judge_marked(rollout: Rollout, config: PPOConfig, *, kl_coef: float) -> RolloutBuffer:
-    """`judge`, which only whitens the advantages without score cells."""
+    """`judge`, but that score cells, if there are any, take no part in whitening advantages."""
+    if bool((tokens_of(rollout) == rollout.mask).all()):
+        return ppo.judge(rollout, config, kl_coef=kl_coef)
     judged = ppo.judge(rollout, replace(config, whiten_advantages=False), kl_coef=kl_coef)
     if not config.whiten_advantages:
         return judged
