@@ -11,18 +11,22 @@ from compare.job import Ids, Record
 from compare.ours.stages import Setup, Side
 from rlhf_min.errors import BadInput
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+SCHEDULE: dict[str, Any] = {"lr_scheduler_kwargs": (None, {}, "{}")}
 # trl's options that change numbers, have no counterpart here, and the value with which they do not.
 FOREIGN: dict[str, dict[str, Any]] = {
     "sft": {
         "assistant_only_loss": False,
+        **SCHEDULE,
         "label_smoothing_factor": 0.0,
         "loss_type": ("nll", "chunked_nll"),
         "neftune_noise_alpha": None,
         "packing": False,
         "padding_free": False,
     },
-    "reward": {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None},
+    "reward": {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, **SCHEDULE},
     "dpo": {
+        **SCHEDULE,
         "f_divergence_type": ("reverse_kl", "FDivergenceType.REVERSE_KL"),
         "label_smoothing_factor": 0.0,
         "ld_alpha": None,
@@ -102,19 +106,31 @@ def _says(name: str, value: Any, here: Any, record: Record) -> str:
 
 def _optimizer(sides: Sides) -> list[Cause[Setup]]:
     """Of AdamW what no option of ours says."""
-    given, setup = sides.record.options, sides.setup
-    betas = (given["adam_beta1"], given["adam_beta2"])
+    facts, setup = sides.record.facts, sides.setup
+    given = facts["optimizer"]
+    betas, eps = tuple(given.get("betas", setup.betas)), given.get("eps", setup.eps)
     found: list[Cause[Setup]] = []
-    if given["adam_epsilon"] != setup.eps:
-        says = f"AdamW's epsilon is {given['adam_epsilon']} in trl and {setup.eps} here"
-        found.append(
-            Cause("epsilon", says, lambda setup: replace(setup, eps=given["adam_epsilon"]))
-        )
+    if eps != setup.eps:
+        says = f"AdamW's epsilon is {eps} in trl and {setup.eps} here"
+        found.append(Cause("epsilon", says, lambda setup: replace(setup, eps=eps)))
     if betas != setup.betas:
         says = f"AdamW's betas are {betas} in trl and {setup.betas} here"
         found.append(Cause("betas", says, lambda setup: replace(setup, betas=betas)))
-    if not str(given["optim"]).startswith("adamw_torch"):
-        found.append(Cause("optimizer", f"optim is {given['optim']} in trl, here it is AdamW"))
+    own, optim = facts.get("own_optimizer", False), sides.record.options["optim"]
+    if own and given["class"] != "AdamW":
+        found.append(Cause("optimizer", f"the script brings {given['class']}, here it is AdamW"))
+    elif own and min(given["weight_decay"]) > 0:
+        says = "the script's optimizer decays all weights, here biases and normalisations do not"
+        found.append(Cause("optimizer", says))
+    elif not own and optim not in ADAMW:
+        found.append(Cause("optimizer", f"optim is {optim} in trl, here it is AdamW"))
+    if facts.get("own_schedule"):
+        found.append(Cause("rate", "the script brings a schedule of its own, which is not here"))
+    frozen = facts.get("frozen")
+    if frozen:
+        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        says = f"trl's side does not train {frozen[0]}{more}, here all weights are trained"
+        found.append(Cause("frozen weights", says, lambda setup: replace(setup, frozen=frozen)))
     return found
 
 
@@ -186,17 +202,30 @@ def _texts(sides: Sides) -> list[Cause[Setup]]:
     """Rows that are read differently, by the kind of difference."""
     record, tokenizer = sides.record, sides.side.tokenizer
     found: list[Cause[Setup]] = []
+    parted = _parted(record)
+    if parted:
+        says = f"{sides.named(parted)}: trl cuts all of a prompt, or more for one of the responses"
+        found.append(Cause("cut prompt", f"{says}, here a pair has one prompt"))
     for difference in tokens.differences(
         sides.setup.rows, record.rows, tokenizer, max_length=record.options.get("max_length")
     ):
         says = f"{sides.named(list(difference.columns))}: {difference.says}"
-        found.append(Cause(difference.kind, says, _taking(record.rows, difference.columns)))
-        model = type(sides.side.module).__name__
-        if difference.kind == "prompt trained on" and not model.endswith("ForCausalLM"):
-            says = f"for a {model} trl divides by the first token of each row too, here not"
-            follow = partial(replace, first_counted=True)
-            found.append(Cause("first token counted", says, follow))
+        columns = {row: c for row, c in difference.columns.items() if row not in parted}
+        if columns:
+            found.append(Cause(difference.kind, says, _taking(record.rows, columns)))
+    model = type(sides.side.module).__name__
+    whole = not all(ids.get("prompt_ids", True) for ids in record.rows.values())
+    if record.stage == "sft" and whole and not model.endswith("ForCausalLM"):
+        says = f"for a {model} trl divides by the first token of each row too, here not"
+        follow = partial(replace, first_counted=True)
+        found.append(Cause("first token counted", says, follow))
     return found
+
+
+def _parted(record: Record) -> list[int]:
+    """Pairs of DPO that have no prompt in common once trl has cut them from the left."""
+    rows = record.rows.items() if record.stage == "dpo" else ()
+    return sorted(n for n, ids in rows if "rejected_prompt_ids" in ids or not ids["prompt_ids"])
 
 
 def _taking(
@@ -266,6 +295,15 @@ def _foreign(sides: Sides) -> list[Cause[Setup]]:
         usual = usual if isinstance(usual, tuple) else (usual,)
         if name in given and given[name] not in usual:
             found.append(Cause[Setup](name, f"{name} is {given[name]!r} in trl, which is not here"))
+    facts = sides.record.facts
+    if "subclass" in facts:
+        says = f"the script trains with {facts['subclass']}, a {sides.record.trainer} of its own"
+        found.append(Cause("subclass", f"{says}, of which nothing but trl's part is here"))
+    if facts.get("own_loss"):
+        found.append(Cause("compute_loss_func", "the script brings a loss, which is not here"))
+    if given.get("precompute_ref_log_probs") and facts["dtype"] == "float64":
+        says = "trl keeps the reference's log-probabilities in float32"
+        found.append(Cause("precompute_ref_log_probs", f"{says}, here they are in float64"))
     return found
 
 

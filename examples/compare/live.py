@@ -166,7 +166,9 @@ def _explained(
     if first is None or not left:
         return _searched(side, setup, found, their_side, record, base)
     note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
-    record = their_side.run(**{name: value for cause in left for name, value in cause.undo})
+    again = their_side.run(**{name: value for cause in left for name, value in cause.undo})
+    again.facts = record.facts | again.facts  # some were found here
+    record = again
     setup = following(setup, left)
     without = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = [cause for cause in found if not cause.undo]

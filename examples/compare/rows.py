@@ -68,7 +68,7 @@ def read(options: Options) -> OurRows:
 
 
 def from_script(record: Record) -> OurRows:
-    """The rows of a script's dataset that it trained on, as our side reads them."""
+    """The rows of a script's dataset that it trained on, as our side reads them, if it can."""
     import datasets
 
     total = record.facts["dataset_rows"]
@@ -77,7 +77,12 @@ def from_script(record: Record) -> OurRows:
     numbers = sorted(record.raw_rows)
     raw = [record.raw_rows[n] for n in numbers]
     stage: Any = record.stage
-    loaded = load_rows(datasets.Dataset.from_list(raw), stage)
+    try:
+        loaded = load_rows(datasets.Dataset.from_list(raw), stage)
+    except BadInput as error:  # such as columns that a `formatting_func` or `text` is made for
+        found = "; ".join(str(error).split("; ")[:2])  # without what a user of ours would do
+        record.facts["raw_rows"] = found
+        return OurRows([], {}, ALONE, of=total)
     kept = {numbers[int(row.place) - 1]: row for row in loaded.rows if isinstance(row, PlacedRow)}
     left_out = {
         numbers[int(place) - 1]: why for why, places in loaded.dropped.items() for place in places

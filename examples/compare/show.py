@@ -48,7 +48,9 @@ def page(result: Result, options: Options) -> str:
         "\n".join(headline(result)),
         _what(record, options),
         _causes(explanation),
-        _others("These differ too, and change no number:", explanation.without_effect),
+        _others(
+            "These differ too, and change no metric of these steps:", explanation.without_effect
+        ),
         _others("Nothing here follows trl in these:", explanation.cannot),
         steps(record.steps, explanation),
         "\n  ".join(["trl warned:", *warned]) if warned else "",
@@ -101,7 +103,8 @@ def _beside(ours: float | None, theirs: float) -> list[str]:
 
 
 def _gap(gap: Gap) -> str:
-    return f"{gap.metric} {gap.theirs:.6g} in trl, {gap.ours:.6g} here"
+    digits = 6 if f"{gap.theirs:.6g}" != f"{gap.ours:.6g}" else 15
+    return f"{gap.metric} {gap.theirs:.{digits}g} in trl, {gap.ours:.{digits}g} here"
 
 
 def _unseen(found: Explanation[Any]) -> str:
@@ -112,9 +115,11 @@ def _unseen(found: Explanation[Any]) -> str:
 def _what(record: Record, options: Options) -> str:
     rows = sum(len(part) for micros in record.batches for part in micros)
     source = options.trl_script or f"{options.model}, {options.data}"
+    why = record.facts.get("raw_rows")
+    ids = f"\nBoth sides have trl's ids, and texts are not compared: {why}." if why else ""
     return (
         f"{record.trainer} of {python(record.versions)}; {record.facts['dtype']}; {rows} rows in "
-        f"{len(record.steps)} steps; {source}"
+        f"{len(record.steps)} steps; {source}{ids}"
     )
 
 

@@ -15,6 +15,7 @@ class Decoder(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    all_special_ids: Sequence[int]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -72,6 +73,7 @@ Kind = tuple[str, str, tuple[str, ...]]
 
 
 def _kinds(ours: Ids, theirs: Ids, tokenizer: Decoder, max_length: int | None) -> list[Kind]:
+    theirs = {name: theirs[name] for name in ours}
     columns = [name for name in theirs if ours[name] != theirs[name]]
     if not columns:
         return []
@@ -91,6 +93,9 @@ def _kinds(ours: Ids, theirs: Ids, tokenizer: Decoder, max_length: int | None) -
             )
         ]
     if prompt and _joined(ours, theirs, tokenizer):
+        if _special(theirs, tokenizer) > _special(ours, tokenizer):
+            says = "trl reads the special tokens that a text spells, here they are read as text"
+            return [("special tokens in a text", says, tuple(columns))]
         says = "trl makes ids of prompt and response as one text, here each has its own"
         return [("joined text", says, tuple(columns))]
     found: list[Kind] = []
@@ -127,6 +132,10 @@ def _of_response(
     eos = tokenizer.eos_token_id
     if [*theirs, eos] == ours and len(theirs) != room:
         return "EOS", "the response ends without EOS in trl, here with it"
+    spelled = tokenizer.decode(_without(ours, eos))
+    if theirs[-1:] == [eos] and spelled == tokenizer.decode(theirs):
+        says = "the text spells EOS, which trl reads, and here it is text with an EOS behind it"
+        return "special tokens in a text", says
     if ours[: len(theirs)] == theirs or _without(ours, eos) == theirs[: len(ours) - 1]:
         shorter = len(theirs) < len(ours) or len(theirs) == room
         if shorter:
@@ -151,6 +160,12 @@ def _joined(ours: Ids, theirs: Ids, tokenizer: Decoder) -> bool:
         return [tokenizer.decode([*prompt, *response]) for response in responses]
 
     return texts(ours) == texts(theirs)
+
+
+def _special(ids: Ids, tokenizer: Decoder) -> int:
+    """How many special tokens there are."""
+    known = set(tokenizer.all_special_ids)
+    return sum(token in known for row in ids.values() for token in row)
 
 
 def _texts(ours: list[int], theirs: list[int], tokenizer: Decoder) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
+import torch
 from compare import live
 from compare.command import parse_options
 from compare.job import Job, Record
@@ -383,4 +384,99 @@ def test_a_scripts_repeated_row_is_left_out_here(beside):
     rows = pairs()
     said = scripted(beside, rows=[*rows, rows[4]])
     assert "left out here (duplicate of an earlier row)" in head(said)
+    assert beside.explained
+
+
+def test_a_pair_whose_prompt_is_cut_for_one_response_alone_is_told(beside):
+    said = scripted(beside, "truncation_mode='keep_end', max_length=6")
+    assert "trl cuts all of a prompt, or more for one of the responses" in said
+    assert not beside.explained
+
+
+# What a script brings of its own: where trl's side is changed, and what is said of it.
+TORCH = ("import sys", "import torch")
+FROZEN = ("rows = load", "model.transformer.wte.weight.requires_grad = False\nrows = load")
+MINE = """
+class Mine(DPOTrainer):
+    def compute_loss(self, *args, **more):
+        return 2 * super().compute_loss(*args, **more)
+
+trainer = Mine("""
+ADAMW = "optimizers=(torch.optim.AdamW(model.parameters(), 2e-3, (.8, .9), weight_decay=0.0), None)"
+SGD = "optimizers=(torch.optim.SGD(model.parameters(), 1e-2), None)"
+OWN = {
+    "frozen": (FROZEN, "", "does not train transformer.wte.weight", {"frozen weights"}),
+    "subclass": (("trainer = DPOTrainer(", MINE), "", "with Mine, a DPOTrainer", None),
+    "betas": (TORCH, ADAMW, "AdamW's betas are (0.8, 0.9) in trl", {"betas"}),
+    "optimizer": (TORCH, SGD, "the script brings SGD, here it is AdamW", None),
+    "schedule": (
+        (
+            "bf16=False,",
+            "bf16=False, lr_scheduler_type='cosine', lr_scheduler_kwargs={'num_cycles': 2},",
+        ),
+        *("", "lr_scheduler_kwargs is {'num_cycles': 2} in trl", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_script_brings_of_its_own_is_told(name, beside):
+    """And followed, where causes are named."""
+    change, more, says, causes = OWN[name]
+    said = scripted(beside, more=f"{more}," if more else "", change=change)
+    assert says in head(said)
+    assert beside.explained == (causes is not None)
+    assert set(beside.causes) == (causes or set())
+    assert causes is None or beside.found["weights"]["size"] <= WEIGHTS
+
+
+SFT_SCRIPT = """
+from datasets import load_dataset
+from trl import SFTConfig, SFTTrainer
+
+args = SFTConfig(
+    {folder!r} + "/trl", use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4,
+    learning_rate=1e-3,
+)
+rows = load_dataset("json", data_files={folder!r} + "/rows.jsonl", split="train")
+SFTTrainer({folder!r} + "/model", args, train_dataset=rows).train()
+"""
+
+
+def test_a_script_whose_columns_are_not_ours_is_compared_on_trls_ids(beside):
+    beside.model("gpt2")
+    beside.rows("rows", [{"text": row["prompt"] + row["chosen"]} for row in pairs()])
+    said = beside.script(SFT_SCRIPT.format(folder=str(beside.folder)), "--float64")
+    assert "texts are not compared: the dataset: SFT needs the columns prompt, response" in said
+    assert beside.causes == ["first token counted"]
+    assert beside.explained
+    assert beside.found["weights"]["size"] <= WEIGHTS
+
+
+REWARD_SCRIPT = """
+from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+RewardTrainer(
+    AutoModelForSequenceClassification.from_pretrained({folder!r} + "/model", num_labels=1),
+    RewardConfig({folder!r} + "/trl", use_cpu=True, report_to="none", learning_rate=1e-2),
+    train_dataset=load_dataset("json", data_files={folder!r} + "/rows.jsonl", split="train"),
+    processing_class=AutoTokenizer.from_pretrained({folder!r} + "/model"),
+).train()
+"""
+
+
+def test_a_new_head_is_the_same_when_the_script_runs_once_more(beside, monkeypatch):
+    beside.model("gpt2")
+    beside.rows("rows", pairs())
+    run, seeds = live.start.run, iter(range(1, 9))
+
+    def unseeded(*arguments):
+        torch.manual_seed(next(seeds))  # each process has other random numbers
+        return run(*arguments)
+
+    monkeypatch.setattr(live.start, "run", unseeded)
+    beside.script(REWARD_SCRIPT.format(folder=str(beside.folder)))
+    assert beside.causes == ["half precision"]  # for which it has run twice
     assert beside.explained

@@ -409,6 +409,10 @@ def test_a_chat_of_several_turns_has_holes_and_a_stage_of_its_own(model, tmp_pat
             "it trains with Trainer; scripts are compared for SFTTrainer, RewardTrainer",
         ),
         (
+            "import transformers\ntransformers.Trainer.train(None, resume_from_checkpoint=True)",
+            "it resumes from a checkpoint; let it begin anew",
+        ),
+        (
             "from trl.experimental.ppo import PPOTrainer\nPPOTrainer(None)",
             "it trains with PPOTrainer; .*; for PPO leave the script out and give --stage ppo",
         ),

@@ -6,13 +6,17 @@ from compare.tokens import differences, rows_named
 BOS, EOS = 1, 2
 
 
+SPELLED = -1  # text that reads like EOS
+
+
 class Letters:
     """A tokenizer whose ids 3 to 28 are letters, and 29 on two letters each: "aa", "ab", ..."""
 
     bos_token_id, eos_token_id = BOS, EOS
+    all_special_ids = (BOS, EOS)
 
     def decode(self, token_ids):
-        names = {BOS: "<s>", EOS: "</s>", 0: "\n"}
+        names = {BOS: "<s>", EOS: "</s>", 0: "\n", SPELLED: "</s>"}
         return "".join(names.get(i) or self._text(i) for i in token_ids)
 
     @staticmethod
@@ -67,6 +71,13 @@ def test_each_kind(ours, theirs, kind, columns):
     found = kinds(ours, theirs)
     assert list(found) == [kind]
     assert columns is None or found[kind] == columns
+
+
+def test_special_tokens_that_a_text_spells():
+    name = "special tokens in a text"
+    ours = {"prompt_ids": [A, SPELLED, B], "response_ids": [C, SPELLED, EOS]}
+    assert kinds(ours, {"prompt_ids": [A, EOS, B]}) == {name: ("prompt_ids",)}
+    assert kinds(ours, {"response_ids": [C, EOS]}) == {name: ("response_ids",)}
 
 
 def test_a_row_that_fills_the_room_is_cut_even_if_only_eos_is_gone():

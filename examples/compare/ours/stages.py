@@ -47,6 +47,7 @@ class Setup:
         pad_id: what a reward model takes for padding; None: as it is.
         margins: of a reward model's pairs, by number of the row.
         eps, betas: of AdamW.
+        frozen: names of parameters that are not trained.
         reference: of DPO, folder of its reference; None: the model that it starts from.
     """
 
@@ -63,6 +64,7 @@ class Setup:
     margins: Mapping[int, float] = field(default_factory=dict)
     eps: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.999)
+    frozen: Sequence[str] = ()
     reference: str | None = None
 
     def drawn(self) -> list[Micros]:
@@ -167,6 +169,7 @@ class Side:
         with torch.no_grad():
             for name, p in self.module.named_parameters():
                 p.copy_(self.start[name])
+                p.requires_grad_(name not in setup.frozen)
         for module, name, share in self.dropped:
             setattr(module, name, share)
         if self.stage == "dpo" or not setup.dropout:

@@ -41,6 +41,9 @@ def attach(trainer: Any, job: Job, folder: Path, *, given: int | None = None) ->
         folder: what `Recorder.save` writes to.
         given: rows that the trainer was given, before it dropped some. Those of the job if None.
     """
+    if trainer.args.n_gpu > 1:
+        n = trainer.args.n_gpu
+        raise Refused(f"trl would share each batch between {n} GPUs; set CUDA_VISIBLE_DEVICES=0")
     recorder = Recorder(trainer, job, folder)
     carried = _number_rows(trainer)
     if not job.dropout:
@@ -97,6 +100,10 @@ class Recorder:
             "pad_id": getattr(trainer.data_collator, "pad_token_id", tokenizer.pad_token_id),
             "eos_id": tokenizer.eos_token_id,
             "model_pad_id": model.config.pad_token_id,
+            "own_loss": getattr(trainer, "compute_loss_func", None) is not None,
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+            "own_optimizer": trainer.optimizer is not None,  # of the script; trl's comes later
+            "own_schedule": trainer.lr_scheduler is not None,
             "attention": getattr(model.config, "_attn_implementation", None),
             "dataset_rows": given,
             "micro_losses": [],
@@ -157,9 +164,13 @@ class Recorder:
             "optimizer": {
                 "class": type(optimizer).__name__,
                 **{name: group[name] for name in ("betas", "eps") if name in group},
-                "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
+                "weight_decay": [x.get("weight_decay", 0.0) for x in optimizer.param_groups],
             },
         }
+        if self.record.facts["own_optimizer"]:
+            decay = max(self.record.facts["optimizer"]["weight_decay"])
+            rate = group.get("initial_lr", group["lr"])
+            self.record.options |= {"learning_rate": rate, "weight_decay": decay}
         self._optimizer = optimizer
         self._started = time.monotonic()
 

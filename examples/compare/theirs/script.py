@@ -50,6 +50,7 @@ def run(job: Job, folder: Path, leave: Callable[[], NoReturn] | None = None) -> 
         stack.enter_context(patch.object(sys, "path", path))
         warnings = stack.enter_context(warned())
         stack.enter_context(_watching(job, folder, leave or _leave, refused, warnings))
+        transformers.set_seed(0)  # a run of it once more has the same chance, as for a new head
         try:
             runpy.run_path(str(script), run_name="__main__")
         except _Stop:
@@ -83,6 +84,8 @@ def _watching(
 
     def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         try:
+            if kwargs.get("resume_from_checkpoint", args[0] if args else None):
+                raise Refused(f"{job.script}: it resumes from a checkpoint; let it begin anew")
             begin = partial(original, trainer, *args, **kwargs)
             recorder = _record(trainer, job, folder, raw, begin)
             recorder.record.warnings = [*warnings, *recorder.record.warnings]
@@ -110,7 +113,7 @@ def _record(
 ) -> Recorder:
     """One training, from its first step to the last that is recorded."""
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
-    stage = next((STAGES[name] for name in names if name in STAGES), None)
+    stage = STAGES.get(names[0]) if names else None  # trl has subclasses with other losses
     if stage is None:
         raise _not_compared(job, trainer)
     if hasattr(trainer.model, "peft_config"):
