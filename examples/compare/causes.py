@@ -165,6 +165,10 @@ def _model(sides: Sides) -> list[Cause[Setup]]:
             says = "trl does not tell BERT which tokens are the response's, here it is told"
             found.append(Cause("segments", says, lambda s: replace(s, segments=False)))
         pad_id, here_id = facts.get("pad_id"), model.tokenizer.pad_token_id
+        size = sides.record.options["per_device_train_batch_size"]
+        if sides.setup.margins and size > 1 and sides.record.versions["trl"].startswith("0."):
+            says = "trl 0.11 takes the margin of each pair of a micro-batch from all its pairs"
+            found.append(Cause("margin", f"{says}, here from its own"))
         if pad_id != here_id:
             says = f"trl pads with id {pad_id}, and here it is {here_id}"
             found.append(Cause("pad", says, lambda setup: replace(setup, pad_id=pad_id)))
@@ -206,16 +210,16 @@ def _texts(sides: Sides) -> list[Cause[Setup]]:
     if parted:
         says = f"{sides.named(parted)}: trl cuts all of a prompt, or more for one of the responses"
         found.append(Cause("cut prompt", f"{says}, here a pair has one prompt"))
-    for difference in tokens.differences(
-        sides.setup.rows, record.rows, tokenizer, max_length=record.options.get("max_length")
-    ):
+    whole = {} if "holes" in record.facts else record.rows
+    longest = record.options.get("max_length")
+    for difference in tokens.differences(sides.setup.rows, whole, tokenizer, max_length=longest):
         says = f"{sides.named(list(difference.columns))}: {difference.says}"
         columns = {row: c for row, c in difference.columns.items() if row not in parted}
         if columns:
             found.append(Cause(difference.kind, says, _taking(record.rows, columns)))
     model = type(sides.side.module).__name__
-    whole = not all(ids.get("prompt_ids", True) for ids in record.rows.values())
-    if record.stage == "sft" and whole and not model.endswith("ForCausalLM"):
+    from_first = not all(ids.get("prompt_ids", True) for ids in record.rows.values())
+    if record.stage == "sft" and from_first and not model.endswith("ForCausalLM"):
         says = f"for a {model} trl divides by the first token of each row too, here not"
         follow = partial(replace, first_counted=True)
         found.append(Cause("first token counted", says, follow))
@@ -263,13 +267,13 @@ def _micro_batches(sides: Sides) -> list[Cause[Setup]]:
     if not uneven:
         return []
     sizes = " and ".join(str(len(part)) for part in record.batches[uneven[0]])
-    size = record.options["per_device_train_batch_size"]
+    of_steps = [[len(part) for part in micros] for micros in record.batches]
     says = (
         f"in step {uneven[0] + 1} trl averages the means of micro-batches of {sizes} rows, "
         "here each row weighs alike"
     )
     return [
-        Cause("mean of micro-batch means", says, lambda s: replace(s, micro_batch_size=size)),
+        Cause("mean of micro-batch means", says, lambda s: replace(s, micro_sizes=of_steps)),
     ]
 
 
@@ -296,6 +300,9 @@ def _foreign(sides: Sides) -> list[Cause[Setup]]:
         if name in given and given[name] not in usual:
             found.append(Cause[Setup](name, f"{name} is {given[name]!r} in trl, which is not here"))
     facts = sides.record.facts
+    if "holes" in facts:
+        says = "trl leaves tokens out between those that it trains on, here the response is whole"
+        found.append(Cause("holes", says))
     if "subclass" in facts:
         says = f"the script trains with {facts['subclass']}, a {sides.record.trainer} of its own"
         found.append(Cause("subclass", f"{says}, of which nothing but trl's part is here"))

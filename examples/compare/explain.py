@@ -60,7 +60,8 @@ class Explanation(Generic[Setup]):
         best: our metrics when all is followed that was found to matter.
         first: where the two differ at first, or None if they agree.
         followed: the causes that matter; first those that are seen first, in a loss, and most.
-        without_effect: what differs and changes no number.
+        without_effect: what differs and changes no metric.
+        in_weights: what does so and changes the weights, where no metric differs.
         cannot: what differs and cannot be followed.
         left: the gap that stays, or None.
     """
@@ -70,6 +71,7 @@ class Explanation(Generic[Setup]):
     first: Gap | None
     followed: list[Followed[Setup]] = field(default_factory=list)
     without_effect: list[Cause[Setup]] = field(default_factory=list)
+    in_weights: list[Cause[Setup]] = field(default_factory=list)
     cannot: list[Cause[Setup]] = field(default_factory=list)
     left: Gap | None = None
 
@@ -222,6 +224,7 @@ def as_json(explanation: Explanation[Any]) -> dict[str, Any]:
             for f in explanation.followed
         ],
         "without_effect": [cause.says for cause in explanation.without_effect],
+        "in_weights": [cause.says for cause in explanation.in_weights],
         "cannot": [cause.says for cause in explanation.cannot],
         "left": None if left is None else vars(left),
     }

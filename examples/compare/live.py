@@ -195,7 +195,13 @@ def _searched(
         base=base,
         finished=lambda: weights.append(weights_gap(side.module, file)),
     )
-    return Result(record, explanation, weights[-1])
+    result, silent = Result(record, explanation, weights[-1]), explanation.without_effect
+    if explanation.first is None and silent and not result.explained:
+        for _ in side.run(following(setup, silent)):
+            pass
+        explanation.in_weights, explanation.without_effect = silent, []
+        result.weights = weights_gap(side.module, file)
+    return result
 
 
 def tolerances(record: Record) -> dict[str, float]:

@@ -108,6 +108,9 @@ def _gap(gap: Gap) -> str:
 
 
 def _unseen(found: Explanation[Any]) -> str:
+    if found.in_weights:
+        told = "; ".join(cause.says for cause in found.in_weights)
+        return f"Only the weights differ, until this is followed: {told}."
     others = [cause.says for cause in (*found.without_effect, *found.cannot)]
     return f"Without effect: {'; '.join(others)}." if others else "Nothing differs."
 

@@ -6,6 +6,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,11 +15,14 @@ import torch
 from compare import live
 from compare.command import parse_options
 from compare.job import Job, Record
+from compare.ours.stages import Setup
 from compare.theirs.__main__ import run as run_theirs
 from compare.theirs.float64 import isolated
 from compare.theirs.script import run as run_script
 from small import SYLLABLES, bert, bert_syllables, gpt2, gpt2_classifier, syllables
 from tolerances import FP32, FP64, LEGACY_STEP
+
+from rlhf_min.config import DPOConfig
 
 pytest.importorskip("trl", reason="needs trl", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of trl to transformers
@@ -480,3 +484,66 @@ def test_a_new_head_is_the_same_when_the_script_runs_once_more(beside, monkeypat
     beside.script(REWARD_SCRIPT.format(folder=str(beside.folder)))
     assert beside.causes == ["half precision"]  # for which it has run twice
     assert beside.explained
+
+
+def test_packed_rows_are_not_taken_for_those_of_the_file(beside):
+    beside.model("gpt2")
+    beside.rows("rows", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs()])
+    options = "learning_rate=1e-3, max_steps=3, packing=True, max_length=16,"
+    text = SFT_SCRIPT.replace("learning_rate=1e-3,", options).format(folder=str(beside.folder))
+    said = beside.script(text, "--float64")
+    assert "packing is True in trl" in head(said)
+    assert "texts are not compared: when trl trains, its rows are numbered in the order" in said
+    assert beside.causes == []
+    assert beside.explained
+
+
+LEARNED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + ' ' }}{% endgeneration %}{% else %}{{ m['content'] + ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_tokens_left_out_between_two_responses_are_told(beside, monkeypatch):
+    monkeypatch.setitem(globals(), "CHAT", LEARNED)
+    beside.model("gpt2", chat=True)
+    turns = [("user", "ba be"), ("assistant", "bi"), ("user", "bo")]
+    told = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": [*told, {"role": "assistant", "content": r["chosen"]}]} for r in pairs()]
+    beside.rows("rows", rows)
+    text = SFT_SCRIPT.replace("learning_rate=1e-3,", "assistant_only_loss=True,")
+    said = beside.script(text.format(folder=str(beside.folder)), "--float64")
+    assert "assistant_only_loss is True in trl, which is not here; trl leaves tokens out" in said
+    assert beside.causes == []  # no difference of tokens is made up
+
+
+def test_what_only_the_weights_show_is_named(beside):
+    more = ("--batch_size", "4", "--steps", "1", "--weight_decay", "0", "--trl", "weight_decay=0.1")
+    said = beside("dpo", beside.model("gpt2"), pairs(), *more)
+    assert "Only the weights differ, until this is followed: weight_decay is 0.1" in head(said)
+    assert beside.explained
+    assert beside.found["weights"]["size"] <= WEIGHTS
+
+
+def test_micro_batches_have_the_sizes_that_they_had_in_trl():
+    """Of 0.11 a step may begin with the one row that an epoch has left over."""
+    setup = Setup(DPOConfig(), {}, 1, 2, batches=[[3, 1, 2], [4, 5]], micro_sizes=[[1, 2], [2]])
+    assert setup.drawn() == [[[3], [1, 2]], [[4, 5]]]
+    fewer = replace(setup, batches=[[3], [4, 5, 6]])
+    assert fewer.drawn() == [[[3]], [[4, 5, 6]]]
+
+
+def test_margins_of_trl_0_11_are_told(beside, monkeypatch):
+    run = live.start.run
+
+    def older(*arguments):
+        record = run(*arguments)
+        record.versions["trl"] = "0.11.3"
+        return record
+
+    monkeypatch.setattr(live.start, "run", older)
+    rows = [{**row, "margin": 0.5} for row in pairs()]
+    beside("reward", beside.model("classifier"), rows, "--batch_size", "4")
+    [told] = beside.found["explanation"]["cannot"]
+    assert "takes the margin of each pair of a micro-batch from all its pairs" in told

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from unittest.mock import patch
@@ -40,7 +41,7 @@ class Setup:
         total_steps: what the schedule counts to.
         steps: how many are taken.
         batches: the rows of each step; None: as our cursor draws them.
-        micro_batch_size: of the micro-batches whose means are averaged; None: one mean over all.
+        micro_sizes: of each step's micro-batches, whose means are averaged; None: one mean.
         first_counted: SFT divides by the first token of each row too, which nothing predicts.
         dropout: whether the model's own is on. DPO never has any.
         segments: whether a BERT is told which of two texts a token belongs to.
@@ -56,7 +57,7 @@ class Setup:
     total_steps: int
     steps: int
     batches: Sequence[Sequence[int]] | None = None
-    micro_batch_size: int | None = None
+    micro_sizes: Sequence[Sequence[int]] | None = None
     first_counted: bool = False
     dropout: bool = True
     segments: bool = True
@@ -74,11 +75,17 @@ class Setup:
             cursor = Cursor(sorted(self.rows), seed=self.config.seed)
             size: int = self.config.batch_size  # type: ignore[attr-defined]
             batches = [cursor.take(size) for _ in range(self.steps)]
-        return [
-            [list(rows[i : i + n]) for i in range(0, len(rows), n)]
-            for rows in batches[: self.steps]
-            if (n := self.micro_batch_size or len(rows))
-        ]
+        batches = batches[: self.steps]
+        sizes = self.micro_sizes or [[len(rows)] for rows in batches]
+        return [list(_parted(rows, of)) for rows, of in zip(batches, sizes, strict=True)]
+
+
+def _parted(rows: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Parts of these sizes, the last of which takes what is left."""
+    rest = iter(rows)
+    for part in [*(list(islice(rest, n)) for n in sizes[:-1]), list(rest)]:
+        if part:
+            yield part
 
 
 class Batch(list[Example]):
@@ -197,7 +204,7 @@ class Side:
     def _following(self, setup: Setup) -> Iterator[None]:
         """Inside, what of the setup no option says."""
         with ExitStack() as stack:
-            if setup.micro_batch_size is not None:
+            if setup.micro_sizes is not None:
                 module: Any = {"sft": sft, "reward": reward, "dpo": dpo}[self.stage]
                 means = partial(mean_of_means, module.means)
                 stack.enter_context(patch.object(module, "means", means))

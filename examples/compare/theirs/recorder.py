@@ -114,14 +114,14 @@ class Recorder:
         dataset = trainer.train_dataset
         if not isinstance(dataset, datasets.Dataset):
             facts["numbers"] = COMING  # a stream
-        elif carried or len(dataset) == given:
+        elif carried or (len(dataset) == given and not getattr(trainer.args, "packing", False)):
             kept = set(dataset[NUMBER])
             reason = _reason_to_leave_out(self.job.stage, self.record.options)
             self.record.left_out = {i: reason for i in range(given) if i not in kept}
             if not kept:
                 raise Refused(f"trl leaves out all of {given} rows: {reason}")
         else:
-            facts["numbers"] = "of rows that trl made of several"
+            facts["numbers"] = "anew, since trl makes one of several"
 
     def watch_steps(self) -> None:
         """Look at each micro-batch as it is trained on, and at its loss."""

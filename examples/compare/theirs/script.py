@@ -20,7 +20,7 @@ import trl
 from ..job import REFERENCE, START, Job, Record, Row
 from . import Refused, first_line
 from .recorder import NUMBER, Recorder, attach, models, tokenizer_of, warned
-from .trainers import BEFORE_5, CLASSES, in_precision_of
+from .trainers import BEFORE_5, CLASSES, OLD, TRL, in_precision_of
 
 STAGES = {trainer: stage for stage, (trainer, _) in CLASSES.items()}
 # Of what trl's own tokenising adds to a dataset.
@@ -116,6 +116,8 @@ def _record(
     stage = STAGES.get(names[0]) if names else None  # trl has subclasses with other losses
     if stage is None:
         raise _not_compared(job, trainer)
+    if OLD and stage == "sft":
+        raise Refused(f"{job.script}: SFT is compared with trl 1.0 or newer, this is {TRL}")
     if hasattr(trainer.model, "peft_config"):
         raise Refused(f"{job.script}: it trains adapters; only whole models are compared")
     job.stage = stage  # type: ignore[assignment]
@@ -133,7 +135,9 @@ def _record(
     if known:
         recorder.record.raw_rows = _raw_rows(dataset, recorder.record, trainer.args.seed)
     if not recorder.record.raw_rows:
-        recorder.record.facts["raw_rows"] = "not there any more when training begins: ids only"
+        numbers = recorder.record.facts.get("numbers")
+        why = f"its rows are numbered {numbers}" if numbers else "its columns are gone"
+        recorder.record.facts["raw_rows"] = f"when trl trains, {why}"
     return recorder
 
 
@@ -157,9 +161,10 @@ def _keep_models(trainer: Any, record: Record, folder: Path) -> None:
 
 def _raw_rows(dataset: Any, record: Record, seed: int) -> dict[int, Row]:
     """The texts of the rows that were trained on, and that would be if none were dropped."""
+    if "numbers" in record.facts:  # packed rows have numbers of their own
+        return {}
     count = sum(len(micro) for micros in record.batches for micro in micros)
     numbers = record.rows.keys() | _drawn(len(dataset), seed, count)
-    numbers &= set(range(len(dataset)))  # packed rows have numbers of their own
     rows = {n: _plain(dataset[n]) for n in sorted(numbers)}
     return rows if any(rows.values()) else {}
 
