@@ -29,8 +29,8 @@ REWARD = "def length(prompts, responses):\n    return [len(r) / 100 for r in res
 EPOCHS = ["--epochs", "1", "--minibatch_size", "4"]  # two optimizer steps in each rollout
 # What is compared: the stage, which of the folders, and further options.
 CASES = {
-    "dpo": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "128"]),
-    "sft": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "128"]),
+    "dpo": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "64"]),
+    "sft": ("smollm", ["--limit", "20", "--batch_size", "5", "--max_length", "64"]),
     "reward": ("minilm", ["--limit", "40", "--batch_size", "10", "--max_length", "512"]),
     "ppo": ("gpt2", ["--limit", "16", "--batch_size", "8", "--max_new_tokens", "32", *EPOCHS]),
 }
