@@ -1,17 +1,31 @@
 """The options of the command. Nothing here imports torch, so that a typo is answered at once."""
 
+import ast
+import contextlib
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from compare import options as words
-from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, option
+from rlhf_min.config import (
+    DPOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    check_options,
+    option,
+)
 from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.parser import Parser
 from rlhf_min.harness.rows.columns import parse_columns
+from rlhf_min.harness.rows.load import is_hub_name
+from rlhf_min.loading.sources import require_source
 
 CONFIGS: dict[str, Any] = {
     "sft": SFTConfig,
@@ -22,7 +36,6 @@ CONFIGS: dict[str, Any] = {
 # What a run of a few steps has no use for; how long it is follows from --steps.
 UNUSED = ("steps", "eval_every", "normalise", "cache_reference")
 PASSES = ("epochs",)  # over all data; those of PPO are over one rollout
-TRUTH = {"True": True, "False": False, "None": None}
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,24 @@ class Options:
     )
     trl_data: str | None = option(None, "Rows for trl, if they are to be others.")
     trl_script: str | None = option(None, "A script of yours that trains with trl.")
-    script_args: str = option("", "Its command line, in quotes.")
+    script_args: str | None = option(None, "Its command line, in quotes.")
     reward: str | None = option(None, "PPO's reward: FILE.py:FUNCTION, or a classifier's folder.")
     trl_run: str | None = option(None, "A finished run of trl's: folder, CSV or JSONL.")
     run: str | None = option(None, "The finished run of ours beside it.")
     out: str | None = option(None, "Folder to write the comparison to.")
     threads: int | None = option(None, "CPU threads of PyTorch on both sides.", above=0)
     ours: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def script_arguments(self) -> list[str]:
+        """The command line of the script."""
+        try:
+            return shlex.split(self.script_args or "")
+        except ValueError as error:
+            raise BadInput(f"--script_args {self.script_args}: {error}; close it") from None
 
     @property
     def parsed_columns(self) -> dict[str, str] | None:
@@ -84,6 +108,7 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     if stage in CONFIGS:
         unused = UNUSED if stage == "ppo" else UNUSED + PASSES
         parser.add_fields(CONFIGS[stage], without=(*unused, *map(_name, fields(Options))))
+    _require_stage(arguments, stage)
     given = vars(parser.parse_args(arguments))
     names = {f.name for f in fields(Options)}
     ours = {name: value for name, value in given.items() if name not in names}
@@ -111,6 +136,8 @@ def _check(options: Options, given: set[str]) -> None:
                 f"a script brings its own model and rows; leave --{name} out",
             )
         require(not options.trl, "a script has its options in itself; leave --trl out")
+        require(os.path.isfile(options.trl_script), f"--trl_script {options.trl_script}: no file")
+        options.script_arguments  # noqa: B018  # raises for an open quote
     else:
         require(
             options.stage is not None,
@@ -119,10 +146,19 @@ def _check(options: Options, given: set[str]) -> None:
         )
         require(options.model is not None, "give --model, the folder that both sides start from")
         require(options.data is not None, "give --data, the rows that both sides train on")
+        require(options.script_args is None, "--script_args is for a --trl_script; leave it out")
+        require_source(str(options.model))
+        for name in ("data", "trl_data"):
+            data = getattr(options, name)
+            known = data is None or os.path.exists(data) or is_hub_name(data) or ":" in data
+            require(known, f"--{name} {data}: no such file")
     require(
         options.stage is None or options.stage in CONFIGS,
         f"--stage {options.stage} is not known; there are {', '.join(CONFIGS)}",
     )
+    if options.trl_python is not None:
+        found = shutil.which(options.trl_python)
+        require(found is not None, f"--trl_python {options.trl_python}: no such Python")
     options.parsed_columns  # noqa: B018  # raises for what is none
     if options.template is not None:
         require_template(options.template.replace("\\n", "\n"))
@@ -137,6 +173,21 @@ def given_to_trl(options: Options, stage: Any) -> dict[str, Any]:
     return given | options.trl_options
 
 
+def _require_stage(arguments: Sequence[str], stage: str | None) -> None:
+    """Raise `BadInput` for an option of a stage that is not the one that is compared."""
+    own = {f.name for f in fields(CONFIGS[stage])} if stage in CONFIGS else set()
+    own |= {f.name for f in fields(Options)}
+    script = any(argument.startswith("--trl_script") for argument in arguments)
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        of = [s for s, config in CONFIGS.items() if name in {f.name for f in fields(config)}]
+        if argument.startswith("--") and name not in own and of:
+            cure = f"give --stage {' or '.join(of)} with it"
+            if script:
+                cure = "a script has its options in itself; leave it out"
+            raise BadInput(f"--{name} is an option of {', '.join(of)}; {cure}")
+
+
 def _stage(arguments: Sequence[str]) -> str | None:
     for i, argument in enumerate(arguments):
         name, sign, value = argument.partition("=")
@@ -146,12 +197,11 @@ def _stage(arguments: Sequence[str]) -> str | None:
 
 
 def _value(text: str) -> Any:
-    if text in TRUTH:
-        return TRUTH[text]
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """As JSON or Python would read it: true, True, null, None, 0.1, ["ipo"]; else the text."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
 
 
 def _name(of: Any) -> str:

@@ -90,6 +90,7 @@ class Record:
             ``eps``), ``total_steps`` (what the schedule counts to), ``ref_model`` (DPO: whether it
             was given, copied or reloaded). Of PPO also ``temperature`` (what log-probabilities are
             computed with) and ``accumulated`` (micro-batches of one optimizer step). Of trl's side:
+            ``defaults`` (of the options of the job, if they had not been given),
             ``dataset_rows`` (that it was given), ``ref_is_start`` (DPO: whether the reference is
             the model before its first step), ``micro_losses`` of each step, ``micro_shares`` (what
             each of them adds to the loss of its step), and, only where it is so,

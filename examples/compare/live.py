@@ -1,7 +1,7 @@
 """Both runs, one after the other, and what they say of each other."""
 
 import json
-import shlex
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ def compare(options: Options, folder: Path) -> bool:
         torch.set_num_threads(options.threads)
     python = options.trl_python or sys.executable
     found = start.probe(python)
+    require(found["trl"] is not None, f"no trl in {python}: {python} -m pip install trl")
     note(f"trl's side: {show.python(found)}")
     result = (_ppo if options.stage == "ppo" else _trained)(options, folder, python, found["trl"])
     print(show.page(result, options))
@@ -129,7 +130,7 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     note(f"ours: ppo, {len(record.steps)} steps")
     critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
     side = ppo.Side.load(job, critic)
-    setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours)
+    setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours, options.trl_options)
     base = up_to_gap(side.run(setup), record.steps, tolerances(record))
     found = ppo_causes.causes(setup, record)
     return _explained(side, setup, found, their_side, record, base)
@@ -149,6 +150,7 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
     note(f"ours: {record.stage}, {len(record.steps)} steps")
     start_folder = folder / START if job.script is not None else Path(job.model)
     side = Side.load(record.stage, start_folder, float64=record.facts["dtype"] == "float64")
+    _require_room(side, record)
     encoded = _encoded(options, side, rows, record)
     setup = _setup(options, record, encoded, rows)
     base = up_to_gap(side.run(setup), record.steps, tolerances(record))
@@ -213,7 +215,7 @@ def _job(options: Options, folder: Path) -> tuple[Job, OurRows]:
     common: dict[str, Any] = {"steps": options.steps, "float64": options.float64}
     if options.trl_script is not None:
         script = str(Path(options.trl_script).resolve())
-        arguments = shlex.split(options.script_args)
+        arguments = options.script_arguments
         job = Job("dpo", "", rows=[], script=script, script_arguments=arguments, **common)
         return job, OurRows([], {}, "")
     stage: Any = options.stage
@@ -241,7 +243,8 @@ def _encoded(options: Options, side: Side, rows: OurRows, record: Record) -> Enc
     if isinstance(side.model, RewardModel):
         encoded = encode_pairs(rows.rows, side.model)
     else:
-        longest = options.max_length or record.options.get("max_length") or side.model.positions
+        told = _told_to_both(options, record)
+        longest = options.max_length or told.get("max_length") or side.model.positions
         encoded = encode(
             record.stage,
             rows.rows,
@@ -256,10 +259,29 @@ def _encoded(options: Options, side: Side, rows: OurRows, record: Record) -> Enc
     )
 
 
+def _require_room(side: Side, record: Record) -> None:
+    """trl trains beyond the positions of a model where that raises nothing, and we do not."""
+    positions = getattr(side.model, "positions", math.inf)
+    for number, ids in record.rows.items():
+        prompt = len(ids.get("prompt_ids", []))
+        longest = prompt + max(len(x) for name, x in ids.items() if "prompt" not in name)
+        require(
+            longest <= positions,
+            f"trl trains on {longest} tokens of row {number + 1}, beyond the {positions} positions "
+            f"of the model; give max_length={positions} on trl's side",
+        )
+
+
+def _told_to_both(options: Options, record: Record) -> dict[str, Any]:
+    """trl's options without those that were given to it alone."""
+    return words.without(record.options, record.facts.get("defaults", {}), options.trl_options)
+
+
 def _setup(options: Options, record: Record, encoded: Encoded, rows: OurRows) -> Setup:
     total = record.facts["total_steps"]
     config = CONFIGS[record.stage](**options.ours)
-    given = words.in_our_words(record.stage, record.options, total_steps=total)
+    told = _told_to_both(options, record)
+    given = words.in_our_words(record.stage, told, total_steps=total)
     for name, value in given.items():
         if name not in options.ours:
             try:

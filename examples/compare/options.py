@@ -4,6 +4,7 @@ trl's options here are those of ``record.options``: the whole config as it took 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 # Ours and trl's, where nothing but the name differs.
@@ -118,6 +119,17 @@ def _ppo_in_our_words(trl: dict[str, Any], total_steps: int) -> dict[str, Any]:
         "eos_penalty": trl["missing_eos_penalty"] or 0.0,
         **_schedule(trl, total_steps),
     }
+
+
+def without(trl: dict[str, Any], defaults: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """trl's options as they would be without these, which were given to trl alone.
+
+    Args:
+        trl: its effective options.
+        defaults: of those that were given.
+        names: of those that were given to trl alone.
+    """
+    return trl | {name: defaults[name] for name in names if name in defaults}
 
 
 def ignores_label_smoothing(record: Any) -> bool:

@@ -1,6 +1,6 @@
 """What is known to differ between a PPO run of trl's and ours, and how ours follows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,15 +13,20 @@ from rlhf_min.config import PPOConfig
 STEP = "PPOTrainer.step"
 
 
-def setup_of(record: Record, rollouts: Any, given: dict[str, Any]) -> Setup:
+def setup_of(
+    record: Record, rollouts: Any, given: dict[str, Any], alone: Collection[str] = ()
+) -> Setup:
     """Our run by our own conventions, with trl's options where none of ours were given.
 
     Args:
         record: trl's.
         rollouts: those of the job.
         given: fields of our config.
+        alone: options that were given to trl alone. Its batches are ours in any case.
     """
-    config = _theirs(record) | given
+    alone = [name for name in alone if "batch" not in name and "accumulation" not in name]
+    told = options.without(record.options, record.facts.get("defaults", {}), alone)
+    config = _in_our_words(record, told) | given
     return Setup(
         PPOConfig(**config),
         rollouts,
@@ -31,7 +36,11 @@ def setup_of(record: Record, rollouts: Any, given: dict[str, Any]) -> Setup:
 
 
 def _theirs(record: Record) -> dict[str, Any]:
-    return options.in_our_words("ppo", record.options, total_steps=record.facts["total_steps"])
+    return _in_our_words(record, record.options)
+
+
+def _in_our_words(record: Record, told: dict[str, Any]) -> dict[str, Any]:
+    return options.in_our_words("ppo", told, total_steps=record.facts["total_steps"])
 
 
 def causes(setup: Setup, record: Record) -> list[Cause[Setup]]:

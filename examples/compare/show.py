@@ -95,7 +95,8 @@ def steps(theirs: Sequence[Mapping[str, float]], found: Explanation[Any]) -> str
             if changed:
                 cells += _beside(best[name], other[name])
             rows.append([str(i + 1), name, f"{other[name]:.8g}", *cells])
-    return _table(rows)
+    told = "\nhere: by our own conventions, up to the first step that differs" * changed
+    return _table(rows) + told
 
 
 def _beside(ours: float | None, theirs: float) -> list[str]:

@@ -98,6 +98,16 @@ def _kinds(ours: Ids, theirs: Ids, tokenizer: Decoder, max_length: int | None) -
             return [("special tokens in a text", says, tuple(columns))]
         says = "trl makes ids of prompt and response as one text, here each has its own"
         return [("joined text", says, tuple(columns))]
+    if (
+        prompt
+        and "prompt_ids" not in columns
+        and all(_begins_elsewhere(ours[name], theirs[name]) for name in columns)
+    ):
+        says = (
+            "trl makes ids of prompt and response as one text, and parts them where the prompt "
+            f"alone would end; {_texts(ours[columns[0]], theirs[columns[0]], tokenizer)}"
+        )
+        return [("joined text", says, tuple(columns))]
     found: list[Kind] = []
     for name in columns:
         before = len(theirs["prompt_ids"]) if prompt and name != "prompt_ids" else 0
@@ -166,6 +176,13 @@ def _special(ids: Ids, tokenizer: Decoder) -> int:
     """How many special tokens there are."""
     known = set(tokenizer.all_special_ids)
     return sum(token in known for row in ids.values() for token in row)
+
+
+def _begins_elsewhere(ours: list[int], theirs: list[int]) -> bool:
+    """Whether the first token or two are others, and all that follows is the same."""
+    return ours[0] != theirs[0] and any(
+        len(rest := ours[i:]) > 1 and rest == theirs[k:] for i in range(3) for k in range(3)
+    )
 
 
 def _texts(ours: list[int], theirs: list[int], tokenizer: Decoder) -> str:

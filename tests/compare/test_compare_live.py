@@ -198,6 +198,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "wrong beta": Fault("beta is 0.3 in trl and 0.1 here", ("--beta", "0.1", "--trl", "beta=0.3")),
+    "beta, not told here": Fault("beta is 0.3 in trl and 0.1 here", ("--trl", "beta=0.3")),
     "swapped pair": Fault("row 4: chosen and rejected are swapped", other_rows=swapped),
     "other pad": Fault(
         "trl pads with id 1, and here it is 0",
@@ -210,7 +211,7 @@ FAULTS = {
         ("--trl", "disable_dropout=False"),
         model={"kind": "gpt2", "dropout": 0.1},
     ),
-    "truncation": Fault("trl cuts the text to", ("--max_length", "40", "--trl", "max_length=8")),
+    "truncation": Fault("trl cuts the text to", ("--trl", "max_length=8")),
     "other seed": Fault("seed is 2 in trl and 1 here", ("--seed", "1", "--trl", "seed=2")),
     "label smoothing": Fault("ignores label_smoothing", ("--label_smoothing", "0.2")),
     "left-out EOS": Fault(

@@ -94,6 +94,12 @@ def test_a_prompt_is_cut_only_where_the_row_is_too_long():
     }
 
 
+@pytest.mark.parametrize("response", [[D, B, C, EOS], [B, C, EOS], [D, D, B, C, EOS]])
+def test_a_response_whose_first_tokens_alone_differ_was_joined_with_its_prompt(response):
+    ours = {"prompt_ids": [A], "response_ids": [A, B, C, EOS]}
+    assert kinds(ours, {"response_ids": response}) == {"joined text": ("response_ids",)}
+
+
 def test_a_row_may_differ_in_two_ways():
     found = kinds(SFT, {"prompt_ids": [C, C], "response_ids": [C, D]})
     assert found == {"template": ("prompt_ids",), "EOS": ("response_ids",)}

@@ -27,7 +27,7 @@ from ..job import WEIGHTS, Ids, Job, Record, Rollout
 from ..names import in_our_names
 from . import Refused, first_line
 from .float64 import isolated
-from .recorder import dropouts, peak_bytes, versions, warned
+from .recorder import defaults_of, dropouts, peak_bytes, versions, warned
 from .trainers import (
     BEFORE_5,
     from_folder,
@@ -352,6 +352,7 @@ def _record(trainer: str, job: Job, trained: Trained, started: float) -> Record:
             "pad_id": tokenizer.pad_token_id,
             "eos_id": tokenizer.eos_token_id,
             "padding_side": tokenizer.padding_side,
+            "defaults": defaults_of(given, job.options),
             "optimizer": {
                 "class": type(optimizer).__name__,
                 "betas": list(group["betas"]),

@@ -10,8 +10,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,12 @@ def _reference(trainer: Any, model: nn.Module) -> dict[str, Any]:
     theirs = dict(reference.named_parameters())
     same = all(n in theirs and torch.equal(p, theirs[n]) for n, p in model.named_parameters())
     return {"ref_model": "a copy of the start" if same else "another model", "ref_is_start": same}
+
+
+def defaults_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What these options of a config would be if they had not been given, as JSON has it."""
+    found = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    return dict(json.loads(json.dumps({n: found.get(n) for n in names}, default=str)))
 
 
 def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:

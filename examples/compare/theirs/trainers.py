@@ -16,7 +16,7 @@ from datasets import Dataset
 from ..job import START, Ids, Job, Record, Row
 from . import Refused, first_line
 from .float64 import float64
-from .recorder import NUMBER, attach, warned
+from .recorder import NUMBER, attach, defaults_of, warned
 
 CLASSES = {
     "sft": ("SFTTrainer", "SFTConfig"),
@@ -40,7 +40,7 @@ def run(job: Job, folder: Path) -> Record:
     """Train by the job, and write the record and the weights into the folder."""
     with warned() as warnings:
         args = _config(job, folder)
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"defaults": defaults_of(args, job.options)}
         tokenizer = read_tokenizer(job.model, facts)
         model = _model(job, folder, args.seed, facts)
         with in_precision_of(job):
