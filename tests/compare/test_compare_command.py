@@ -69,9 +69,8 @@ def test_an_open_quote_of_the_scripts_arguments_is_refused():
 @pytest.mark.usefixtures("files")
 def test_what_is_given_here_goes_to_trl_in_its_words_and_its_own_go_before():
     line = f"{DPO} --beta 0.2 --batch_size 6 --warmup_share 0.5 --max_length 9 --steps 4"
-    options = parse_options(
-        "", [*line.split(), "--trl", "beta=0.3", "loss_type=['ipo']", "bf16=True"]
-    )
+    theirs = ["beta=0.3", "loss_type=['ipo']", "bf16=True", "ld_alpha=null", "pad_token=<pad>"]
+    options = parse_options("", [*line.split(), "--trl", *theirs])
     assert given_to_trl(options, "dpo") == {
         "beta": 0.3,
         "per_device_train_batch_size": 6,
