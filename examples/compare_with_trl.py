@@ -6,10 +6,9 @@
 
 trl runs unmodified in a process of its own, with --trl_python in another environment. Both sides
 get the same rows, start weights and options: trl's defaults, unless you give others. An option
-given here (--beta 0.2) goes to both. One behind --trl goes to trl, and ours follows it where it
-can, unless both are given (--beta 0.1 --trl beta=0.2). A script is run as it is, and stopped after
-its first steps. A finished run of trl's (--trl_run) is compared with a finished one of ours without
-trl: a table, beside_trl.png and beside_trl.json in --out, here.
+given here (--beta 0.2) goes to both; one behind --trl (--trl beta=0.2) goes to trl alone. A script
+is run as it is, and stopped after its first steps. A finished run of trl's (--trl_run) is compared
+with a finished one of ours without trl: a table, beside_trl.png and beside_trl.json in --out, here.
 
 The first two lines say whether the two differ and why; then follow each cause, the tokens, and
 every metric of every step. The exit code is 1 if a difference stays that nothing explains.

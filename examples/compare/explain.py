@@ -158,7 +158,7 @@ def explain(
         for cause in needed
         if (at := gaps.get(cause.name)) is not None
     ]
-    found.followed.sort(key=lambda f: _place(f.before, tolerances))
+    sort(found.followed, tolerances)
     found.without_effect = [cause for cause in able if cause.name not in gaps]
     return found
 
@@ -177,6 +177,11 @@ def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
         assert cause.follow is not None
         setup = cause.follow(setup)
     return setup
+
+
+def sort(followed: list[Followed[Any]], tolerances: Mapping[str, float]) -> None:
+    """First the causes that are seen first, in a loss, and most."""
+    followed.sort(key=lambda f: _place(f.before, tolerances))
 
 
 def _place(gap: Gap, tolerances: Mapping[str, float]) -> tuple[int, bool, float]:

@@ -24,6 +24,7 @@ from compare.explain import (
     explain,
     first_gap,
     following,
+    sort,
     up_to_gap,
 )
 from compare.job import START, WEIGHTS, Ids, Job, Record
@@ -170,15 +171,20 @@ def _explained(
     note("trl's side once more, " + ", ".join(f"without {cause.name}" for cause in left))
     again = their_side.run(**{name: value for cause in left for name, value in cause.undo})
     again.facts = record.facts | again.facts  # some were found here
-    record = again
+    own = first_gap(again.steps, record.steps, tolerances(again))  # what these alone make
     setup = following(setup, left)
-    without = up_to_gap(side.run(setup), record.steps, tolerances(record))
+    without = up_to_gap(side.run(setup), again.steps, tolerances(again))
     found = [cause for cause in found if not cause.undo]
-    result = _searched(side, setup, found, their_side, record, without)
-    mine, other = result.explanation.best[first.step - 1], record.steps[first.step - 1]
-    after = abs(mine[first.metric] - other[first.metric])
-    result.explanation.followed[:0] = [Followed(cause, first, after) for cause in left]
-    result.explanation.first, result.explanation.base = first, base
+    result = _searched(side, setup, found, their_side, again, without)
+    told = result.explanation
+    if own is None:
+        told.without_effect += left
+    else:
+        mine, other = told.best[own.step - 1], again.steps[own.step - 1]
+        after = abs(mine[own.metric] - other[own.metric])
+        told.followed += [Followed(cause, own, after) for cause in left]
+        sort(told.followed, tolerances(again))
+    told.first, told.base = first, base
     return result
 
 

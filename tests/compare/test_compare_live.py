@@ -310,6 +310,16 @@ def test_half_precision_is_left_by_trl(beside):
     assert beside.explained
 
 
+def test_half_precision_is_not_blamed_for_what_else_differs(beside):
+    arguments = ("--batch_size", "4", "--seed", "1", "--trl", "bf16=True", "seed=2")
+    said = beside("sft", beside.model("gpt2"), demonstrations(), *arguments, float64=False)
+    assert beside.causes == ["seed", "half precision"]
+    assert "here): seed is 2 in trl and 1 here; trl computes in bf16" in head(said)
+    _, half = beside.found["explanation"]["followed"]
+    assert abs(half["before"]["ours"] - half["before"]["theirs"]) < 0.05
+    assert beside.explained
+
+
 def test_a_row_that_trl_drops_changes_the_order(beside):
     rows = pairs()
     rows[2] = {**rows[2], "prompt": "ba " * 12}
