@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from compare import options
 from compare.conventions import Cause
 from compare.job import Record
 from compare.ours.ppo import Setup
-from rlhf_min.config import PPOConfig
+from rlhf_min.config import PPOConfig, Schedule
 
 STEP = "PPOTrainer.step"
+SCHEDULES = get_args(Schedule)
 
 
 def setup_of(
@@ -27,6 +28,8 @@ def setup_of(
     alone = [name for name in alone if "batch" not in name and "accumulation" not in name]
     told = options.without(record.options, record.facts.get("defaults", {}), alone)
     config = _in_our_words(record, told) | given
+    if config["schedule"] not in SCHEDULES:  # it stays among the causes
+        del config["schedule"]
     return Setup(
         PPOConfig(**config),
         rollouts,
@@ -58,7 +61,9 @@ def _option(name: str, value: Any, setup: Setup) -> Cause[Setup] | None:
     here = getattr(setup.config, name)
     if value == here or name not in {f.name for f in fields(setup.config)}:
         return None
-    return Cause(name, f"{name} is {value} in trl and {here} here", _with(**{name: value}))
+    says = f"{name} is {value} in trl and {here} here"
+    known = name != "schedule" or value in SCHEDULES
+    return Cause(name, says, _with(**{name: value}) if known else None)
 
 
 def _with(**options: Any) -> Callable[[Setup], Setup]:
@@ -72,8 +77,16 @@ def _by(**conventions: Any) -> Callable[[Setup], Setup]:
 
 
 def _of_both(setup: Setup, record: Record) -> list[Cause[Setup]]:
-    eps, accumulated = record.facts["optimizer"]["eps"], record.facts["accumulated"]
+    optimizer, accumulated = record.facts["optimizer"], record.facts["accumulated"]
+    eps = optimizer.get("eps", setup.config.adam_eps)
+    betas = tuple(optimizer.get("betas", setup.betas))
     found: list[Cause[Setup]] = []
+    if optimizer["class"] not in ("Adam", "AdamW"):  # which are the same without decay
+        says = f"trl's optimizer is {optimizer['class']}, here it is AdamW"
+        found.append(Cause("optimizer", says))
+    if betas != setup.betas:
+        says = f"AdamW's betas are {betas} in trl and {setup.betas} here"
+        found.append(Cause("betas", says, _by(betas=betas)))
     if eps != setup.config.adam_eps:
         says = f"Adam's epsilon is {eps} in trl and {setup.config.adam_eps} here"
         found.append(Cause("Adam's epsilon", says, _with(adam_eps=eps)))

@@ -58,8 +58,8 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], list[str]]] = {
     TWO_STEPS: (
         "<pad>",
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 4}
-        | {"kl_estimator": "k3", "warmup_steps": 1},
-        ["score cell", *COMMON, MICRO],
+        | {"kl_estimator": "k3", "warmup_steps": 1, "adam_beta2": 0.9},
+        ["score cell", *COMMON, MICRO, "betas"],
     ),
 }
 RECORDED_CAUSES = [
@@ -71,6 +71,7 @@ SINGLE = {
     **{("plain", name): 1e-8 for name in RUNS["plain"][2]},
     **{("no pad token", name): 1e-5 for name in RUNS["no pad token"][2][:2]},
     **{(run, MICRO): 1e-5 for run, (_, _, names) in RUNS.items() if MICRO in names},
+    (TWO_STEPS, "betas"): 1e-5,
     **{("recorded", name): 1e-5 for name in RECORDED_CAUSES},
 }
 
@@ -210,6 +211,18 @@ def test_left_padding_of_step_is_told(run: Callable[[str], Beside]) -> None:
     (told,) = [x for x in causes(both.setup, replace(both.record, facts=facts)) if not x.follow]
     assert told.name == "left padding shifts positions"
     assert [x for x in both.causes if not x.follow] == []
+
+
+def test_what_ours_has_not_is_told(run: Callable[[str], Beside]) -> None:
+    record = run("plain").record
+    record = replace(record, options=record.options | {"lr_scheduler_type": "polynomial"})
+    setup = setup_of(record, run("plain").job.rollouts, {})
+    (schedule,) = [cause for cause in causes(setup, record) if cause.name == "schedule"]
+    assert schedule.follow is None
+    assert schedule.says == "schedule is polynomial in trl and linear here"
+
+    facts = record.facts | {"optimizer": {"class": "Adafactor"}}
+    assert "optimizer" in [x.name for x in causes(setup, replace(record, facts=facts))]
 
 
 def test_options_that_differ_are_causes(run: Callable[[str], Beside]) -> None:

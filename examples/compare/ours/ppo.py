@@ -48,6 +48,7 @@ class Setup:
         micro_batch_means: each micro-batch weighs alike in its step, not each token.
         pad_id: tokens end before this id, as trl's of 1.12 do, and the score is in the next cell.
         pad_in_prompts: whether prompts keep that id; trl of 1.12 hides it from the models.
+        betas: of AdamW.
         head_bias: whether the value head has one.
         only_first_clipped: gradients after the first are not clipped.
         schedule_by_rollout: the learning rate stays as it is during a rollout's update.
@@ -65,6 +66,7 @@ class Setup:
     micro_batch_means: bool = False
     pad_id: int | None = None
     pad_in_prompts: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
     head_bias: bool = True
     only_first_clipped: bool = False
     schedule_by_rollout: bool = False
@@ -146,6 +148,8 @@ class Side:
         config = setup.config
         state = ppo.new_state(self.policy, [PromptExample("", tensor([0]))], config)
         optimizer = FollowingOptimizer(state.optimizer, setup)
+        for group in optimizer.optimizer.param_groups:
+            group["betas"] = setup.betas
         schedule = _schedule(optimizer, config) if setup.schedule_by_rollout else None
         self.in_words_of_trl = []
         for number, given in enumerate(setup.rollouts):

@@ -355,8 +355,7 @@ def _record(trainer: str, job: Job, trained: Trained, started: float) -> Record:
             "defaults": defaults_of(given, job.options),
             "optimizer": {
                 "class": type(optimizer).__name__,
-                "betas": list(group["betas"]),
-                "eps": group["eps"],
+                **{name: group[name] for name in ("betas", "eps") if name in group},
             },
         },
         rows=_rows(job.rollouts),
