@@ -18,7 +18,7 @@ TOLERANCES = {
 }
 RELATIVE = ("grad_norm", "learning_rate")
 NOISY = ("accuracy",)  # which a margin of rounding alone turns; shown, and not searched by
-WIDER = 2.0  # where a gap stays anyway, a cause matters if without it that gap is so much wider
+WIDER = 2.0  # where a gap stays anyway, a cause matters if without it a gap is so much wider
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,37 @@ def up_to_gap(
 
 
 def first_gap(
-    ours: Iterable[Mapping[str, float]], theirs: Steps, tolerances: Mapping[str, float]
+    ours: Iterable[Mapping[str, float]],
+    theirs: Steps,
+    tolerances: Mapping[str, float],
+    stays: Steps = (),
 ) -> Gap | None:
-    """The first step in which a metric of both is off, by a loss if one is off too.
+    """The first step in which a metric of both is off, by the loss if that is off too.
 
     It takes no further step of `ours` than it needs.
+
+    Args:
+        stays: our metrics with gaps that stay anyway. Of these counts what is `WIDER` times as far.
     """
+
+    def allowed(step: int, name: str) -> float:
+        anyway = 0.0
+        if step <= len(stays) and name in stays[step - 1]:
+            other = theirs[step - 1]
+            anyway = _excess(name, stays[step - 1][name], other[name], tolerances)
+        return WIDER * anyway if anyway > 1 else 1.0
+
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=False), 1):
         off = {
             name: excess
             for name in mine
             if name in other
             and name not in NOISY
-            and (excess := _excess(name, mine[name], other[name], tolerances)) > 1
+            and (excess := _excess(name, mine[name], other[name], tolerances))
+            > allowed(number, name)
         }
         if off:
-            losses = [name for name in off if name.endswith("loss")]
-            name = max(losses or off, key=lambda name: off[name])
+            name = "loss" if "loss" in off else max(off, key=lambda name: off[name])
             return Gap(number, name, mine[name], other[name])
     return None
 
@@ -143,13 +157,13 @@ def explain(
     left = first_gap(best, theirs, tolerances)
     found = Explanation(base, best, first, cannot=cannot, left=left)
     needed = list(able)
+    seen = theirs if left is None else theirs[: left.step]  # behind it the two are other runs
     gaps: dict[str, Gap] = {}
     for cause in able:
         others = [other for other in needed if other is not cause]
-        gap: Gap | None = first
-        if others:
-            gap = first_gap(run(following(setup, others)), theirs, tolerances)
-        if gap is not None and _wider(gap, left, tolerances):
+        without = run(following(setup, others)) if others else base
+        gap = first_gap(without, seen, tolerances, best)
+        if gap is not None:
             gaps[cause.name] = gap
         else:
             needed = others
@@ -158,17 +172,9 @@ def explain(
         for cause in needed
         if (at := gaps.get(cause.name)) is not None
     ]
-    sort(found.followed, tolerances)
+    sort(found.followed, first, tolerances)
     found.without_effect = [cause for cause in able if cause.name not in gaps]
     return found
-
-
-def _wider(gap: Gap, left: Gap | None, tolerances: Mapping[str, float]) -> bool:
-    """Whether a gap is more than what stays anyway."""
-    if left is None or gap.step < left.step:
-        return True
-    wider = _excess_of(gap, tolerances) > WIDER * _excess_of(left, tolerances)
-    return gap.step == left.step and wider
 
 
 def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
@@ -179,14 +185,14 @@ def following(setup: Setup, causes: Iterable[Cause[Setup]]) -> Setup:
     return setup
 
 
-def sort(followed: list[Followed[Any]], tolerances: Mapping[str, float]) -> None:
-    """First the causes that are seen first, in a loss, and most."""
-    followed.sort(key=lambda f: _place(f.before, tolerances))
+def sort(followed: list[Followed[Any]], first: Gap, tolerances: Mapping[str, float]) -> None:
+    """First the causes that are seen first, in the metric of the first gap, in a loss, and most."""
 
+    def place(gap: Gap) -> tuple[int, bool, bool, float]:
+        elsewhere, no_loss = gap.metric != first.metric, not gap.metric.endswith("loss")
+        return gap.step, elsewhere, no_loss, -_excess_of(gap, tolerances)
 
-def _place(gap: Gap, tolerances: Mapping[str, float]) -> tuple[int, bool, float]:
-    """Gaps in order: those that are seen first, in a loss, and most."""
-    return gap.step, not gap.metric.endswith("loss"), -_excess_of(gap, tolerances)
+    followed.sort(key=lambda f: place(f.before))
 
 
 def largest(ours: Steps, theirs: Steps, metric: str) -> float:

@@ -183,7 +183,7 @@ def _explained(
         mine, other = told.best[own.step - 1], again.steps[own.step - 1]
         after = abs(mine[own.metric] - other[own.metric])
         told.followed += [Followed(cause, own, after) for cause in left]
-        sort(told.followed, tolerances(again))
+        sort(told.followed, first, tolerances(again))
     told.first, told.base = first, base
     return result
 

@@ -48,9 +48,7 @@ def page(result: Result, options: Options) -> str:
         "\n".join(headline(result)),
         _what(record, options),
         _causes(explanation),
-        _others(
-            "These differ too, and change no metric of these steps:", explanation.without_effect
-        ),
+        _others(_silent(explanation), explanation.without_effect),
         _others("Nothing here follows trl in these:", explanation.cannot),
         steps(record.steps, explanation),
         "\n  ".join(["trl warned:", *warned]) if warned else "",
@@ -137,6 +135,11 @@ def _causes(found: Explanation[Any]) -> str:
         rows.append([followed.cause.name, before, f"{followed.after:.0e}"])
     told = [f"  {followed.cause.name}: {followed.cause.says}." for followed in found.followed]
     return "\n".join([_table(rows), *told, TOLD])
+
+
+def _silent(found: Explanation[Any]) -> str:
+    behind = "of these steps" if found.left is None else f"up to step {found.left.step}"
+    return f"These differ too, and change no metric {behind}:"
 
 
 def _others(title: str, causes: Sequence[Any]) -> str:

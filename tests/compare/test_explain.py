@@ -110,6 +110,21 @@ def test_a_cause_that_does_not_help_is_not_blamed_for_what_is_left():
     assert found.left == found.first == Gap(1, "loss", 0.5, 1.5)
 
 
+def test_a_cause_is_seen_in_one_metric_while_the_gap_of_another_stays():
+    """As of a swapped pair beside another loss: in DPO's first step no loss depends on it."""
+
+    def two(setup: Toy) -> Iterator[dict[str, float]]:
+        for metrics in run(setup):
+            yield {"loss": metrics["loss"], "chosen_logprobs": setup.d}
+
+    ours = replace(THEIRS, a=0.0, d=0.0)
+    base = list(two(ours))
+    found = explain(*(two, ours, [cause("d")], list(two(THEIRS)), FLOAT64), base=base)
+    assert [f.cause.name for f in found.followed] == ["d"]
+    assert found.followed[0].before == Gap(1, "chosen_logprobs", 0.0, 9.0)
+    assert found.left == Gap(1, "loss", 0.5, 1.5)
+
+
 def test_a_cause_that_cannot_be_followed_is_told():
     ours = replace(THEIRS, a=0.0)
     found = explain(
