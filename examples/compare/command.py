@@ -114,9 +114,15 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     ours = {name: value for name, value in given.items() if name not in names}
     options = Options(ours=ours, **{n: value for n, value in given.items() if n in names})
     if stage in CONFIGS:
-        CONFIGS[stage](**ours)  # says what is out of bounds
+        CONFIGS[stage](**(of_ppo(ours) if stage == "ppo" else ours))  # says what is out of bounds
     _check(options, set(given))
     return options
+
+
+def of_ppo(ours: dict[str, Any]) -> dict[str, Any]:
+    """Options of PPO: those given, and what a rollout of a comparison is without them."""
+    given = {"batch_size": 8, "max_new_tokens": 32, "temperature": 1.0} | ours
+    return {"minibatch_size": given["batch_size"]} | given
 
 
 def _check(options: Options, given: set[str]) -> None:

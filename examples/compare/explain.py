@@ -94,7 +94,7 @@ def first_gap(
     tolerances: Mapping[str, float],
     stays: Steps = (),
 ) -> Gap | None:
-    """The first step in which a metric of both is off, by the loss if that is off too.
+    """The first step in which a metric of both is off, by a loss if one is off too.
 
     It takes no further step of `ours` than it needs.
 
@@ -119,7 +119,7 @@ def first_gap(
             > allowed(number, name)
         }
         if off:
-            name = "loss" if "loss" in off else max(off, key=lambda name: off[name])
+            name = max(off, key=lambda name: (name.endswith("loss"), off[name]))
             return Gap(number, name, mine[name], other[name])
     return None
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from compare import options as words
 from compare import ppo_causes, show
 from compare.causes import Sides, causes
-from compare.command import CONFIGS, Options, given_to_trl
+from compare.command import CONFIGS, Options, given_to_trl, of_ppo
 from compare.explain import (
     TOLERANCES,
     Explanation,
@@ -104,8 +104,7 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     """Both sides take the same responses, which our side samples from the start."""
     rows = load_rows(str(options.data), "ppo", columns=options.parsed_columns, limit=options.limit)
     note(rows.report())
-    given = {"batch_size": 8, "max_new_tokens": 32, "temperature": 1.0} | options.ours
-    given = {"minibatch_size": given["batch_size"]} | given
+    given = of_ppo(options.ours)
     config = CONFIGS["ppo"](**given, steps=options.steps)
     require(options.reward is not None, f"PPO needs a --reward: {FORMS}")
     reward = load_reward([str(options.reward)], RewardModel.from_pretrained)

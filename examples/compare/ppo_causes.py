@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from compare import options
 from compare.conventions import Cause
+from compare.explain import following
 from compare.job import Record
 from compare.ours.ppo import Setup
 from rlhf_min.config import PPOConfig, Schedule
@@ -49,10 +50,13 @@ def _in_our_words(record: Record, told: dict[str, Any]) -> dict[str, Any]:
 def causes(setup: Setup, record: Record) -> list[Cause[Setup]]:
     """All that differs, options first."""
     found = [_option(name, value, setup) for name, value in _theirs(record).items()]
+    told = [cause for cause in found if cause is not None]
+    # Its conventions are those of its options, as of whitened rewards.
+    setup = following(setup, [cause for cause in told if cause.follow is not None])
     of_trainer = _of_step if record.trainer == STEP else _of_train
     conventions = [*of_trainer(setup, record), *_of_both(setup, record)]
     return [
-        *(cause for cause in found if cause is not None),
+        *told,
         *(replace(cause, row=cause.name[:1].upper() + cause.name[1:]) for cause in conventions),
     ]
 

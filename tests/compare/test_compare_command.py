@@ -96,3 +96,11 @@ def test_nothing_that_a_typo_needs_imports_torch():
 def _with_path():
     examples = Path(__file__).parents[2] / "examples"
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(examples), *sys.path])}
+
+
+@pytest.mark.usefixtures("files")
+def test_a_batch_of_ppo_is_one_minibatch_unless_it_is_told():
+    given = [*DPO.replace("dpo", "ppo").split(), "--reward", "script.py:f", "--batch_size", "4"]
+    assert parse_options("", given).ours == {"batch_size": 4}
+    with pytest.raises(BadInput, match="minibatch_size 8 exceeds batch_size 4"):
+        parse_options("", [*given, "--minibatch_size", "8"])

@@ -239,6 +239,22 @@ def test_options_that_differ_are_causes(run: Callable[[str], Beside]) -> None:
     assert replace(setup.config, adam_eps=1e-8) == replace(both.followed().config, adam_eps=1e-8)
 
 
+def test_conventions_of_options_that_trl_alone_was_given_are_causes(
+    run: Callable[[str], Beside],
+) -> None:
+    both = run("recorded")
+    assert {"stop_kl", "whiten_rewards", "max_grad_norm"}.isdisjoint(c.name for c in both.causes)
+    ours = {"whiten_rewards": False, "max_grad_norm": None, "stop_kl": None}
+    setup = replace(both.setup, config=replace(both.setup.config, **ours))
+    found = [cause.name for cause in causes(setup, both.record)]
+    assert set(ours) | set(RECORDED_CAUSES) <= set(found)
+    for name in ("whiten_rewards", "whitened rewards leak from padding"):  # neither does for both
+        followed = setup
+        for cause in causes(setup, both.record):
+            followed = cause.follow(followed) if cause.follow and cause.name != name else followed
+        assert both.gaps(followed)[0] > 1e-5
+
+
 def test_rollouts_and_rows_are_what_was_sampled(run: Callable[[str], Beside]) -> None:
     both = run("plain")
     assert both.record.rows.keys() == set(range(16))

@@ -188,7 +188,7 @@ class Side:
             rollout = self._rollout(setup, given)
         if first:
             self._first[key] = rollout
-        if setup.leaking_rewards:
+        if setup.leaking_rewards and config.whiten_rewards:
             return conventions.judge_leaking(rollout, config, kl_coef=kl_coef)
         return conventions.judge_marked(rollout, config, kl_coef=kl_coef)
 
