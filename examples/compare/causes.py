@@ -12,6 +12,14 @@ from compare.ours.stages import Setup, Side
 from rlhf_min.errors import BadInput
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
+# Those that make another order, and the value with which they do not.
+ORDERING = {
+    "data_seed": None,
+    "dataloader_drop_last": False,
+    "group_by_length": False,
+    "shuffle_dataset": False,
+    "train_sampling_strategy": "random",
+}
 SCHEDULE: dict[str, Any] = {"lr_scheduler_kwargs": (None, {}, "{}")}
 # trl's options that change numbers, have no counterpart here, and the value with which they do not.
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -255,6 +263,9 @@ def _order(sides: Sides, others: Sequence[Cause[Setup]]) -> list[Cause[Setup]]:
         return []
     step = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     says = f"step {step + 1} of trl has {sides.named(theirs[step])}, here {sides.named(ours[step])}"
+    given = sides.record.options
+    why = [f"{n}={given[n]}" for n, usual in ORDERING.items() if given.get(n, usual) != usual]
+    says += f" ({', '.join(why)})" if why else ""
     return [Cause("order", says, lambda setup: replace(setup, batches=theirs))]
 
 

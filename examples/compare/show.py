@@ -118,10 +118,15 @@ def _what(record: Record, options: Options) -> str:
     rows = sum(len(part) for micros in record.batches for part in micros)
     source = options.trl_script or f"{options.model}, {options.data}"
     why = record.facts.get("raw_rows")
+    told = [
+        f"\ntrl's {n}: {record.facts[n]}."
+        for n in ("rows", "config", "tokenizer")
+        if n in record.facts
+    ]
     ids = f"\nBoth sides have trl's ids, and texts are not compared: {why}." if why else ""
     return (
         f"{record.trainer} of {python(record.versions)}; {record.facts['dtype']}; {rows} rows in "
-        f"{len(record.steps)} steps; {source}{ids}"
+        f"{len(record.steps)} steps; {source}{ids}{''.join(told)}"
     )
 
 

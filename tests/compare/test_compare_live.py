@@ -282,6 +282,7 @@ def test_micro_batches_of_unequal_size_weigh_alike_in_trl(stage, beside):
 def test_a_bert_is_not_told_its_segments_by_trl(beside):
     said = beside("reward", beside.model("bert", dropout=0.1), pairs(), "--batch_size", "4")
     assert set(beside.causes) == {"segments", "dropout"}
+    assert "trl's rows: ids of prompt and response as two segments, as trl needs an EOS.\n" in said
     assert "trl does not tell BERT which tokens are the response's" in head(said)
     assert beside.explained
     assert beside.found["weights"]["size"] <= WEIGHTS
@@ -393,6 +394,14 @@ def test_a_script_whose_rows_stream_is_compared_on_trls_ids(beside):
     assert head(said).startswith("They agree: ")
     said = scripted(beside, "max_steps=6", change=stream)  # of 10 rows 2 are left over
     assert "in step 3 trl adds micro-batches up with the weights 1, 0.5, 0.5" in head(said)
+
+
+def test_the_option_that_makes_another_order_is_named(beside):
+    said = scripted(beside, "data_seed=7")
+    assert "step 1 of trl has rows" in head(said)
+    assert "(data_seed=7)" in head(said)
+    assert beside.causes == ["order"]
+    assert beside.explained
 
 
 def test_a_scripts_repeated_row_is_left_out_here(beside):
