@@ -149,7 +149,13 @@ def _trained(options: Options, folder: Path, python: str, _trl: str | None) -> R
         rows = from_script(record)
     note(f"ours: {record.stage}, {len(record.steps)} steps")
     start_folder = folder / START if job.script is not None else Path(job.model)
-    side = Side.load(record.stage, start_folder, float64=record.facts["dtype"] == "float64")
+    cuda = record.facts["device"].startswith("cuda") and torch.cuda.is_available()
+    side = Side.load(
+        record.stage,
+        start_folder,
+        float64=record.facts["dtype"] == "float64",
+        device="cuda" if cuda else "cpu",
+    )
     _require_room(side, record)
     encoded = _encoded(options, side, rows, record)
     setup = _setup(options, record, encoded, rows)

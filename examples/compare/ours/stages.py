@@ -135,7 +135,9 @@ class Side:
     references: dict[str | None, Policy | RewardModel] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, stage: Stage, folder: str | Path, *, float64: bool) -> "Side":
+    def load(
+        cls, stage: Stage, folder: str | Path, *, float64: bool, device: str = "cpu"
+    ) -> "Side":
         """Raises `BadInput` if the model cannot be loaded."""
         model: Policy | RewardModel
         if stage == "reward":
@@ -143,7 +145,8 @@ class Side:
         else:
             model = Policy.from_pretrained(folder, critic="none")
         model = model.float()  # as trl's side reads it
-        side = cls(stage, model.double() if float64 else model)
+        model = (model.double() if float64 else model).to(device)
+        side = cls(stage, model)
         side.start = {name: p.detach().clone() for name, p in side.module.named_parameters()}
         side.dropped = list(_dropouts(model))
         return side
@@ -167,7 +170,8 @@ class Side:
         """Metrics of each step, from the start weights on; the module is trained in place."""
         double = next(self.module.parameters()).dtype == torch.float64
         if setup.reference not in {None, *self.references}:  # loaded as in `load`
-            loaded = Side.load(self.stage, str(setup.reference), float64=double)
+            device = str(self.model.device)
+            loaded = Side.load(self.stage, str(setup.reference), float64=double, device=device)
             self.references[setup.reference] = loaded.model
         with float64() if double else nullcontext():
             yield from self._run(setup)
