@@ -329,6 +329,17 @@ def test_a_row_that_trl_drops_changes_the_order(beside):
     assert beside.explained
 
 
+def test_rows_that_fill_the_positions_are_compared_though_each_side_cuts_them_elsewhere(beside):
+    # trl keeps 50 tokens of the prompt and 14 of the response, ours 32 of each: trl's prompt with
+    # our response, which is what is left when one cause is not followed, has no room.
+    rows = pairs()
+    rows[3] = {"prompt": "ba " * 50, "chosen": "bi " * 40, "rejected": "bo " * 40}
+    said = beside("dpo", beside.model("gpt2"), rows, "--batch_size", "4", "--max_length", "64")
+    assert {"cut", "cut prompt"} <= set(beside.causes)
+    assert beside.explained, said
+    assert beside.loss_gap <= FP64
+
+
 def test_in_float32_the_losses_agree_to_1e_5(beside):
     beside("dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", float64=False)
     assert beside.explained

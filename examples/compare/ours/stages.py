@@ -227,7 +227,8 @@ class Side:
             yield
 
     def _examples(self, setup: Setup, numbers: Sequence[int]) -> list[Any]:
-        rows = [setup.rows[number] for number in numbers]
+        room = getattr(self.model, "positions", math.inf)
+        rows = [_in_room(setup.rows[number], room) for number in numbers]
         if self.stage == "sft":
             return [_demonstration(x["prompt_ids"], x["response_ids"]) for x in rows]
         if self.stage == "reward":
@@ -243,6 +244,17 @@ class Side:
         policy = self.references.get(setup.reference, policy)
         with evaluating(policy):
             return dpo.cache_reference(policy, pairs, max_tokens=setup.config.max_tokens)
+
+
+def _in_room(ids: Ids, room: float) -> Ids:
+    """A prompt of trl's with a response of ours can be too long: then its beginning goes. Rows that
+    are one side's alone always fit."""
+    if "prompt_ids" not in ids:
+        return ids
+    prompt = ids["prompt_ids"]
+    longest = max(len(x) for name, x in ids.items() if "prompt" not in name)
+    over = len(prompt) + longest - room
+    return ids | {"prompt_ids": prompt[int(over) :]} if over > 0 else ids
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
