@@ -212,6 +212,3 @@ def _value(text: str) -> Any:
 
 def _name(of: Any) -> str:
     return of.name
-
-
-__all__ = ["BadInput", "Options", "given_to_trl", "parse_options"]

@@ -18,7 +18,6 @@ from compare.causes import Sides, causes
 from compare.command import CONFIGS, Options, given_to_trl, of_ppo
 from compare.explain import (
     TOLERANCES,
-    Explanation,
     Followed,
     as_json,
     explain,
@@ -31,6 +30,7 @@ from compare.job import START, WEIGHTS, Ids, Job, Record
 from compare.ours import ppo
 from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
+from compare.result import Result, Weights
 from compare.rows import OurRows, from_script, read, template_of
 from compare.theirs import start
 from compare.theirs.recorder import peak_bytes
@@ -38,31 +38,6 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rewards import FORMS, load_reward
 from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.reward_model import RewardModel
-
-WEIGHTS_APART = 1e-8  # in float64; Adam brings the rounding of gradients that are 0 up to 1e-9
-
-
-@dataclass
-class Result:
-    """A whole comparison: trl's record, what was found, and the weights when all is followed."""
-
-    record: Record
-    explanation: Explanation[Any]
-    weights: "Weights"
-
-    @property
-    def explained(self) -> bool:
-        """Whether no difference stays. Weights in float32 are not judged: Adam divides rounding."""
-        exact = self.record.facts["dtype"] == "float64"
-        return self.explanation.left is None and not (exact and self.weights.size > WEIGHTS_APART)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How far the weights are apart after the last step, and where most."""
-
-    size: float
-    name: str
 
 
 @dataclass(frozen=True)

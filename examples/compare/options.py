@@ -19,6 +19,14 @@ SHARED = {
     "max_grad_norm": "max_grad_norm",
     "seed": "seed",
 }
+PPO_SHARED = {
+    "clip": "cliprange",
+    "value_clip": "cliprange_value",
+    "value_coef": "vf_coef",
+    "gamma": "gamma",
+    "lam": "lam",
+    "whiten_rewards": "whiten_rewards",
+}
 # PPO's, by which of trl's trainers has the config: `train` of 1.12 or `step` of 0.11.
 PPO_OPTIONS: dict[str, dict[str, str]] = {
     "PPOTrainer": {
@@ -28,12 +36,7 @@ PPO_OPTIONS: dict[str, dict[str, str]] = {
         "adam_eps": "adam_epsilon",
         "kl": "kl_estimator",
         "kl_coef": "kl_coef",
-        "clip": "cliprange",
-        "value_clip": "cliprange_value",
-        "value_coef": "vf_coef",
-        "gamma": "gamma",
-        "lam": "lam",
-        "whiten_rewards": "whiten_rewards",
+        **PPO_SHARED,
         **SHARED,
     },
     "PPOTrainer.step": {
@@ -42,12 +45,7 @@ PPO_OPTIONS: dict[str, dict[str, str]] = {
         "kl_coef": "init_kl_coef",
         "kl_target": "target",
         "kl_horizon": "horizon",
-        "clip": "cliprange",
-        "value_clip": "cliprange_value",
-        "value_coef": "vf_coef",
-        "gamma": "gamma",
-        "lam": "lam",
-        "whiten_rewards": "whiten_rewards",
+        **PPO_SHARED,
         "score_clip": "score_clip",
         "learning_rate": "learning_rate",
         "max_grad_norm": "max_grad_norm",

@@ -129,6 +129,3 @@ def _for_trl(stage: str, row: Row, template: str) -> Row:
     if row.get("margin") is not None:
         found["margin"] = row["margin"]
     return found
-
-
-__all__ = ["BadInput", "OurRows", "from_script", "read"]

@@ -1,37 +1,16 @@
 """A comparison as text: the reason first, then what it rests on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from compare.command import Options
 from compare.explain import Explanation, Gap, largest
 from compare.job import Record
+from compare.result import Result
 
 LOSSES = ("loss", "policy_loss", "value_loss")  # what a run has of them
 CAUSES = 3  # that the first line names
 TOLD = "What brings both together is told under these names in examples/compare/coming_from_trl.md."
-
-
-class Weights(Protocol):
-    """How far the weights are apart, and where most."""
-
-    @property
-    def size(self) -> float: ...
-    @property
-    def name(self) -> str: ...
-
-
-class Result(Protocol):
-    """What there is to show."""
-
-    @property
-    def record(self) -> Record: ...
-    @property
-    def explanation(self) -> Explanation[Any]: ...
-    @property
-    def weights(self) -> Weights: ...
-    @property
-    def explained(self) -> bool: ...
 
 
 def python(found: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn, tensor
 
 from compare.job import Ids, Stage
 from compare.theirs.float64 import float64
+from compare.theirs.recorder import dropouts
 from rlhf_min import dpo, reward, sft
 from rlhf_min.config import TrainingConfig
 from rlhf_min.data import Cursor, PreferenceExample, SFTExample
@@ -148,7 +149,7 @@ class Side:
         model = (model.double() if float64 else model).to(device)
         side = cls(stage, model)
         side.start = {name: p.detach().clone() for name, p in side.module.named_parameters()}
-        side.dropped = list(_dropouts(model))
+        side.dropped = list(dropouts(model))
         return side
 
     @property
@@ -255,16 +256,6 @@ def _in_room(ids: Ids, room: float) -> Ids:
     longest = max(len(x) for name, x in ids.items() if "prompt" not in name)
     over = len(prompt) + longest - room
     return ids | {"prompt_ids": prompt[int(over) :]} if over > 0 else ids
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """All that `disable_dropout` switches off: the module, the name, and the share."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            yield module, "p", module.p
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                yield module, name, value
 
 
 def mean_of_means(means: Any, *arguments: Any) -> dict[str, float]:
