@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .harness.run.saved_models import save_policy, save_reward_model
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
-    from .losses import dpo_loss, pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
+    from .losses import pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
     from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
     from .policy import Policy
     from .ppo import judge, ppo_epoch, ppo_update
+    from .preference_losses import dpo_loss
     from .reward_model import RewardModel
     from .rollout import Rollout, RolloutBuffer, collect, score_rollout
     from .sampling import sample
@@ -83,10 +84,11 @@ _NAMES = {
     "harness.run.saved_models": "save_policy save_reward_model",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",
-    "losses": "dpo_loss pairwise_reward_loss ppo_policy_loss ppo_value_loss sft_loss",
+    "losses": "pairwise_reward_loss ppo_policy_loss ppo_value_loss sft_loss",
     "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",
     "policy": "Policy",
     "ppo": "judge ppo_epoch ppo_update",
+    "preference_losses": "dpo_loss",
     "reward_model": "RewardModel",
     "rollout": "Rollout RolloutBuffer collect score_rollout",
     "sampling": "sample",

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .config import DPOConfig
 from .data import Cursor, PreferenceExample, collate, in_groups
-from .losses import dpo_loss
 from .optim import Optimizer, State, accumulate, adamw
 from .policy import Policy, disable_dropout, evaluating
+from .preference_losses import dpo_loss
 
 
 def new_state(

@@ -1,4 +1,5 @@
-"""The five losses. Each is a function of tensors and returns the loss first, then its count.
+"""The losses but those of DPO's kind. Each is a function of tensors and returns the loss first,
+then its count.
 
 All are computed in at least float32, whatever they are given.
 
@@ -55,16 +56,6 @@ class ValueLoss(NamedTuple):
     loss: Tensor
     count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
     clip_fraction: Tensor
-
-
-class DPOLoss(NamedTuple):
-    """Mean loss of the pairs and their number; the implicit rewards beta * log(pi/ref) of both
-    responses, each ``(B,)``."""
-
-    loss: Tensor
-    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> SFTLoss:
@@ -126,7 +117,7 @@ def pairwise_reward_loss(
         >>> pairwise_reward_loss(zero, zero, margin=None, center_coef=0.0).loss
         tensor(0.6931)
     """
-    _same_pairs(chosen_scores, rejected_scores, *([] if margin is None else [margin]))
+    require_pairs(chosen_scores, rejected_scores, *([] if margin is None else [margin]))
     chosen_scores = at_least_float32(chosen_scores)  # and with it all that follows
     difference = chosen_scores - rejected_scores  # (B,)
     loss = -logsigmoid(difference if margin is None else difference - margin)  # (1)
@@ -246,70 +237,8 @@ def ppo_value_loss(
     return ValueLoss(loss, mask.sum(), clip_fraction)
 
 
-def dpo_loss(
-    chosen_logprobs: Tensor,  # (B,)
-    rejected_logprobs: Tensor,  # (B,)
-    ref_chosen_logprobs: Tensor,  # (B,)
-    ref_rejected_logprobs: Tensor,  # (B,)
-    *,
-    beta: float,
-    label_smoothing: float,
-) -> DPOLoss:
-    r"""Direct preference optimization.                                                    [eq:dpo]
-
-    With y_w the chosen and y_l the rejected response to the same prompt x:
-
-        h = beta * [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]           (1)
-        L = -(1 - eps) * log sigmoid(h) - eps * log sigmoid(-h)                    (2)
-
-    averaged over pairs. eps = 0 is DPO; 0 < eps < 1/2 assumes that a share eps of the labels is
-    flipped.
-
-    Args:
-        chosen_logprobs: log pi(y_w|x), *summed* over response tokens. Shape ``(B,)``.
-        rejected_logprobs: log pi(y_l|x). Shape ``(B,)``.
-        ref_chosen_logprobs: log ref(y_w|x). Shape ``(B,)``.
-        ref_rejected_logprobs: log ref(y_l|x). Shape ``(B,)``.
-        beta: inverse temperature, above 0; larger keeps the policy nearer the reference.
-        label_smoothing: eps, in [0, 1/2).
-
-    Returns:
-        `DPOLoss`.
-
-    Raises:
-        ValueError: if the shapes differ, there is no pair, or beta or label_smoothing is out of
-            range.
-
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps: Mitchell 2023, "A note on DPO with
-    noisy preferences & relationship to IPO", eq. 3; trl ``loss_type="sigmoid"`` (newer trl ignores
-    its ``label_smoothing`` there).
-
-    Example: a policy that equals the reference has h = 0 and the loss log 2, whatever beta is.
-        >>> x, y = torch.tensor([-2.0]), torch.tensor([-3.0])
-        >>> dpo_loss(x, y, x, y, beta=0.1, label_smoothing=0.0).loss
-        tensor(0.6931)
-        >>> ref_x, ref_y = x - 1, y + 1  # h = 0.5 * (1 + 1) = 1
-        >>> dpo_loss(x, y, ref_x, ref_y, beta=0.5, label_smoothing=0.0).loss  # log(1 + 1/e)
-        tensor(0.3133)
-    """
-    _same_pairs(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    if not beta > 0 or not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"beta must be above 0 and label_smoothing in [0, 0.5), not {beta}, {label_smoothing}"
-        )
-    chosen_rewards = beta * (at_least_float32(chosen_logprobs) - ref_chosen_logprobs)
-    rejected_rewards = beta * (at_least_float32(rejected_logprobs) - ref_rejected_logprobs)
-    h = chosen_rewards - rejected_rewards  # (1)
-    loss = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)  # (2)
-    return DPOLoss(
-        loss.mean(),
-        torch.tensor(len(loss), device=loss.device),
-        chosen_rewards.detach(),
-        rejected_rewards.detach(),
-    )
-
-
-def _same_pairs(first: Tensor, *others: Tensor) -> None:
+def require_pairs(first: Tensor, *others: Tensor) -> None:
+    """Raise `ValueError` unless each tensor has one number for each pair, ``(B,)``."""
     _same_shape(first, *others)
     if first.dim() != 1 or len(first) == 0:
         raise ValueError(f"one number for each of one pair or more, not shape {tuple(first.shape)}")

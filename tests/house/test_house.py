@@ -23,7 +23,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 FLOORS = (
     ("errors", "masking", "logprobs"),
-    ("kl", "advantages", "losses"),
+    ("kl", "advantages", "losses", "preference_losses"),
     ("config", "data", "encoding", "speed", "loading", "text_metrics", "estimates", "hf_metrics"),
     ("policy", "reward_model", "sampling", "optim"),
     ("rollout",),

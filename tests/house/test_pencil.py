@@ -13,8 +13,9 @@ import pytest
 
 from rlhf_min.advantages import gae
 from rlhf_min.kl import kl_estimate, shape_rewards
-from rlhf_min.losses import dpo_loss, ppo_policy_loss, ppo_value_loss
+from rlhf_min.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_min.masking import masked_whiten
+from rlhf_min.preference_losses import dpo_loss
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "rlhf_min/README.md").read_text(encoding="utf-8")

@@ -204,7 +204,7 @@ TABLE = [
      ("the message leaves out the mask", "(scores, kl, mask)", "(scores, kl)")),
     ("kl.shape_rewards", "unit/test_kl.py::test_shape_rewards_errors_padding_on_the_left",
      ("the score lands in left padding", "require_right_padded(mask)", "pass")),
-    ("losses._same_pairs", "unit/test_losses.py::test_pairs_are_one_number_each_and_at_least_one",
+    ("losses.require_pairs", "unit/test_losses.py::test_pairwise_reward_loss_errors_pairs",
      ("no pair is a pair", "len(first) == 0", "False")),
 
     # advantages
@@ -308,7 +308,9 @@ TABLE = [
      ("returns not detached", "returns.detach()", "returns")),
     ("losses.ppo_value_loss", "unit/test_losses.py::test_ppo_value_loss_closed_cases",
      ("the smaller error, not the larger", "torch.maximum(", "torch.minimum(")),
-    ("losses.dpo_loss", "unit/test_losses.py::test_dpo_loss_closed",
+
+    # preference_losses
+    ("preference_losses.dpo_loss", "unit/test_preference_losses.py::test_dpo_loss_closed",
      ("chosen against the rejected one's reference",
       "at_least_float32(chosen_logprobs) - ref_chosen_logprobs",
       "at_least_float32(chosen_logprobs) - ref_rejected_logprobs"),
@@ -320,7 +322,7 @@ TABLE = [
      ("sign of the label smoothing",
       "- label_smoothing * logsigmoid(-h)", "+ label_smoothing * logsigmoid(-h)"),
      ("smoothing without the other label", "logsigmoid(-h)", "logsigmoid(h)")),
-    ("losses.dpo_loss", "unit/test_losses.py::test_dpo_loss_gradient",
+    ("preference_losses.dpo_loss", "unit/test_preference_losses.py::test_dpo_loss_gradient",
      ("the logged rewards carry gradient", "chosen_rewards.detach()", "chosen_rewards")),
 
     # data

@@ -138,7 +138,7 @@ PLACES = {
         *("optim.py", "optimizer.backward(found.loss"),
     ),
     "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
-    "is DPO's loss": ("losses.py", "loss = -(1 - label_smoothing)"),
+    "is DPO's loss": ("preference_losses.py", "loss = -(1 - label_smoothing)"),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
 }
 

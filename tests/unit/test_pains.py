@@ -103,7 +103,7 @@ PAINS = {
         test_codec.py::test_bos_of_a_chat_template_is_the_only_one_and_survives_the_cut
         test_codec.py::test_one_bos_where_the_tokenizer_starts_with_it""",
     "22 the loss of DPO stays where it was": """
-        test_losses.py::test_dpo_loss_closed_equality
+        test_preference_losses.py::test_dpo_loss_closed_equality
         test_preflight.py::test_the_first_loss_of_dpo_is_ln_2_with_label_smoothing
         test_preflight.py::test_rows_without_a_token
         test_dpo.py::test_training_prefers_what_was_chosen""",

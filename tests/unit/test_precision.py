@@ -23,13 +23,13 @@ from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.kl import kl_estimate, shape_rewards
 from rlhf_min.losses import (
-    dpo_loss,
     pairwise_reward_loss,
     ppo_policy_loss,
     ppo_value_loss,
     sft_loss,
 )
 from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten
+from rlhf_min.preference_losses import dpo_loss
 from rlhf_min.rollout import collect
 
 BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1
