@@ -1,4 +1,4 @@
-"""Reads what record_trl_0_11.py has written: what trl 0.11.3 was given, and what came out."""
+"""Reads what the recorders have written: what trl was given, and what came out."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,18 @@ torch.set_num_threads(1)  # models so small only wait for a second thread
 Module = TypeVar("Module", bound=nn.Module)
 
 VERSION = "0.11.3"
+NEWEST = "1.16.0"
 FOLDER = Path(__file__).parent / "recorded"
 
 
 class Recording:
     """One file: `tensors` by name, and `facts`, which are everything else."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, version: str = VERSION) -> None:
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.facts = json.loads(file.metadata()["facts"])
-        assert self.facts["versions"]["trl"] == VERSION
+        assert self.facts["versions"]["trl"] == version
 
     def rows(self, name: str) -> list[Tensor]:
         """Tensors of unequal shapes, which are recorded as one."""
