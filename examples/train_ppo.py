@@ -6,6 +6,7 @@ With --data give --model and --reward_model or --reward. The model and its value
 
     --reward my_rewards.py:brevity                 def brevity(prompts, responses) -> list of floats
     --reward '0.7*runs/reward_model' '-0.3*my_rewards:length'
+    --reward runs/sentiment@POSITIVE               the log-probability of a classifier's label
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ class PPOOptions(RunOptions):
 
     reward: list[str] = field(
         default_factory=list,
-        metadata={"help": "[WEIGHT*]module:function, file.py:function or model; several add up."},
+        metadata={
+            "help": "[WEIGHT*]module:function, file.py:function, model or classifier@LABEL; "
+            "several add up."
+        },
     )
     reward_timeout: float = option(
         600.0, "Seconds that a function may take for one batch; 0: no limit.", at_least=0

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 
@@ -52,6 +53,33 @@ def entropy(logits: Tensor) -> Tensor:
     probabilities = logits.softmax(-1)
     mean_logit = (probabilities * torch.where(probabilities > 0, logits, 0)).sum(-1)
     return logits.logsumexp(-1) - mean_logit  # (1)
+
+
+def label_logprob(logits: Tensor, label: int, *, one_of_them: bool) -> Tensor:
+    r"""Log-probability that a classifier gives to one of its labels.           [eq:label_logprob]
+
+        log p(c) = z_c - log sum_k exp(z_k)      where each text has one of the labels     (1)
+        log p(c) = -log(1 + exp(-z_c))           where a text has any number of them       (2)
+
+    Args:
+        logits: z, one for each label k. Shape ``(B, K)``.
+        label: c.
+        one_of_them: whether each text has exactly one of the labels.
+
+    Returns:
+        Shape ``(B,)``, in at least float32.
+
+    Source: the definitions; (1) and (2) are the logarithms of ``function_to_apply`` "softmax" and
+    "sigmoid" in the text-classification pipeline of transformers.
+
+    Example:
+        >>> label_logprob(torch.zeros(1, 4), 2, one_of_them=True)  # log(1/4)
+        tensor([-1.3863])
+    """
+    logits = at_least_float32(logits)
+    if one_of_them:
+        return logits[:, label] - logits.logsumexp(-1)  # (1)
+    return logsigmoid(logits[:, label])  # (2)
 
 
 def lm_head_logits(

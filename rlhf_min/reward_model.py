@@ -13,8 +13,8 @@ from .encoding.cuts import CutReport
 from .encoding.pairs import PairCodec, TextPair
 from .errors import require
 from .loading import checks
-from .loading.models import Reading, load_classifier
-from .logprobs import at_least_float32
+from .loading.models import Reading, label_number, load_classifier
+from .logprobs import at_least_float32, label_logprob
 from .policy import evaluating
 from .speed.fast import checkpoint_layers, speed_up
 
@@ -23,20 +23,26 @@ SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes 
 
 
 class RewardModel(nn.Module):
-    """A one-label sequence classifier that scores text, with a tokenizer of its own.
+    """A sequence classifier that scores text, with a tokenizer of its own.
+
+    The score is what a classifier of one label gives. Of one with several it is the log-probability
+    of the `label`, as `label_logprob` has it: (2) if the config's ``problem_type`` is
+    ``multi_label_classification``, else (1). Such a classifier judges one text, so prompt and
+    response are one there, see `PairCodec`.
 
     The score of a text does not depend on the others in its batch. The last layer is computed in at
     least float32, also under autocast: between 2 and 4, bfloat16 has only 128 numbers.
 
     Args:
-        model: any ``AutoModelForSequenceClassification`` with one label, such as BERT.
+        model: any ``AutoModelForSequenceClassification``, such as BERT.
         tokenizer: the model's own; the policy's may be another. It is copied, not changed.
         max_length: tokens of prompt and response together, special tokens included. If they are too
             long, the response loses its end, and then the prompt its beginning.
+        label: the name of the label whose log-probability is the score.
         plain: compute as a textbook does, and slower. The scores are the same up to rounding.
 
     Raises:
-        BadInput: if tokenizer or `max_length` do not fit, or padding changes the scores.
+        BadInput: if label, tokenizer or `max_length` do not fit, or padding changes the scores.
     """
 
     def __init__(
@@ -45,15 +51,21 @@ class RewardModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None = None,
+        label: str | None = None,
         plain: bool = False,
     ) -> None:
         super().__init__()
+        if label is None:
+            require(model.config.num_labels == 1, "a reward model needs one label, or its name")
+            self.label = None
+        else:
+            self.label = label_number(model.config, label, type(model).__name__)
         tokenizer = checks.scoring_tokenizer(model, tokenizer, max_length)
         if not plain:
             speed_up(model)
         self.model, self.tokenizer, self.plain = model, tokenizer, plain
         self.max_length = tokenizer.model_max_length
-        self.codec = PairCodec(tokenizer, self.max_length)
+        self.codec = PairCodec(tokenizer, self.max_length, one_text=label is not None)
         self.cuts = CutReport()  # of all texts that were scored
         self.new_weights: list[str] = []  # drawn at random when it was loaded
         self.rescaled = False  # since it was loaded
@@ -87,7 +99,11 @@ class RewardModel(nn.Module):
 
     def _scores(self, pairs: Sequence[TextPair]) -> Tensor:
         inputs = self.pad(pairs).to(self.device)
-        return at_least_float32(self.model(**inputs).logits[:, 0])
+        logits = at_least_float32(self.model(**inputs).logits)  # (B, K)
+        if self.label is None:
+            return logits[:, 0]
+        several = self.model.config.problem_type == "multi_label_classification"
+        return label_logprob(logits, self.label, one_of_them=not several)
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> BatchEncoding:
         """Prompts and responses as one padded batch of the classifier's inputs."""
@@ -124,6 +140,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def rescale(self, *, gain: float, bias: float) -> None:
         """Replace the score s by ``gain * s + bias``, folded into the classifier's last layer."""
+        require(self.label is None, "a log-probability of a label cannot be rescaled")
         require(
             bias == 0 or self._last_layer.bias is not None,
             f"the last layer of {type(self.model).__name__} has no bias to fold {bias:.3g} into",
@@ -145,6 +162,7 @@ class RewardModel(nn.Module):
         *,
         new_head: bool = False,
         max_length: int | None = None,
+        label: str | None = None,
         plain: bool = False,
     ) -> "RewardModel":
         """Load a sequence classifier with its tokenizer.
@@ -152,14 +170,16 @@ class RewardModel(nn.Module):
         Args:
             name_or_path: a folder, or a name that ``transformers`` knows.
             new_head: whether a missing classifier may be drawn anew; only to begin training.
-            max_length: as for the class, like `plain`.
+            max_length: as for the class, like `label` and `plain`.
 
         Raises:
-            BadInput: if the model cannot be loaded, or its classifier is missing.
+            BadInput: if the model cannot be loaded, or its classifier or label is missing.
         """
         with Reading(name_or_path):
-            model, tokenizer, new_weights = load_classifier(name_or_path, new_head=new_head)
-            reward_model = cls(model, tokenizer, max_length=max_length, plain=plain).eval()
+            found = load_classifier(name_or_path, new_head=new_head, label=label)
+            model, tokenizer, new_weights = found
+            reward_model = cls(model, tokenizer, max_length=max_length, label=label, plain=plain)
+        reward_model.eval()
         reward_model.new_weights = new_weights
         return reward_model
 

@@ -7,6 +7,15 @@
 A tokenizer without a separator gets a new line between the two, and EOS behind the response, unless
 it adds that by itself, as T5's does. If the two are too long, the response loses its end, and then
 the prompt its beginning.
+
+A classifier that is asked for one of its labels, such as the sentiment of a review, was trained on
+single texts. It reads prompt and response as one, with nothing that its tokenizer does not add:
+
+    BERT      [CLS] prompt response [SEP]
+    GPT-2     prompt response
+
+A response that goes on where the prompt ends is read as it stands; a space comes between the two if
+neither has one there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,20 +55,26 @@ class PairCodec:
     Args:
         tokenizer: a fast one with a pad token.
         max_length: tokens of both texts together, special tokens included.
+        one_text: read prompt and response as one text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        pair = tokenizer("x", "x", return_token_type_ids=True)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, one_text: bool = False
+    ) -> None:
+        self.tokenizer, self.max_length, self.one_text = tokenizer, max_length, one_text
+        pair = tokenizer(*["x"] * (1 if one_text else 2), return_token_type_ids=True)
         of = pair.sequence_ids(0)  # 0 and 1 at the tokens of the texts, None at special ones
-        require({0, 1} <= set(of), "the reward model's tokenizer makes no token of the letter x")
-        first, second = of.index(0), of.index(1)
-        ends = first + of.count(0), second + of.count(1)
+        texts = {0} if one_text else {0, 1}
+        require(texts <= set(of), "the reward model's tokenizer makes no token of the letter x")
+        first = of.index(0)
+        end = first + of.count(0)
+        second = end if one_text else of.index(1)
+        ends = end, second + of.count(1)
         slices = slice(first), slice(ends[0], second), slice(ends[1], None)
         self.special_ids = [pair.input_ids[part] for part in slices]  # before, between and after
         self.separates = tokenizer.sep_token_id in self.special_ids[1]
         self.special_types = [pair.token_type_ids[part] for part in slices]
-        self.text_types = pair.token_type_ids[first], pair.token_type_ids[second]
+        self.text_types = pair.token_type_ids[first], pair.token_type_ids[ends[1] - 1]
         self.room = max_length - sum(map(len, self.special_ids))
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.spelled = special - {tokenizer.unk_token_id}
@@ -70,9 +85,12 @@ class PairCodec:
         """The ids of each row, and what of the texts was cut or is unknown."""
         pairs, report = [], CutReport()
         before, between, after = self.special_ids
-        ended = self.separates or self.tokenizer.eos_token_id in after
+        ended = self.one_text or self.separates or self.tokenizer.eos_token_id in after
         eos_id = None if ended else self.tokenizer.eos_token_id
-        if not self.separates:
+        if self.one_text:
+            both = [_as_one(*texts) for texts in zip(prompts, responses, strict=True)]
+            prompts, responses = [x[0] for x in both], [x[1] for x in both]
+        elif not self.separates:
             prompts = [f"{prompt}\n" for prompt in prompts]
         for prompt, response in zip(
             self._read(prompts, report, from_end=True),
@@ -144,6 +162,16 @@ class PairCodec:
                 if eos_id is not None and not in_part:
                     ids.append(eos_id)
                 yield _Tokens(ids, encoding, len(ids) + in_part)
+
+
+def _as_one(prompt: str, response: str) -> tuple[str, str]:
+    """The two parts of one text. The white space between them is the response's, as tokenizers that
+    keep it want it before a word."""
+    if not prompt or not response:
+        return prompt, response
+    kept = prompt.rstrip()
+    space = prompt[len(kept) :] or ("" if response[0].isspace() else " ")
+    return kept, space + response
 
 
 class _Tokens(NamedTuple):

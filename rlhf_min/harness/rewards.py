@@ -30,10 +30,13 @@ from rlhf_min.loading.reward_function import (
     one_line,
     reward_parameters,
 )
+from rlhf_min.loading.sources import split_label
 from rlhf_min.reward_model import RewardModel
 
 SECONDS = 600.0  # that a function may take for one batch
-FORMS = "give module:function, file.py:function, or a reward model; 0.5*NAME weighs it"
+FORMS = (
+    "give module:function, file.py:function, a reward model or classifier@LABEL; 0.5*NAME weighs it"
+)
 
 Warn = Callable[[str], None]
 
@@ -137,8 +140,8 @@ def sources(reward: RewardModel | RewardFunction) -> dict[str, int]:
 def given_reward(options: Any, config: Any) -> RewardModel | WeightedSum | None:
     """What ``--reward_model`` or ``--reward`` names; None if neither was given."""
 
-    def load_model(name: str) -> RewardModel:
-        reward_model = RewardModel.from_pretrained(name, plain=options.plain)
+    def load_model(name: str, label: str | None = None) -> RewardModel:
+        reward_model = RewardModel.from_pretrained(name, label=label, plain=options.plain)
         return reward_model.to(options.torch_device("reward_device"))
 
     seed_all((options, config))  # a module of the user's may draw when it is imported
@@ -149,7 +152,7 @@ def given_reward(options: Any, config: Any) -> RewardModel | WeightedSum | None:
 
 def load_reward(
     specs: Sequence[str],
-    load_model: Callable[[str], RewardModel],
+    load_model: Callable[..., RewardModel],
     *,
     timeout: float = SECONDS,
 ) -> WeightedSum:
@@ -157,8 +160,9 @@ def load_reward(
 
     Args:
         specs: each ``module:function``, ``file.py:function``, or a reward model's folder or name,
-            with ``WEIGHT*`` before it if its weight is not 1.
-        load_model: makes a reward model of a folder or name.
+            with ``WEIGHT*`` before it if its weight is not 1. ``@LABEL`` after a classifier's
+            folder or name takes the log-probability of its label of that name.
+        load_model: makes a reward model of a folder or name, and of the `label` if there is one.
         timeout: seconds that a function may take for one batch, see `guarded`.
 
     Raises:
@@ -176,8 +180,11 @@ def load_reward(
         weight, name = _split_weight(spec)
         require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
-        reward = _function(name, timeout, warn) if ":" in name else load_model(name).score
-        parts[name] = (weight, reward)
+        if ":" in name:
+            parts[name] = (weight, _function(name, timeout, warn))
+        else:
+            source, label = split_label(name)
+            parts[name] = (weight, load_model(source, label=label).score)
     require(bool(parts), f"--reward names nothing; {FORMS}")
     return WeightedSum(parts, notes)
 

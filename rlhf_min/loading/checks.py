@@ -144,7 +144,6 @@ def scoring_tokenizer(
     )
     # GPT-2 and its kin read the score at the last token that is none of padding.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    require(model.config.num_labels == 1, "a reward model needs exactly one label")
     require(
         8 <= max_length <= positions,
         f"max_length {max_length} must lie between 8 and the model's {positions} positions",

@@ -161,30 +161,60 @@ class Classifier(NamedTuple):
 
 
 @quiet()
-def load_classifier(name_or_path: str | Path, *, new_head: bool) -> Classifier:
-    """A one-label sequence classifier in at least float32, with what belongs to it.
+def load_classifier(
+    name_or_path: str | Path, *, new_head: bool, label: str | None = None
+) -> Classifier:
+    """A sequence classifier in at least float32, with what belongs to it.
 
     Args:
         name_or_path: as in `load_causal_lm`.
         new_head: whether a missing classifier may be drawn anew; only to begin training.
+        label: the one of several whose probability is asked for. Without it there may be but one.
 
     Raises:
-        BadInput: if it has several labels or lacks its head, or its tokenizer does not fit. What
-            other libraries raise is left to `Reading`.
+        BadInput: if it has several labels, or not this one; if it lacks its head, or its tokenizer
+            does not fit. What other libraries raise is left to `Reading`.
     """
     config = _config(name_or_path)
-    kind = _architecture(config)
-    names = ", ".join(map(str, list((config.id2label or {}).values())[:5]))
-    require(
-        "Classification" not in kind or config.num_labels == 1,
-        f"{name_or_path}: {kind} has {config.num_labels} labels ({names}) and a reward model "
-        "exactly one score; to take one of them as reward, give --reward FILE.py:FUNCTION, a "
-        "function of yours that loads this model and returns its logits for that label",
-    )
-    config.num_labels = 1
+    if label is None:
+        kind, names = _architecture(config), label_names(config)
+        require(
+            "Classification" not in kind or config.num_labels == 1,
+            f"{name_or_path}: {kind} has {config.num_labels} labels ({', '.join(names[:5])}) and a "
+            "reward model exactly one score; for the log-probability of one of them give --reward "
+            f"{name_or_path}@{names[-1] if names else 'LABEL'}",
+        )
+        config.num_labels = 1
+    else:
+        label_number(config, label, name_or_path)
     auto_class = AutoModelForSequenceClassification
     model, tokenizer, info = _load(auto_class, name_or_path, config, may_lack_head=new_head)
     return Classifier(model, tokenizer, sorted(info["missing_keys"]))
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """What a classifier calls its labels, in the order of its logits."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def label_number(config: PreTrainedConfig, label: str, where: str | Path) -> int:
+    """Which of a classifier's logits is that of a label, by its name.
+
+    Raises:
+        BadInput: if it has no such label, or two, or none that has a probability.
+    """
+    names, shown = label_names(config), 20
+    require(
+        len(names) > 1 and config.problem_type != "regression",
+        f"{where}: it gives a score and no probabilities of labels; leave @{label} out",
+    )
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    require(
+        names.count(label) == 1,
+        f"{where}: it has {'no' if label not in names else 'more than one'} label {label!r}; its "
+        f"labels are {', '.join(names[:shown])}{more}",
+    )
+    return names.index(label)
 
 
 def _config(name_or_path: str | Path) -> PreTrainedConfig:

@@ -59,6 +59,12 @@ def require_source(name_or_path: str | Path) -> None:
     require(not path.is_absolute() and len(path.parts) <= 2, prefix + "no such folder")
 
 
+def split_label(name: str) -> tuple[str, str | None]:
+    """What stands before and behind the last @ of ``FOLDER@LABEL``; no label in a folder's name."""
+    source, at, label = name.rpartition("@")
+    return (source, label) if at and not Path(name).exists() else (name, None)
+
+
 def require_weights(name_or_path: str | Path) -> None:
     """Raise `BadInput` for a folder whose weights are missing, in whole or in part."""
     path = Path(name_or_path)

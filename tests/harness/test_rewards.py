@@ -97,10 +97,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def model(name):
-    """A reward model whose score is 10 for everything."""
-    assert name == "runs/rm"
-    return SimpleNamespace(score=lambda _, responses: [10.0] * len(responses))
+def model(name, *, label):
+    """A reward model whose score is 10 for everything, and 20 for its label."""
+    assert (name, label) in {("runs/rm", None), ("runs/rm", "GOOD")}
+    return SimpleNamespace(score=lambda _, r: [20.0 if label else 10.0] * len(r))
 
 
 def scores(reward, rows=(), responses=RESPONSES, **options):
@@ -118,6 +118,25 @@ def test_one_function(where):
 def test_a_weighted_sum_of_functions_and_a_model():
     # 2 * [3, 1] - [1, 0] + 0.5 * [10, 10]; "abc" holds the wanted b, "a" does not
     assert scores("2*my_rewards:length -1*my_rewards:hits 0.5*runs/rm", ROWS) == [10, 7]
+
+
+def test_a_label_of_a_model_is_a_part_of_its_own():
+    assert scores("runs/rm@GOOD") == [20, 20]
+    assert scores("0.5*runs/rm@GOOD -1*my_rewards:length runs/rm") == [17, 19]
+
+
+def test_an_at_in_the_name_of_a_folder_is_no_label(folder):
+    (folder / "runs").mkdir()
+    (folder / "runs/rm@GOOD").mkdir()
+    loaded = []
+
+    def load(name, *, label):
+        loaded.append((name, label))
+        return SimpleNamespace(score=length)
+
+    load_reward(["runs/rm@GOOD", "runs/rm@GOOD@BAD", "2*owner/name@5 stars"], load)
+    expected = [("runs/rm@GOOD", None), ("runs/rm@GOOD", "BAD"), ("owner/name", "5 stars")]
+    assert loaded == expected
 
 
 def test_the_parts_are_watched_without_scoring_again():
@@ -199,7 +218,7 @@ def test_a_file_may_import_its_neighbours(folder):
 
 def test_the_models_among_the_parts():
     reward_model = RewardModel(bert(), bert_syllables())
-    reward = load_reward(["my_rewards:length", "rm"], lambda _: reward_model)
+    reward = load_reward(["my_rewards:length", "rm"], lambda _, **_label: reward_model)
     assert models_in(reward) == models_in(reward_model) == [reward_model]
     assert models_in(length) == []
 

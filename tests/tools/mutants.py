@@ -138,6 +138,15 @@ TABLE = [
     ("logprobs.entropy", "unit/test_logprobs.py::test_entropy_closed",
      ("sign of the mean logit", "- mean_logit", "+ mean_logit"),
      ("0 times minus infinity", "torch.where(probabilities > 0, logits, 0)", "logits")),
+    ("logprobs.label_logprob", "unit/test_logprobs.py::test_label_logprob_closed",
+     ("the label's logit itself", "logits[:, label] - logits.logsumexp(-1)", "logits[:, label]"),
+     ("another label than was asked for",
+      "logits[:, label] - logits.logsumexp(-1)", "logits[:, -1] - logits.logsumexp(-1)"),
+     ("the probability that it is not", "logsigmoid(logits[:, label])",
+      "logsigmoid(-logits[:, label])")),
+    ("logprobs.label_logprob",
+     "unit/test_logprobs.py::test_label_logprob_dtype_and_extremes[given_dtype0-dtype0-True]",
+     ("probabilities in half precision", "logits = at_least_float32(logits)", "pass")),
     ("logprobs.lm_head_logits", "unit/test_logprobs.py::test_lm_head_logits_closed",
      ("the head's bias forgotten", "logits if bias is None else logits + bias", "logits"),
      ("the model's scale forgotten", "else scale * logits", "else logits"),
@@ -558,7 +567,15 @@ TABLE = [
      ("the last layer under autocast all the same", "enabled=False", "enabled=True"),
      ("without its bias", "None if bias is None else at_least_float32(bias)", "None")),
 
+    ("reward_model.RewardModel._scores",
+     "unit/test_reward_model.py::test_a_labels_score_is_the_log_of_what_the_pipeline_says"
+     "[bert-bert_syllables-multi_label_classification-sigmoid-POSITIVE]",
+     ("labels that exclude each other not", "one_of_them=not several", "one_of_them=True")),
+
     # pairs
+    ("encoding/pairs._as_one",
+     "unit/test_pairs.py::test_two_parts_of_one_text_are_what_the_tokenizer_makes_of_it",
+     ("two words become one", '"" if response[0].isspace() else " "', '""')),
     ("encoding/pairs.PairCodec._read",
      "unit/test_pairs.py::test_what_a_text_spells_is_no_special_token[bytewise]",
      ("a text may write special tokens",

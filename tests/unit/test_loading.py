@@ -111,8 +111,40 @@ def test_a_classifier_with_more_labels_is_refused_by_their_number(labels, tmp_pa
         ) as got:
             RewardModel.from_pretrained(tmp_path, new_head=new_head)
         assert str(tmp_path) in message(got)
+        assert message(got).endswith(f"give --reward {tmp_path}@LABEL_{labels - 1}")
     with pytest.raises(BadInput, match="one label"):
         RewardModel(bert(labels=labels), bert_syllables())
+
+
+def test_one_of_many_labels_is_taken_by_its_name(tmp_path):
+    model = bert(labels=3)
+    model.config.id2label = {0: "bad", 1: "5 stars", 2: "fair"}
+    save(tmp_path, model, bert_syllables())
+    found = RewardModel.from_pretrained(tmp_path, label="5 stars")
+    assert found.label == 1
+    refused = "it has no label 'GOOD'; its labels are bad, 5 stars, fair"
+    with pytest.raises(BadInput, match=refused) as got:
+        RewardModel.from_pretrained(tmp_path, label="GOOD")
+    assert message(got).startswith(str(tmp_path))
+    with pytest.raises(BadInput, match=f"BertForSequenceClassification: {refused}"):
+        RewardModel(model, bert_syllables(), label="GOOD")
+
+
+def test_of_many_labels_the_first_are_listed():
+    model = bert(labels=30)
+    model.config.id2label = {i: f"L{i}" for i in range(29)} | {29: "L7"}
+    with pytest.raises(BadInput, match=r"labels are L0, .*, L19 and 10 more$"):
+        RewardModel(model, bert_syllables(), label="GOOD")
+    with pytest.raises(BadInput, match="it has more than one label 'L7'"):
+        RewardModel(model, bert_syllables(), label="L7")
+
+
+def test_what_gives_no_probabilities_has_no_label_to_take():
+    regression = bert(labels=3)
+    regression.config.problem_type = "regression"
+    for model in (bert(labels=1), regression):
+        with pytest.raises(BadInput, match="gives a score and no probabilities of labels"):
+            RewardModel(model, bert_syllables(), label="LABEL_0")
 
 
 def test_a_policy_is_no_reward_model_until_its_head_is_trained(tmp_path):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_min.logprobs import (
     at_least_float32,
     entropy,
+    label_logprob,
     lm_head_logits,
     lm_head_logprobs,
     token_logprobs,
@@ -91,6 +92,30 @@ def test_token_logprobs_dtype(given_dtype, dtype):
 
 
 # entropy
+
+
+# label_logprob
+
+
+@pytest.mark.eq("label_logprob")
+def test_label_logprob_closed():
+    # exp(0), exp(ln 3), exp(ln 4) of 8; and 1 / (1 + exp(-ln 3)) = 3/4, whatever the others are
+    logits = torch.tensor([[0.0, LN3, 2 * LN2], [5.0, -LN3, 5.0]], dtype=torch.float64)
+    for label, share in enumerate([1 / 8, 3 / 8, 4 / 8]):
+        found = label_logprob(logits[:1], label, one_of_them=True)
+        assert_close(found, [math.log(share)], FP64)
+    found = label_logprob(logits, 1, one_of_them=False)
+    assert_close(found, [math.log(3 / 4), math.log(1 / 4)], FP64)
+
+
+@pytest.mark.parametrize("one_of_them", [True, False])
+@pytest.mark.parametrize(("given_dtype", "dtype"), DTYPES)
+def test_label_logprob_dtype_and_extremes(given_dtype, dtype, one_of_them):
+    # log(exp(-1000) / (1 + exp(-1000))) is -1000, and its counterpart 0: nothing overflows
+    logits = torch.tensor([[-1000.0, 0.0], [0.0, -1000.0]], dtype=given_dtype)
+    found = label_logprob(logits, 0, one_of_them=one_of_them)
+    assert found.dtype == dtype
+    assert_close(found, [-1000.0, 0.0 if one_of_them else -LN2], FP32)
 
 
 @pytest.mark.eq("entropy")

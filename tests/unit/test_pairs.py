@@ -112,6 +112,43 @@ def test_elsewhere_a_new_line_and_an_eos_are_added(make, prompt, response):
     assert pair.ids.tolist() == [*expected, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize(
+    "make", [bert_syllables, roberta_words, xlnet_words, syllables, llama_words, t5_words, bytewise]
+)
+@given(
+    between=st.sampled_from([("", ""), (" ", ""), ("", " "), ("\n", ""), ("", "\n")]),
+    prompt=numbers(1),
+    response=numbers(1),
+)
+def test_two_parts_of_one_text_are_what_the_tokenizer_makes_of_it(make, between, prompt, response):
+    tokenizer = make()
+    codec = PairCodec(tokenizer, 10 * ROOM, one_text=True)
+    first, second = f"{text(prompt)}{between[0]}", f"{between[1]}{text(response)}"
+    (pair,), _ = codec.encode([first], [second])
+    space = "" if any(between) else " "
+    expected = tokenizer([f"{first}{space}{second}"], return_token_type_ids=True)
+    found = codec.pad([pair], side="right", types=True)
+    assert found.input_ids.tolist() == expected.input_ids
+    assert found.token_type_ids.tolist() == expected.token_type_ids
+
+
+@pytest.mark.parametrize("make", [bert_syllables, roberta_words, bytewise])
+def test_a_text_of_one_part_has_no_space_added(make):
+    codec = PairCodec(make(), ROOM, one_text=True)
+    pairs, _ = codec.encode(["", "ba be"], ["ba be", ""])
+    assert [pair.ids.tolist() for pair in pairs] == [make()("ba be").input_ids] * 2
+
+
+def test_one_text_that_is_too_long_loses_the_end_of_the_response_first():
+    # Of 8 tokens 6 are left for the two texts: prompt 2, response 5, of which 4 are kept.
+    codec = PairCodec(bert_syllables(), 8, one_text=True)
+    (pair,), report = codec.encode(["ba be"], ["bo bu da de di"])
+    expected = bert_syllables()("ba be bo bu da de").input_ids
+    assert pair.ids.tolist() == expected
+    assert pair.cut
+    assert (report.prompts_cut, report.responses_cut) == (0, 1)
+
+
 @given(prompt=numbers(1), response=numbers(1))
 def test_an_end_that_the_tokenizer_puts_there_is_no_second_time(prompt, response):
     tokenizer = t5_words()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from small import (
     bert,
     bert_syllables,
     gpt2_classifier,
+    gpt2_config,
     seeded,
     syllables,
     text,
@@ -32,6 +34,7 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     ModernBertConfig,
@@ -44,6 +47,7 @@ from transformers import (
     T5ForSequenceClassification,
     XLNetConfig,
     XLNetForSequenceClassification,
+    pipeline,
 )
 
 from rlhf_min.errors import BadInput
@@ -273,6 +277,60 @@ def test_a_classifier_whose_pad_token_is_eos():
     with torch.no_grad():
         hidden = classifier.transformer(torch.tensor([[3, 4]])).last_hidden_state
         assert_close(scores[0], hidden[0, -1] @ classifier.score.weight[0], FP64)
+
+
+# RewardModel: one label of several
+
+
+def sentiment(make=bert, **options):
+    model = make(labels=2, **options)
+    model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    model.config.label2id = {"NEGATIVE": 0, "POSITIVE": 1}
+    return model
+
+
+def gpt2_of_labels(labels):
+    return classifier(gpt2_config(3 + len(SYLLABLES)), GPT2ForSequenceClassification, labels)
+
+
+@pytest.mark.parametrize("label", ["NEGATIVE", "POSITIVE"])
+@pytest.mark.parametrize(
+    ("problem_type", "function"),
+    [(None, "softmax"), ("multi_label_classification", "sigmoid")],
+)
+@pytest.mark.parametrize(
+    ("make", "tokenizer"), [(bert, bert_syllables), (gpt2_of_labels, syllables)]
+)
+def test_a_labels_score_is_the_log_of_what_the_pipeline_says(
+    make, tokenizer, problem_type, function, label
+):
+    # as in the tutorials of GPT-2 on film reviews: one text of prompt and response
+    model = sentiment(make)
+    model.config.problem_type = problem_type
+    scorer = RewardModel(model, tokenizer(), label=label)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer(), top_k=None)
+    prompts, responses, expected = ["ba be", "bi", "bo"], ["bu da", " de di", "do"], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        together = f"{prompt} {response.strip()}"
+        (found,) = classify([together], function_to_apply=function)
+        (score,) = [x["score"] for x in found if x["label"] == label]
+        expected.append(math.log(score))
+    assert_close(scorer.score(prompts, responses), expected, FP32)  # the pipeline's own precision
+
+
+def test_the_probabilities_of_the_labels_add_up_to_1():
+    texts = ["ba be", "bi"], ["bu da", "de di"]
+    scores = [
+        RewardModel(sentiment(), bert_syllables(), label=label).score(*texts)
+        for label in ("NEGATIVE", "POSITIVE")
+    ]
+    assert_close(sum(x.exp() for x in scores), [1.0, 1.0], FP64)
+    assert not torch.allclose(*scores)
+
+
+def test_a_log_probability_is_not_rescaled():
+    with pytest.raises(BadInput, match="cannot be rescaled"):
+        RewardModel(sentiment(), bert_syllables(), label="POSITIVE").rescale(gain=2.0, bias=0.0)
 
 
 # RewardModel: neighbours

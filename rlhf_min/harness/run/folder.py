@@ -28,6 +28,7 @@ from rlhf_min.harness.run.layout import (
     stage_modules,
 )
 from rlhf_min.harness.run.signals import to_resume
+from rlhf_min.loading.sources import split_label
 
 if typing.TYPE_CHECKING:
     from rlhf_min.harness.run.log import MetricsLog
@@ -97,6 +98,7 @@ def check_out(options: Any, default: str) -> Path:
 def _files_used(options: Any) -> list[str]:
     names = ("model", "reward_model", "data", "heldout_data")
     rewards = [spec.rpartition("*")[2].partition(":")[0] for spec in getattr(options, "reward", [])]
+    rewards = [split_label(name)[0] for name in rewards]
     return [path for path in (*(getattr(options, name, None) for name in names), *rewards) if path]
 
 
