@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: means, BLEU, shares and win rates, and what best-of-n is worth.
+"""Numbers with their uncertainty: means, BLEU, shares and win rates, best-of-n and pass@k.
 
 Every interval is a 95 % interval over questions.
 """
@@ -221,3 +221,33 @@ def best_of_n_bound(n: int) -> float:
     0.0
     """
     return log(n) - (n - 1) / n  # (1)
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:  # (P, N) -> (P,)
+    r"""How likely at least one of k responses is correct, estimated from N.       [eq:pass_at_k]
+
+    With c of the N responses correct, k of them that are drawn without replacement are all wrong
+    with a probability of C(N - c, k) / C(N, k), so that
+
+        pass@k = 1 - C(N - c, k) / C(N, k)                                         (1)
+
+    is the mean over all choices of k, and unbiased. That of the share, 1 - (1 - c / N)^k, is too
+    low.
+
+    Args:
+        correct: whether each response is. Shape ``(P, N)``, N responses to each of P prompts.
+        k: from 1 to N.
+
+    Raises:
+        BadInput: if k is not in 1..N.
+
+    Source: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+
+    >>> pass_at_k(np.array([[True, False, False, False]]), 2)
+    array([0.5])
+    """
+    size = correct.shape[1]
+    require(1 <= k <= size, f"pass@{k} cannot be estimated from {size} responses: need k in 1..N")
+    return np.array(
+        [1 - comb(size - int(c), k) / comb(size, k) for c in correct.sum(axis=1)]
+    )  # (1)

@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import sys
-from itertools import product
+from itertools import combinations, product
 from math import isclose, log
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tolerances import EXACT, FP64
 
 from rlhf_min.config import PPOConfig
 from rlhf_min.errors import BadInput, NonFinite
-from rlhf_min.estimates import best_of_n_bound, best_of_n_kl, best_of_n_mean
+from rlhf_min.estimates import best_of_n_bound, best_of_n_kl, best_of_n_mean, pass_at_k
 from rlhf_min.harness import experiments
 from rlhf_min.harness.experiments import (
     ExperimentOptions,
@@ -101,6 +101,28 @@ def test_the_estimate_is_right_on_average(scores, size, n):
         )
         found += np.prod([SHARES[i] for i in drawn]) * of_sample[0]
     assert isclose(found, chosen(scores, n) @ VALUES, abs_tol=FP64)
+
+
+@pytest.mark.eq("pass_at_k")
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (4, 1), (4, 2), (4, 4), (5, 3)])
+def test_pass_at_k_is_right_on_average(size, k):
+    p = 0.3  # that a response is correct
+    found = 0.0
+    for drawn in product([True, False], repeat=size):  # every sample that could be had
+        chance = np.prod([p if correct else 1 - p for correct in drawn])
+        found += chance * pass_at_k(np.array([drawn]), k)[0]
+    assert isclose(found, 1 - (1 - p) ** k, abs_tol=FP64)
+
+
+@pytest.mark.eq("pass_at_k")
+def test_pass_at_k_is_the_share_of_all_choices_of_k():
+    rows = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
+    for k in range(1, 6):
+        expected = [np.mean([max(some) for some in combinations(row, k)]) for row in rows]
+        assert np.abs(pass_at_k(rows, k) - expected).max() <= FP64
+    for k in (0, 6):
+        with pytest.raises(BadInput, match=f"pass@{k} cannot be estimated from 5 responses"):
+            pass_at_k(rows, k)
 
 
 def test_best_of_n_of_a_model(models):

@@ -173,6 +173,13 @@ TABLE = [
      ("the gradient of the token itself",
       "gradient.scatter_add_(-1, tokens[:, None], grad[:, None])", "gradient")),
 
+    # estimates
+    ("estimates.pass_at_k",
+     "harness/test_experiments.py::test_pass_at_k_is_right_on_average[4-2]",
+     ("responses are drawn with replacement", "comb(size - int(c), k) / comb(size, k)",
+      "(1 - int(c) / size) ** k"),
+     ("all k correct, not one of them", "1 - comb(size - int(c), k)", "comb(int(c), k)")),
+
     # kl
     ("kl.kl_estimate", "unit/test_kl.py::test_kl_estimate_closed",
      ("sign of the log ratio",
