@@ -9,47 +9,15 @@ With --data give --model and --reward_model or --reward. The model and its value
     --reward runs/sentiment@POSITIVE               the log-probability of a classifier's label
 """
 
-from dataclasses import dataclass, field
-
-from rlhf_min.config import PPOConfig, RewardConfig, SFTConfig, option
-from rlhf_min.errors import require
-from rlhf_min.harness.cli import RunOptions, check_room, command, parse
+from rlhf_min.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_min.harness.cli import OnlineOptions, check_room, command, parse
 from rlhf_min.harness.inputs import load_inputs
 from rlhf_min.harness.run.folder import check_out, start_log
 
 
-@dataclass(frozen=True)
-class PPOOptions(RunOptions):
-    """Options of the command beside those of PPO itself."""
-
-    reward: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "[WEIGHT*]module:function, file.py:function, model or classifier@LABEL; "
-            "several add up."
-        },
-    )
-    reward_timeout: float = option(
-        600.0, "Seconds that a function may take for one batch; 0: no limit.", at_least=0
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            not (self.reward and self.reward_model),
-            "give --reward_model or --reward, not both; --reward takes reward models too",
-        )
-        require(
-            self.data is None
-            or (self.model is not None and (self.reward_model is not None or bool(self.reward))),
-            "PPO on your own prompts starts from trained models: give --model (see train_sft.py) "
-            "and --reward_model (see train_reward_model.py) or --reward",
-        )
-
-
 @command
 def main() -> None:
-    options, config = parse(__doc__, PPOOptions, PPOConfig)
+    options, config = parse(__doc__, OnlineOptions, PPOConfig)
     check_room(config, options.max_response_tokens)
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)

@@ -188,6 +188,35 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class OnlineOptions(RunOptions):
+    """Options of the commands in which responses are sampled and rewarded."""
+
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "[WEIGHT*]module:function, file.py:function, model or classifier@LABEL; "
+            "several add up."
+        },
+    )
+    reward_timeout: float = option(
+        600.0, "Seconds that a function may take for one batch; 0: no limit.", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.reward and self.reward_model),
+            "give --reward_model or --reward, not both; --reward takes reward models too",
+        )
+        require(
+            self.data is None
+            or (self.model is not None and (self.reward_model is not None or bool(self.reward))),
+            "your own prompts need trained models: give --model (see train_sft.py) and "
+            "--reward_model (see train_reward_model.py) or --reward",
+        )
+
+
+@dataclass(frozen=True)
 class ExperimentOptions(RunOptions):
     """Options of both experiments. As many runs go on at once as there are threads."""
 

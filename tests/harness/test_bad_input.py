@@ -380,7 +380,7 @@ OPTIONS = [
          "max_new_tokens 9 exceeds max_response_tokens 8; …"),
     Case("two rewards", f"{PPO} --reward_model bert --reward bert", "give --reward_model or …"),
     Case("prompts and no model", "train_ppo --data pairs.jsonl",
-         "PPO on your own prompts starts …"),
+         "your own prompts need trained models: …"),
     Case("--limit alone", "train_sft --limit 3", "--limit is for your own rows; give --data"),
     Case("a split of a file", f"{SFT} --split test", "pairs.jsonl: a file has no split 'test'; …"),
     Case("no place for the prompt", f"{SFT} --template Hi", "template 'Hi' must hold {prompt} …"),

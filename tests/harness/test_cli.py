@@ -14,7 +14,7 @@ from small import small_policy, small_reward_model
 
 from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.cli import RunOptions, command, parse
+from rlhf_min.harness.cli import OnlineOptions, RunOptions, command, parse
 from rlhf_min.harness.models import make_codec, start_policy
 from rlhf_min.harness.rewards import given_reward
 from rlhf_min.harness.run.folder import check_out, open_run
@@ -37,7 +37,7 @@ def example(name):
 COMMANDS = {
     "train_sft": [RunOptions, SFTConfig],
     "train_reward_model": [RunOptions, RewardConfig],
-    "train_ppo": [example("train_ppo").PPOOptions, PPOConfig],
+    "train_ppo": [OnlineOptions, PPOConfig],
     "train_dpo": [RunOptions, DPOConfig],
     "quickstart": [example("quickstart").QuickstartOptions],
     "evaluate_models": [example("evaluate_models").EvaluateOptions],
@@ -190,7 +190,7 @@ BOUNDS = {
         "max_tokens": POSITIVE,
     },
     RunOptions: RUN | {"max_response_tokens": ([0, -1, 128, 200], [1, 127])},
-    example("train_ppo").PPOOptions: RUN
+    OnlineOptions: RUN
     | {"max_response_tokens": ([0, -1, 128, 200], [1, 127]), "reward_timeout": AT_LEAST_0},
     example("quickstart").QuickstartOptions: RUN
     | {
@@ -436,12 +436,11 @@ def test_the_global_generators_are_seeded_before_a_users_module_is_imported(tmp_
     code = "import random, numpy, torch\n"
     code += "DRAWN = [random.random(), numpy.random.rand(), float(torch.rand(()))]\n"
     code += "def f(prompts, responses): return DRAWN\n"
-    module = example("train_ppo")
 
     def drawn(name, seed):
         file = tmp_path / f"{name}.py"
         file.write_text(code, encoding="utf-8")
-        options = module.PPOOptions(reward=[f"{file}:f"])
+        options = OnlineOptions(reward=[f"{file}:f"])
         given = given_reward(options, PPOConfig(seed=seed))
         return given([""] * 3, [""] * 3).tolist()
 

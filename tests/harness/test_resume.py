@@ -29,7 +29,7 @@ from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.dpo import DPOConfig
 from rlhf_min.encoding.pairs import TextPair
 from rlhf_min.errors import BadInput, Diverged, NonFinite
-from rlhf_min.harness.cli import RunOptions, command
+from rlhf_min.harness.cli import OnlineOptions, RunOptions, command
 from rlhf_min.harness.run import checkpoint, faults, folder
 from rlhf_min.harness.run.atomic import NotWritten
 from rlhf_min.harness.run.checkpoint import (
@@ -54,8 +54,6 @@ from rlhf_min.policy import Policy
 from rlhf_min.ppo import PPOConfig
 from rlhf_min.reward import RewardConfig, RewardExample
 from rlhf_min.sft import SFTConfig
-
-PPOOptions = MODULES["ppo"].PPOOptions
 
 
 @pytest.fixture(scope="module")
@@ -1168,7 +1166,7 @@ SUM = ["0.5*a.py:f", "b.py:g"]
 def test_the_best_of_what_no_stage_measures_is_refused_at_the_start(
     given, configs, name, fine, tmp_path
 ):
-    options = (PPOOptions if "reward" in given else RunOptions)(**given, keep_best=name)
+    options = (OnlineOptions if "reward" in given else RunOptions)(**given, keep_best=name)
     log = partial(
         folder.start_log,
         tmp_path / "run",
