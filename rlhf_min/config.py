@@ -16,6 +16,9 @@ from .errors import require
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 RolloutKL = Literal["k1", "abs", "k2", "k3", "full"]
+AdvantageScale = Literal["group", "batch", "none"]
+LossMean = Literal["sequence", "token", "constant"]
+RatioLevel = Literal["token", "sequence"]
 
 MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
 MAX_SEED = 2**31  # the largest that every generator accepts
@@ -151,22 +154,21 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainingConfig):
-    """Options of PPO.
+class RolloutConfig(TrainingConfig):
+    """Options of all that learns from sampled responses: PPO, GRPO and RLOO.
 
-    A rollout batch of `batch_size` responses is learned from `epochs` times in minibatches of
+    A rollout of `batch_size` responses is learned from `epochs` times in minibatches of
     `minibatch_size`; each minibatch is one optimizer step.
     """
 
     steps: int = option(60, "Rollouts, each followed by its update.", above=0)
     batch_size: int = option(
-        128, "Prompts in one rollout.", at_least=2, at_most=MAX_BATCH_SIZE
+        128, "Responses in one rollout.", at_least=2, at_most=MAX_BATCH_SIZE
     )  # whitening needs two
     minibatch_size: int = option(32, "Responses for each optimizer step.", above=0)
     epochs: int = option(
         2, "Passes over one rollout.", above=0, pretrained=(4, "Ziegler et al. 2019")
     )
-    critic: Literal["shared", "separate"] = option("shared", "Whose trunk the values are read off.")
     max_new_tokens: int = option(48, "Longest response; a longer one is cut.", above=0)
     temperature: float = option(
         1.0, "Divides the logits, in sampling and in scoring alike.", above=0
@@ -174,30 +176,11 @@ class PPOConfig(TrainingConfig):
     learning_rate: float = _rate(3e-4, pretrained=(1.41e-5, "trl 0.11's GPT-2 runs"))
     warmup_share: float = _warmup(0.05)
     adam_eps: float = option(1e-5, "AdamW's epsilon; a larger one calms the first steps.", above=0)
-    gamma: float = option(1.0, "Discount for each token.", at_least=0, at_most=1)
-    lam: float = option(
-        0.95, "GAE's lambda: 0 trusts the values, 1 the rewards.", at_least=0, at_most=1
-    )
     clip: float = option(0.2, "The ratio is clipped to between 1 - clip and 1 + clip.", above=0)
-    value_clip: float = option(
-        0.2,
-        "A value is clipped to within this of the old one; inf: not at all.",
-        above=0,
-        at_most=math.inf,
-    )
-    value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.", at_least=0)
     kl: RolloutKL = option(
         "k1", "Estimate of the KL in the rewards; only k1 has the objective's gradient."
     )
     kl_coef: float = option(0.05, "Weight of the KL in the rewards, in score per nat.", at_least=0)
-    kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
-    kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.", above=0)
-    kl_horizon: float = option(
-        10_000, "Adaptive: responses in which kl_coef may change by a fifth.", above=0
-    )
-    whiten_advantages: bool = option(True, "Advantages to mean 0, variance 1 over the rollout.")
-    whiten_rewards: bool = option(False, "Rewards to variance 1 over the rollout, mean kept.")
-    normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
     score_clip: float | None = option(
         None, "Scores beyond this, either way, are cut to it.", above=0
     )
@@ -216,15 +199,93 @@ class PPOConfig(TrainingConfig):
         super().__post_init__()
         require(
             self.minibatch_size <= self.batch_size,
-            f"PPOConfig: minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}",
-        )
-        require(
-            self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
-            f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
-            f"{self.batch_size}, or the coefficient could turn negative",
+            f"{type(self).__name__}: minibatch_size {self.minibatch_size} exceeds batch_size "
+            f"{self.batch_size}",
         )
 
     @property
     def minibatches(self) -> int:
         """Optimizer steps in one epoch over a rollout; the last may be smaller."""
         return -(-self.batch_size // self.minibatch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RolloutConfig):
+    """Options of PPO."""
+
+    critic: Literal["shared", "separate"] = option("shared", "Whose trunk the values are read off.")
+    gamma: float = option(1.0, "Discount for each token.", at_least=0, at_most=1)
+    lam: float = option(
+        0.95, "GAE's lambda: 0 trusts the values, 1 the rewards.", at_least=0, at_most=1
+    )
+    value_clip: float = option(
+        0.2,
+        "A value is clipped to within this of the old one; inf: not at all.",
+        above=0,
+        at_most=math.inf,
+    )
+    value_coef: float = option(0.1, "Weight of the value loss beside the policy loss.", at_least=0)
+    kl_control: Literal["fixed", "adaptive"] = option("fixed", "Whether kl_coef follows the KL.")
+    kl_target: float = option(6.0, "Adaptive: the aim, in nats per response.", above=0)
+    kl_horizon: float = option(
+        10_000, "Adaptive: responses in which kl_coef may change by a fifth.", above=0
+    )
+    whiten_advantages: bool = option(True, "Advantages to mean 0, variance 1 over the rollout.")
+    whiten_rewards: bool = option(False, "Rewards to variance 1 over the rollout, mean kept.")
+    normalise_scores: bool = option(False, "Scores by their running mean and deviation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.kl_control == "fixed" or self.kl_horizon > 0.2 * self.batch_size,
+            f"PPOConfig: kl_horizon is {self.kl_horizon}; it must exceed a fifth of batch_size "
+            f"{self.batch_size}, or the coefficient could turn negative",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig(RolloutConfig):
+    """Options of GRPO and RLOO: several responses to each prompt take the place of a critic."""
+
+    group_size: int = option(8, "Responses to each prompt.", at_least=2)
+    clip_high: float | None = option(
+        None, "The ratio's upper limit is 1 + this. Default: as --clip.", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.batch_size % self.group_size == 0,
+            f"{type(self).__name__}: batch_size {self.batch_size} is no multiple of group_size "
+            f"{self.group_size}; every prompt gets a whole group",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(GroupConfig):
+    """Options of GRPO and of what followed it: DAPO, Dr. GRPO, GSPO."""
+
+    advantage_scale: AdvantageScale = option(
+        "group",
+        "Advantages are divided by the scores' deviation in the group, in the whole batch, or not "
+        "at all (Dr. GRPO).",
+    )
+    loss_mean: LossMean = option(
+        "sequence",
+        "The loss is a mean over each response and then over responses (GRPO), over all tokens "
+        "(DAPO), or over a constant, responses times max_new_tokens (Dr. GRPO).",
+    )
+    ratio_level: RatioLevel = option(
+        "token", "The ratio is of each token, or the geometric mean over a response (GSPO)."
+    )
+    kl_in: Literal["loss", "reward"] = option(
+        "loss", "The KL stands in the loss as k3, or in the reward as k1."
+    )
+    kl: RolloutKL = option("k1", "Estimate of the KL that is reported, and put into the rewards.")
+    kl_coef: float = option(0.05, "Weight of the KL, where kl_in says.", at_least=0)
+    mask_cut: bool = option(False, "Leave responses that were cut out of the loss (DAPO).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(GroupConfig):
+    """Options of RLOO."""

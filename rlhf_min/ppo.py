@@ -3,23 +3,25 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import online
 from .advantages import gae
 from .config import PPOConfig
-from .data import Cursor, PromptExample, micro_batches
-from .errors import NonFinite, require
-from .kl import AdaptiveKL, FixedKL, kl_estimate, shape_rewards
-from .loading.reward_function import RewardFunction, call_reward
+from .data import PromptExample, micro_batches
+from .errors import require
+from .kl import AdaptiveKL, FixedKL, shape_rewards
+from .loading.reward_function import RewardFunction
 from .losses import ppo_policy_loss, ppo_value_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten
-from .optim import Optimizer, adamw
-from .policy import Policy, disable_dropout
-from .rollout import Rollout, RolloutBuffer, collect
-from .text_metrics import distinct_n, repeated_ngrams
+from .online import final_scores, mean_stats
+from .optim import Optimizer
+from .policy import Policy
+from .rollout import Rollout, RolloutBuffer
 
 
 @dataclass
@@ -58,68 +60,36 @@ class RunningMoments:
 
 
 @dataclass
-class State:
-    """What outlives a PPO step; the other algorithms share `optim.State`. Each random draw has a
-    generator of its own."""
+class State(online.State):
+    """What outlives a PPO step: also the KL coefficient and the moments of the scores."""
 
-    optimizer: Optimizer
-    cursor: Cursor[PromptExample]
-    kl_control: FixedKL | AdaptiveKL
-    sampling_rng: torch.Generator
-    minibatch_rng: torch.Generator
+    kl_control: FixedKL | AdaptiveKL = field(kw_only=True)
     moments: RunningMoments = field(default_factory=RunningMoments)
-    step: int = 0
-    too_far: bool = False  # the KL has exceeded max_kl: the run is over
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values only."""
-        return {
-            "step": self.step,
-            "too_far": self.too_far,
-            "epoch": self.cursor.epoch,
-            "position": self.cursor.position,
-            "optimizer": self.optimizer.state_dict(),
-            "kl_coef": self.kl_control.coef,
-            "moments": [self.moments.count, self.moments.mean, self.moments.squares],
-            "sampling_rng": self.sampling_rng.get_state(),
-            "minibatch_rng": self.minibatch_rng.get_state(),
-        }
+        moments = [self.moments.count, self.moments.mean, self.moments.squares]
+        return super().state_dict() | {"kl_coef": self.kl_control.coef, "moments": moments}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`: training goes on with the bits of the uninterrupted run."""
-        self.step, self.too_far = state["step"], state["too_far"]
-        self.cursor.epoch, self.cursor.position = state["epoch"], state["position"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().restore(state)
         if isinstance(self.kl_control, AdaptiveKL):  # else it is the config's
             self.kl_control.coef = state["kl_coef"]
         self.moments = RunningMoments(*state["moments"])
-        self.sampling_rng.set_state(state["sampling_rng"])
-        self.minibatch_rng.set_state(state["minibatch_rng"])
 
 
 def new_state(policy: Policy, prompts: Sequence[PromptExample], config: PPOConfig) -> State:
-    """The state before the first step. Dropout is switched off in the policy, so that the same
-    tokens have the same probability in every pass.
+    """The state before the first step, as `online.new_state`.
 
     Raises:
         BadInput: if there is no value head, or no room for a prompt and the longest response.
     """
-    policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
     require(policy.value_head is not None, "PPO needs a value head: critic='shared' or 'separate'")
-    disable_dropout(policy)
-    total_steps = config.steps * config.epochs * config.minibatches
-    optimizer = adamw(policy, config, total_steps, eps=config.adam_eps)
     kl_control: FixedKL | AdaptiveKL = FixedKL(config.kl_coef)
     if config.kl_control == "adaptive":
         kl_control = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
-    return State(
-        optimizer,
-        Cursor(prompts, seed=config.seed),
-        kl_control,
-        # Seeds far from each other and from the cursor's, which are seed + epoch.
-        sampling_rng=torch.Generator().manual_seed(config.seed + 10**6),
-        minibatch_rng=torch.Generator().manual_seed(config.seed + 2 * 10**6),
-    )
+    return State(**vars(online.new_state(policy, prompts, config)), kl_control=kl_control)
 
 
 def judge(
@@ -138,9 +108,7 @@ def judge(
         Rewards, advantages (whitened, unless the config says no) and returns, ``(B, T)`` each.
     """
     scores = rollout.scores if moments is None else moments.normalise(rollout.scores)
-    if config.score_clip is not None:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    scores = torch.where(rollout.ended, scores, scores - config.eos_penalty)
+    scores = final_scores(rollout, scores, config)
     rewards = shape_rewards(scores, rollout.kl, rollout.mask, kl_coef=kl_coef)  # (B, T)
     if config.whiten_rewards:
         rewards = masked_scale(rewards, rollout.mask)
@@ -238,7 +206,7 @@ def ppo_epoch(
         minibatch_step(policy, optimizer, buffer, rows, config)
         for rows in buffer.minibatches(order, config.minibatch_size)
     ]
-    return _mean_stats(steps)
+    return mean_stats(steps)
 
 
 def ppo_update(
@@ -249,21 +217,9 @@ def ppo_update(
     *,
     rng: torch.Generator,
 ) -> dict[str, float]:
-    """All epochs over one rollout; ends after a pass in which the policy has moved by `stop_kl`.
-
-    That is the pass's mean ``update_k1``. The learning rate then ends above 0, since its schedule
-    counts all passes.
-
-    Returns:
-        Means over all minibatches, and ``epochs``, the number of passes made.
-    """
-    epochs: list[dict[str, float]] = []
-    for _ in range(config.epochs):
-        order = torch.randperm(len(buffer.rollout.sequences), generator=rng)
-        epochs.append(ppo_epoch(policy, optimizer, buffer, order, config))
-        if config.stop_kl is not None and epochs[-1]["update_k1"] > config.stop_kl:
-            break
-    return {**_mean_stats(epochs), "epochs": len(epochs)}
+    """All epochs over one rollout, as `online.update`."""
+    epoch = partial(ppo_epoch, policy, optimizer, buffer, config=config)
+    return online.update(epoch, len(buffer.rollout.sequences), config, rng=rng)
 
 
 def train(
@@ -292,117 +248,54 @@ def train(
         The metrics of `report`, of the rollout as it was sampled, and of `ppo_update`, means over
         its minibatches; ``kl_coef`` and ``learning_rate`` as they were in this step; ``tokens`` of
         prompts and responses; ``time/`` in seconds; and every `config.eval_every` steps those of
-        `evaluate`.
+        `online.evaluate`.
 
     Raises:
         NonFinite: before the optimizer step that would have used a number that is not finite.
         Diverged: if the policy gives NaN while it samples.
     """
-    monitors = monitors or {}
-    for prompts in (state.cursor.examples, eval_prompts):
-        policy.require_room(([x.ids] for x in prompts), new_tokens=config.max_new_tokens)
+    online.require_room(policy, [*state.cursor.examples, *eval_prompts], config)
     while state.step < config.steps and not state.too_far:
         # Act: sample responses, and keep what policy, value head and reference gave for them.
-        prompts = state.cursor.take_across(config.batch_size)
-        with state.optimizer.autocast():
-            rollout = collect(policy, ref_policy, reward, prompts, config, rng=state.sampling_rng)
+        rollout = online.act(policy, ref_policy, reward, config, state)
 
         # Judge: rewards for each token, then how much better than expected it was.
         moments = state.moments if config.normalise_scores else None
         if moments is not None:
             moments.update(rollout.scores)
         buffer = judge(rollout, config, kl_coef=state.kl_control.coef, moments=moments)
-        if not bool(torch.isfinite(buffer.advantages + buffer.returns).all()):
-            raise NonFinite(state.optimizer.steps, "advantages", buffer)
+        online.require_finite(buffer, state)
 
         # Learn: several passes over the same rollout, never far from it.
-        learning_rate = state.optimizer.learning_rate
-        started = time.perf_counter()
+        learning_rate, started = state.optimizer.learning_rate, time.perf_counter()
         stats = ppo_update(policy, state.optimizer, buffer, config, rng=state.minibatch_rng)
-        seconds = {**rollout.seconds, "update": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
 
         # Report, and steer the penalty.
-        metrics = report(buffer) | stats
-        metrics |= {"kl_coef": state.kl_control.coef, "learning_rate": learning_rate}
-        metrics |= {name: _mean_reward(monitor, rollout) for name, monitor in monitors.items()}
-        metrics |= {f"time/{name}": value for name, value in seconds.items()}
+        metrics = report(buffer) | stats | {"learning_rate": learning_rate, "time/update": seconds}
+        metrics["kl_coef"] = state.kl_control.coef
         state.kl_control.update(metrics["kl"], config.batch_size)
-        state.step += 1
-        if on_rollout is not None:
-            on_rollout(buffer)
-        if eval_prompts and (state.step % config.eval_every == 0 or state.step == config.steps):
-            with state.optimizer.autocast():
-                metrics |= evaluate(
-                    policy, ref_policy, reward, eval_prompts, config, monitors=monitors
-                )
-        state.too_far = config.max_kl is not None and metrics["k1"] > config.max_kl
-        yield metrics
+        yield online.conclude(
+            policy,
+            ref_policy,
+            reward,
+            buffer,
+            metrics,
+            config,
+            state,
+            monitors=monitors,
+            eval_prompts=eval_prompts,
+            on_rollout=on_rollout,
+        )
 
 
 def report(buffer: RolloutBuffer) -> dict[str, float]:
-    """What a rollout says of the policy that sampled it.
-
-    ``kl``, ``k1`` and ``k3`` are nats per response, sums over tokens and then means over responses:
-    ``kl`` is the estimate in the rewards, the other two are the unbiased ones.
-    """
+    """What a rollout says of the policy that sampled it, as `online.report`, and of its values."""
     rollout, mask = buffer.rollout, buffer.rollout.mask
-    k3 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind="k3")
     returns_variance = float(masked_var(buffer.returns, mask))
     error_variance = float(masked_var(buffer.returns - rollout.values, mask))
-    return {
-        "score": float(rollout.scores.mean()),
-        "score_std": float(rollout.scores.std()),
-        "kl": _per_response(rollout.kl, mask),
-        "k1": _per_response(rollout.logprobs - rollout.ref_logprobs, mask),
-        "k3": _per_response(k3, mask),
-        "reward": _per_response(buffer.rewards, mask),
-        "rollout_entropy": float(masked_mean(rollout.entropy, mask)),
+    return online.report(buffer) | {
         "value": float(masked_mean(rollout.values, mask)),
         "return": float(masked_mean(buffer.returns, mask)),
         "explained_variance": 1 - error_variance / max(returns_variance, 1e-12),
-        "response_length": _mean_count(rollout.lengths),
-        "eos_rate": _mean_count(rollout.ended),
-        "tokens": int(rollout.sequences.attention_mask.sum()),
     }
-
-
-def evaluate(
-    policy: Policy,
-    ref_policy: Policy,
-    reward: RewardFunction,
-    prompts: Sequence[PromptExample],
-    config: PPOConfig,
-    *,
-    monitors: Mapping[str, RewardFunction] | None = None,
-) -> dict[str, float]:
-    """Score, KL, length and repetition on fixed prompts with fixed random numbers."""
-    rng = torch.Generator().manual_seed(config.seed + 3 * 10**6)
-    rollout = collect(policy, ref_policy, reward, prompts, config, rng=rng)
-    metrics = {
-        "score": float(rollout.scores.mean()),
-        "k1": _per_response(rollout.logprobs - rollout.ref_logprobs, rollout.mask),
-        "response_length": _mean_count(rollout.lengths),
-        "distinct_2": distinct_n(rollout.responses, 2),
-        "repeated_4": repeated_ngrams(rollout.responses, 4),
-    }
-    for name, monitor in (monitors or {}).items():
-        metrics[name] = _mean_reward(monitor, rollout)
-    return {f"eval/{name}": value for name, value in metrics.items()}
-
-
-def _mean_reward(reward: RewardFunction, rollout: Rollout) -> float:
-    return float(call_reward(reward, rollout.prompts, rollout.responses, rollout.columns).mean())
-
-
-def _per_response(x: Tensor, mask: Tensor) -> float:
-    return float(torch.where(mask, x, 0).sum(1).mean())
-
-
-def _mean_count(x: Tensor) -> float:
-    """The mean of whole numbers or of truth values."""
-    return int(x.sum()) / len(x)
-
-
-def _mean_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:
-    means = {name: sum(s[name] for s in stats) / len(stats) for name in stats[0]}
-    return means | {"ratio_max": max(s["ratio_max"] for s in stats)}

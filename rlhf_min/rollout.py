@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PPOConfig, RolloutKL
+from .config import RolloutConfig, RolloutKL
 from .data import PromptExample, Sequences, collate, micro_batches
 from .kl import exact_kl, kl_estimate
 from .loading.reward_function import RewardFunction, call_reward
@@ -56,24 +56,28 @@ def collect(
     ref_policy: Policy,
     reward: RewardFunction,
     prompts: Sequence[PromptExample],
-    config: PPOConfig,
+    config: RolloutConfig,
     *,
     rng: torch.Generator,
+    group_size: int = 1,
 ) -> Rollout:
-    """Sample a response to each prompt, score it, and remember what everyone believed.
+    """Sample responses to each prompt, score them, and remember what everyone believed.
 
     Args:
         policy: samples, and gives log-probabilities and values.
         ref_policy: frozen.
         reward: any callable of texts, see `call_reward`.
-        prompts: one for each row.
+        prompts: one for each group of rows.
         config: says the longest response, the temperature of sampling and of all
             log-probabilities, the estimate of the KL, and the tokens of a forward pass.
         rng: a CPU generator.
+        group_size: responses to each prompt, G. Those of a group follow one another: row b is of
+            group b // G.
 
     Returns:
         A `Rollout` without gradient, on the policy's device.
     """
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     started = time.perf_counter()
     prompt_ids = [prompt.ids for prompt in prompts]
     response_ids = sample(
@@ -168,7 +172,8 @@ def score_rollout(
 class RolloutBuffer:
     """A judged rollout, ready to be learned from in minibatches.
 
-    `rewards`, `advantages` and `returns` are (B, T), zero at padding.
+    `rewards`, `advantages` and `returns` are (B, T), zero at padding. A minibatch may cut a group:
+    its advantages are made before.
     """
 
     rollout: Rollout

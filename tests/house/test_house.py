@@ -26,7 +26,7 @@ FLOORS = (
     ("kl", "advantages", "losses", "preference_losses"),
     ("config", "data", "encoding", "speed", "loading", "text_metrics", "estimates", "hf_metrics"),
     ("policy", "reward_model", "sampling", "optim"),
-    ("rollout",),
+    ("rollout", "online"),
     ("sft", "reward", "ppo", "dpo", "evaluation", "world"),
 )
 ALGORITHMS = {"sft", "reward", "ppo", "dpo"}

@@ -16,7 +16,7 @@ from small import (
 from strategies import assert_close, outputs_and_gradients
 from tolerances import FP32
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, online, ppo, reward, sft
 from rlhf_min.advantages import gae
 from rlhf_min.config import PPOConfig
 from rlhf_min.harness.cli import RunOptions
@@ -137,7 +137,7 @@ def looked_at(stage):
     )
     state = ppo.new_state(policy, PROMPTS, config)
     steps = ppo.train(policy, ref_policy, lengths, config, state, eval_prompts=PROMPTS)
-    return steps, state, lambda: ppo.evaluate(policy, ref_policy, lengths, PROMPTS, config)
+    return steps, state, lambda: online.evaluate(policy, ref_policy, lengths, PROMPTS, config)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
