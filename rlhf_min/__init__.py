@@ -1,23 +1,30 @@
 """RLHF written by hand: SFT, a BERT reward model, PPO, DPO, and their evaluation.
 
 The public names. Each algorithm is a module with a config, a state and ``train``, a generator of
-metrics: `sft`, `reward`, `ppo`, `dpo`. A name is imported when it is first used, so that a command
-can answer before torch, which takes seconds, is there.
+metrics: `sft`, `reward`, `ppo`, `grpo`, `rloo`, `dpo`. A name is imported when it is first used, so
+that a command can answer before torch, which takes seconds, is there.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import dpo, evaluation, ppo, reward, sft
-    from .advantages import gae
+    from . import dpo, evaluation, grpo, ppo, reward, rloo, sft
+    from .advantages import gae, grpo_advantages, rloo_advantages
     from .data import PreferenceExample, PromptExample, Sequences, SFTExample, collate
     from .encoding.codec import Codec
     from .errors import BadInput, Diverged, NonFinite
     from .harness.run.saved_models import save_policy, save_reward_model
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
-    from .losses import pairwise_reward_loss, ppo_policy_loss, ppo_value_loss, sft_loss
+    from .losses import (
+        grpo_loss,
+        pairwise_reward_loss,
+        ppo_policy_loss,
+        ppo_value_loss,
+        rloo_loss,
+        sft_loss,
+    )
     from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
     from .policy import Policy
     from .ppo import judge, ppo_epoch, ppo_update
@@ -49,6 +56,9 @@ __all__ = [
     "evaluation",
     "exact_kl",
     "gae",
+    "grpo",
+    "grpo_advantages",
+    "grpo_loss",
     "judge",
     "kl_estimate",
     "lm_head_logits",
@@ -65,6 +75,9 @@ __all__ = [
     "ppo_value_loss",
     "response_mask",
     "reward",
+    "rloo",
+    "rloo_advantages",
+    "rloo_loss",
     "sample",
     "save_policy",
     "save_reward_model",
@@ -77,14 +90,14 @@ __all__ = [
 
 # The same once more, for Python itself: where each name that is no module stands.
 _NAMES = {
-    "advantages": "gae",
+    "advantages": "gae grpo_advantages rloo_advantages",
     "data": "PreferenceExample PromptExample Sequences SFTExample collate",
     "encoding.codec": "Codec",
     "errors": "BadInput Diverged NonFinite",
     "harness.run.saved_models": "save_policy save_reward_model",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",
-    "losses": "pairwise_reward_loss ppo_policy_loss ppo_value_loss sft_loss",
+    "losses": "grpo_loss pairwise_reward_loss ppo_policy_loss ppo_value_loss rloo_loss sft_loss",
     "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",
     "policy": "Policy",
     "ppo": "judge ppo_epoch ppo_update",

@@ -8,7 +8,7 @@ backpropagated as ``loss * count / count_of_the_minibatch``, so that splitting a
 changes its gradient. What follows the count is worth logging and carries no gradient.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,20 @@ class PolicyLoss(NamedTuple):
     clip_fraction: Tensor
     k1: Tensor
     k3: Tensor
+    ratio: Tensor
+    ratio_max: Tensor
+
+
+class GroupLoss(NamedTuple):
+    """Clipped surrogate, a mean over responses or over tokens, and their number. Then for each
+    response, ``(B,)``, what adds up to a mean of the same kind: share of clipped tokens, k1 and k3
+    of rollout policy against new policy, ratio. Last the largest ratio of all."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    clip_fraction: Tensor
+    update_k1: Tensor
+    update_k3: Tensor
     ratio: Tensor
     ratio_max: Tensor
 
@@ -188,6 +202,181 @@ def ppo_policy_loss(
             ratio=masked_mean(ratio, mask),
             ratio_max=ratio[mask].max(),
         )
+
+
+def grpo_loss(
+    new_logprobs: Tensor,  # (B, T)
+    logprobs: Tensor,  # (B, T)
+    ref_logprobs: Tensor,  # (B, T)
+    advantages: Tensor,  # (B,)
+    mask: Tensor,  # (B, T) bool
+    *,
+    clip: float,
+    clip_high: float,
+    kl_coef: float,
+    ratio_level: Literal["token", "sequence"],
+    loss_mean: Literal["sequence", "token", "constant"],
+    max_new_tokens: int,
+) -> GroupLoss:
+    r"""The clipped objective of GRPO, and of what followed it, as a loss.                [eq:grpo]
+
+    With n_i the real tokens of response i:
+
+        ratio_it = exp(new_logprobs - logprobs)               ratio_level="token"  (1)
+        ratio_i  = exp(mean over t of the same)            ratio_level="sequence"  (2)
+        l_it = max(-A_i * ratio, -A_i * clip(ratio, 1 - clip, 1 + clip_high))      (3)
+             + kl_coef * k3_it                                                     (4)
+        L = 1/B sum_i 1/n_i sum_t l_it                       loss_mean="sequence"  (5)
+            sum_it l_it / sum_i n_i                             loss_mean="token"  (6)
+            sum_it l_it / (B * max_new_tokens)               loss_mean="constant"  (7)
+
+    (5) gives each token of a long response less weight than one of a short response, so that a bad
+    response costs less if it is long; (6) and (7) weigh all tokens alike. (4) estimates
+    KL(policy || reference), see `kl_estimate`; its gradient is not that of the KL itself, which
+    the samples would have to be drawn anew for.
+
+    Args:
+        new_logprobs: under the policy in training; carries gradient. Shape ``(B, T)``.
+        logprobs: under the policy that sampled. Shape ``(B, T)``.
+        ref_logprobs: under the reference; read only if `kl_coef` is not 0. Shape ``(B, T)``.
+        advantages: A, one for each response. Shape ``(B,)``.
+        mask: True at the tokens that are learned from. A row may have none; it still counts in B.
+            Shape ``(B, T)``.
+        clip: how far below 1 the ratio is trusted.
+        clip_high: how far above 1.
+        kl_coef: weight of (4); 0 leaves it out.
+        ratio_level, loss_mean: as above.
+        max_new_tokens: in (7).
+
+    Returns:
+        `GroupLoss`; the count is of responses for (5) and (7), of tokens for (6).
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4: (1), (3), (4), (5); Yu et al. 2025
+    (DAPO), arXiv:2503.14476, eq. 8: (6) and `clip_high`; Liu et al. 2025 (Dr. GRPO),
+    arXiv:2503.20783, section 3.2: (7); Zheng et al. 2025 (GSPO), arXiv:2507.18071, eq. 7: (2); trl
+    ``GRPOTrainer`` with ``loss_type`` "grpo", "dapo" and "dr_grpo".
+
+    Example: two responses of one and of three tokens, on policy; the long one was bad.
+        >>> logprobs, mask = torch.zeros(2, 3), torch.tensor([[True, False, False], [True] * 3])
+        >>> options = {"clip": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "ratio_level": "token"}
+        >>> inputs = logprobs, logprobs, logprobs, torch.tensor([1.0, -1.0]), mask
+        >>> grpo_loss(*inputs, **options, loss_mean="sequence", max_new_tokens=4).loss
+        tensor(0.)
+        >>> grpo_loss(*inputs, **options, loss_mean="token", max_new_tokens=4).loss  # (3 - 1) / 4
+        tensor(0.5000)
+        >>> grpo_loss(*inputs, **options, loss_mean="constant", max_new_tokens=4).loss
+        tensor(0.2500)
+    """
+    _same_shape(new_logprobs, logprobs, ref_logprobs, mask)
+    _same_shape(mask[:, 0], advantages)
+    log_ratio = torch.where(mask, at_least_float32(new_logprobs) - logprobs.detach(), 0)
+    lengths = mask.sum(1)  # (B,)
+    ratio = log_ratio.exp()  # (1)
+    if ratio_level == "sequence":
+        ratio = (log_ratio.sum(1) / lengths.clamp(min=1)).exp()[:, None].expand_as(mask)  # (2)
+    per_token, clipped = _clipped_surrogate(ratio, advantages[:, None], clip, clip_high)  # (3)
+    if kl_coef:
+        new, ref = (torch.where(mask, x, 0) for x in (new_logprobs, ref_logprobs.detach()))
+        per_token = per_token + kl_coef * kl_estimate(new, ref, kind="k3")  # (4)
+    sums, count = torch.where(mask, per_token, 0).sum(1), lengths.new_tensor(len(mask))  # (B,)
+    if loss_mean == "sequence":
+        loss = (sums / lengths.clamp(min=1)).mean()  # (5)
+    elif loss_mean == "token":
+        loss, count = sums.sum() / lengths.sum().clamp(min=1), lengths.sum()  # (6)
+    else:
+        loss = sums.mean() / max_new_tokens  # (7)
+    return _group_loss(loss, count, log_ratio, ratio, clipped, mask, per_token=loss_mean == "token")
+
+
+def rloo_loss(
+    new_logprobs: Tensor,  # (B, T)
+    logprobs: Tensor,  # (B, T)
+    advantages: Tensor,  # (B,)
+    mask: Tensor,  # (B, T) bool
+    *,
+    clip: float,
+    clip_high: float,
+) -> GroupLoss:
+    r"""REINFORCE over whole responses, with PPO's clipping for later passes.             [eq:rloo]
+
+    A response is one action, whose log-probability is the sum over its tokens:
+
+        ratio_i = exp(sum over t of new_logprobs - logprobs)                       (1)
+        L = 1/B sum_i max(-A_i * ratio_i, -A_i * clip(ratio_i, 1 - clip, 1 + clip_high))  (2)
+
+    At ratio 1 the gradient is that of -A_i * log pi(y_i|x), REINFORCE's.
+
+    Args:
+        new_logprobs: under the policy in training; carries gradient. Shape ``(B, T)``.
+        logprobs: under the policy that sampled. Shape ``(B, T)``.
+        advantages: A, one for each response. Shape ``(B,)``.
+        mask: True at real response tokens. Shape ``(B, T)``.
+        clip: how far below 1 the ratio is trusted.
+        clip_high: how far above 1.
+
+    Returns:
+        `GroupLoss`; the count is of responses.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740, eq. 7; the clipping is trl's ``RLOOTrainer``'s.
+
+    Example: two tokens, each e^0.2 times as likely as before: e^0.4 = 1.49 is clipped at 1.2.
+        >>> new, old, mask = torch.full((1, 2), -0.8), -torch.ones(1, 2), torch.ones(1, 2).bool()
+        >>> rloo_loss(new, old, torch.tensor([2.0]), mask, clip=0.2, clip_high=0.2).loss
+        tensor(-2.4000)
+    """
+    _same_shape(new_logprobs, logprobs, mask)
+    _same_shape(mask[:, 0], advantages)
+    log_ratio = torch.where(mask, at_least_float32(new_logprobs) - logprobs.detach(), 0)
+    ratio = log_ratio.sum(1).exp()  # (1)
+    per_response, clipped = _clipped_surrogate(ratio, advantages, clip, clip_high)  # (B,)
+    loss, count = per_response.mean(), torch.tensor(len(mask), device=mask.device)  # (2)
+    ratio, clipped = (x[:, None].expand_as(mask) for x in (ratio, clipped))
+    return _group_loss(loss, count, log_ratio, ratio, clipped, mask, per_token=False)
+
+
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """The pessimistic loss of each ratio, and where the clip holds its gradient back."""
+    advantages = at_least_float32(advantages.detach())
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip_high)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+@torch.no_grad()
+def _group_loss(
+    loss: Tensor,
+    count: Tensor,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    clipped: Tensor,
+    mask: Tensor,
+    *,
+    per_token: bool,
+) -> GroupLoss:
+    """The loss beside what is ``(B, T)``, summed up so that it is a mean over the count too."""
+    weights = 1 if per_token else 1 / mask.sum(1).clamp(min=1)
+
+    def of_each(x: Tensor) -> Tensor:  # (B, T) -> (B,)
+        return torch.where(mask, x, 0).sum(1) * weights
+
+    k3 = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), kind="k3")
+    return GroupLoss(
+        loss,
+        count,
+        clip_fraction=of_each(clipped.to(k3.dtype)),
+        update_k1=of_each(-log_ratio),
+        update_k3=of_each(k3),
+        ratio=of_each(ratio),
+        ratio_max=torch.where(mask, ratio, 0).max(),
+    )
 
 
 def ppo_value_loss(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .advantages import gae
 from .config import RolloutConfig
 from .data import Cursor, PromptExample
 from .errors import NonFinite
@@ -110,6 +111,47 @@ def final_scores(rollout: Rollout, scores: Tensor, config: RolloutConfig) -> Ten
     if config.score_clip is not None:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     return torch.where(rollout.ended, scores, scores - config.eos_penalty)
+
+
+def rewards_to_come(rewards: Tensor, mask: Tensor) -> Tensor:
+    """What each token and all after it earn, ``(B, T)``; that of the first is the whole response's.
+
+    These are GAE's returns where nothing is discounted and there are no values.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)[1]
+
+
+def at_each_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """The advantage of a response, ``(B,)``, at each of its real tokens, ``(B, T)``."""
+    return torch.where(mask, advantages[:, None], 0)
+
+
+def equal_groups(buffer: RolloutBuffer, group_size: int) -> float:
+    """The share of groups whose rewards are all equal: nothing is learned from them."""
+    groups = buffer.returns[:, 0].view(-1, group_size)  # (B/G, G)
+    return _mean_count(groups.amax(1) == groups.amin(1))
+
+
+def epoch(
+    policy: Policy,
+    minibatch_step: Callable[[list[int]], dict[str, float]],
+    buffer: RolloutBuffer,
+    order: Tensor,
+    config: RolloutConfig,
+) -> dict[str, float]:
+    """One pass over the buffer, minibatch by minibatch, an optimizer step after each.
+
+    Args:
+        minibatch_step: the step on these rows; returns its means.
+        order: the rows in the order of use; slices of it are the minibatches. Shape ``(B,)``.
+
+    Returns:
+        Means over the minibatches of the pass (``ratio_max``: the largest).
+    """
+    policy.train()  # for gradient checkpointing; there is no dropout, see `new_state`
+    return mean_stats(
+        [minibatch_step(rows) for rows in buffer.minibatches(order, config.minibatch_size)]
+    )
 
 
 def update(

@@ -228,7 +228,8 @@ def accumulate(
     would be without micro-batches.
 
     Args:
-        batch_loss: of a micro-batch, with means over it or with a number for each example.
+        batch_loss: of a micro-batch, with means over it or with a number for each example. Of what
+            is called ``..._max`` the largest is kept.
         total: what the losses' counts sum up to: response tokens, or pairs.
         length: of an example, in tokens.
         max_tokens: padded tokens in one forward pass; a matter of memory only.
@@ -246,6 +247,9 @@ def accumulate(
                 # In double, or a share of 0.65 would be 0.6499999980; on the CPU, since Apple's
                 # GPUs have none.
                 numbers = value.detach().cpu().double()
+                if name.endswith("_max"):
+                    means[name] = max(means.get(name, -math.inf), float(numbers.max()))
+                    continue
                 sum_ = float(numbers.sum() if numbers.dim() else numbers * count)
                 means[name] = means.get(name, 0.0) + sum_ / total
     return means

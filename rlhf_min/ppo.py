@@ -18,7 +18,7 @@ from .kl import AdaptiveKL, FixedKL, shape_rewards
 from .loading.reward_function import RewardFunction
 from .losses import ppo_policy_loss, ppo_value_loss
 from .masking import masked_mean, masked_scale, masked_var, masked_whiten
-from .online import final_scores, mean_stats
+from .online import final_scores
 from .optim import Optimizer
 from .policy import Policy
 from .rollout import Rollout, RolloutBuffer
@@ -201,12 +201,8 @@ def ppo_epoch(
     Returns:
         Means over the minibatches of the pass (``ratio_max``: the largest).
     """
-    policy.train()  # for gradient checkpointing; there is no dropout, see `new_state`
-    steps = [
-        minibatch_step(policy, optimizer, buffer, rows, config)
-        for rows in buffer.minibatches(order, config.minibatch_size)
-    ]
-    return mean_stats(steps)
+    step = partial(minibatch_step, policy, optimizer, buffer, config=config)
+    return online.epoch(policy, step, buffer, order, config)
 
 
 def ppo_update(

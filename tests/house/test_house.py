@@ -27,9 +27,9 @@ FLOORS = (
     ("config", "data", "encoding", "speed", "loading", "text_metrics", "estimates", "hf_metrics"),
     ("policy", "reward_model", "sampling", "optim"),
     ("rollout", "online"),
-    ("sft", "reward", "ppo", "dpo", "evaluation", "world"),
+    ("sft", "reward", "ppo", "grpo", "rloo", "dpo", "evaluation", "world"),
 )
-ALGORITHMS = {"sft", "reward", "ppo", "dpo"}
+ALGORITHMS = {"sft", "reward", "ppo", "grpo", "rloo", "dpo"}
 EQUATION_FLOORS = 2  # floors 0 and 1 import nothing but torch and these
 OF_EQUATIONS = {"torch", "typing", "collections.abc"}
 

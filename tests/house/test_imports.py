@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from test_house import ALGORITHMS
 
 import rlhf_min
 
@@ -23,7 +24,7 @@ def test_each_public_name_is_there():
     for name in rlhf_min.__all__:
         assert getattr(rlhf_min, name) is not None
     assert set(rlhf_min.__all__) <= set(dir(rlhf_min))
-    assert sorted(rlhf_min._MODULE_OF.keys() | {"dpo", "evaluation", "ppo", "reward", "sft"}) == (
+    assert sorted(rlhf_min._MODULE_OF.keys() | {*ALGORITHMS, "evaluation"}) == (
         sorted(rlhf_min.__all__)
     )
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

@@ -111,7 +111,7 @@ PLACES = {
     ),
     "is the reference frozen": ("policy.py", "reference.requires_grad_(False)"),
     "is dropout turned off, in PPO (SFT and the reward model keep it)": (
-        *("ppo.py", "disable_dropout(policy)"),
+        *("online.py", "disable_dropout(policy)"),
     ),
     "do policy and reference score the responses": ("rollout.py", "output = policy(part, "),
     "is the KL of each token estimated": ("rollout.py", "kls = kl_estimate("),
@@ -122,7 +122,7 @@ PLACES = {
     ),
     "does a sampled response end": ("sampling.py", "going = (tokens != eos_id)"),
     "is it seen whether a response ended by EOS": ("rollout.py", "ended=torch.tensor("),
-    "is a response without EOS penalised": ("ppo.py", "scores - config.eos_penalty"),
+    "is a response without EOS penalised": ("online.py", "scores - config.eos_penalty"),
     "is the reward model put to mean 0, variance 1": ("reward.py", "reward_model.rescale("),
     "are scores normalised by a running mean (off)": ("ppo.py", "moments.normalise("),
     "are rewards whitened, mean kept (off)": ("ppo.py", "rewards = masked_scale("),
@@ -130,7 +130,7 @@ PLACES = {
     "does the score enter the reward": ("kl.py", "rewards.scatter_add(1, last"),
     "is GAE's recursion": ("advantages.py", "next_advantage = delta + gamma"),
     "are advantages whitened, over the whole rollout": ("ppo.py", "advantages = masked_whiten("),
-    "does an update end early": ("ppo.py", "> config.stop_kl:"),
+    "does an update end early": ("online.py", "> config.stop_kl:"),
     "is the ratio clipped": ("losses.py", "ratio.clamp(1 - clip, 1 + clip)"),
     "is the value clipped": ("losses.py", "new_values.clamp(values - clip"),
     "is PPO's loss averaged, over the tokens of a minibatch": ("ppo.py", ".count) / tokens"),
@@ -138,6 +138,15 @@ PLACES = {
         *("optim.py", "optimizer.backward(found.loss"),
     ),
     "are policy and value loss added up": ("ppo.py", "config.value_coef * value_loss.loss"),
+    "is a response set beside the others of its group, in RLOO": (
+        *("advantages.py", "(groups - others)"),
+    ),
+    "is it set beside its group's mean, in GRPO": (
+        *("advantages.py", "centred = groups - groups.mean"),
+    ),
+    "is GRPO's loss averaged, over each response first": (
+        *("losses.py", "loss = (sums / lengths"),
+    ),
     "is DPO's loss": ("preference_losses.py", "loss = -(1 - label_smoothing)"),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
 }

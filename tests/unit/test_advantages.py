@@ -1,3 +1,5 @@
+import statistics
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from strategies import (
 )
 from tolerances import EXACT, FP64
 
-from rlhf_min.advantages import gae
+from rlhf_min.advantages import gae, grpo_advantages, rloo_advantages
 
 unit = st.floats(0, 1, allow_subnormal=False)
 
@@ -143,3 +145,94 @@ def test_gae_errors_padding_on_the_left(row):
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="right-padded"):
         gae(x, x, torch.tensor([[True, True, True], row]), gamma=1.0, lam=1.0)
+
+
+# Groups
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@st.composite
+def groups(draw):
+    """Rewards and the size of their groups."""
+    group_size, n = draw(st.integers(2, 5)), draw(st.integers(1, 3))
+    scores = st.floats(-100, 100, allow_subnormal=False)
+    return draw(st.lists(scores, min_size=n * group_size, max_size=n * group_size)), group_size
+
+
+@pytest.mark.eq("rloo_advantages")
+def test_rloo_advantages_closed():
+    # 1 beside (2 + 6) / 2 = 4; 2 beside 3.5; 6 beside 1.5. In the second group 0, 0, 9: the others
+    # have 4.5, 4.5 and 0.
+    found = rloo_advantages(f64(1, 2, 6, 0, 0, 9), group_size=3)
+    assert_close(found, f64(-3, -1.5, 4.5, -4.5, -4.5, 9), FP64)
+
+
+@pytest.mark.eq("rloo_advantages")
+@given(groups())
+def test_rloo_advantages_definition(drawn):
+    rewards, size = drawn
+    expected = []
+    for i, reward in enumerate(rewards):
+        first = i - i % size
+        others = [rewards[j] for j in range(first, first + size) if j != i]
+        expected.append(reward - statistics.fmean(others))
+    assert_close(rloo_advantages(f64(*rewards), group_size=size), f64(*expected), FP64 * 100)
+
+
+@pytest.mark.eq("grpo_advantages")
+def test_grpo_advantages_closed():
+    # Means 3 and 3; deviations of 1, 2, 6: sqrt((4 + 1 + 9) / 2) = sqrt 7, of 0, 0, 9: sqrt 27.
+    # All six: mean 3, squares 4 + 1 + 9 + 9 + 9 + 36 = 68, over 5.
+    rewards, centred = f64(1, 2, 6, 0, 0, 9), f64(-2, -1, 3, -3, -3, 6)
+    of_group = f64(7, 7, 7, 27, 27, 27).sqrt() + 1e-4
+    for scale, deviation in [("none", 1), ("group", of_group), ("batch", 13.6**0.5 + 1e-4)]:
+        found = grpo_advantages(rewards, group_size=3, scale=scale)
+        assert_close(found, centred / deviation, FP64)
+
+
+@pytest.mark.eq("grpo_advantages")
+@given(groups())
+def test_grpo_advantages_are_rloos_but_for_a_factor(drawn):
+    rewards, size = f64(*drawn[0]), drawn[1]
+    found = grpo_advantages(rewards, group_size=size, scale="none")
+    expected = rloo_advantages(rewards, group_size=size) * (size - 1) / size
+    assert_close(found, expected, FP64 * 100)
+
+
+@pytest.mark.parametrize("reward", [0.1, -1e7, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_of_equal_rewards_says_nothing(reward, dtype):
+    rewards = torch.tensor([reward] * 3 + [1.0, 2.0, 4.0], dtype=dtype)
+    found = [rloo_advantages(rewards, group_size=3)]
+    found += [
+        grpo_advantages(rewards, group_size=3, scale=scale) for scale in ("group", "batch", "none")
+    ]
+    for advantages in found:
+        assert advantages[:3].tolist() == [0, 0, 0]
+        assert advantages[3] < 0 < advantages[5]
+        assert advantages.dtype == dtype
+
+
+def test_group_advantages_carry_no_gradient():
+    rewards = f64(1, 2).requires_grad_()
+    assert not rloo_advantages(rewards, group_size=2).requires_grad
+    assert not grpo_advantages(rewards, group_size=2, scale="batch").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group_size"),
+    [(f64(1, 2, 3), 2), (f64(1, 2), 1), (f64(), 2), (f64(1, 2)[None], 2)],
+)
+def test_group_advantages_errors(rewards, group_size):
+    with pytest.raises(ValueError, match="do not fill groups"):
+        rloo_advantages(rewards, group_size=group_size)
+    with pytest.raises(ValueError, match="do not fill groups"):
+        grpo_advantages(rewards, group_size=group_size, scale="none")
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="scale must be"):
+        grpo_advantages(f64(1, 2), group_size=2, scale="std")
