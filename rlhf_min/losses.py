@@ -232,8 +232,8 @@ def grpo_loss(
 
     (5) gives each token of a long response less weight than one of a short response, so that a bad
     response costs less if it is long; (6) and (7) weigh all tokens alike. (4) estimates
-    KL(policy || reference), see `kl_estimate`; its gradient is not that of the KL itself, which
-    the samples would have to be drawn anew for.
+    KL(policy || reference), see `kl_estimate`; on average its gradient is that of the other one,
+    KL(reference || policy), of each next token.
 
     Args:
         new_logprobs: under the policy in training; carries gradient. Shape ``(B, T)``.
@@ -362,10 +362,10 @@ def _group_loss(
     per_token: bool,
 ) -> GroupLoss:
     """The loss beside what is ``(B, T)``, summed up so that it is a mean over the count too."""
-    weights = 1 if per_token else 1 / mask.sum(1).clamp(min=1)
+    parts = 1 if per_token else mask.sum(1).clamp(min=1)
 
     def of_each(x: Tensor) -> Tensor:  # (B, T) -> (B,)
-        return torch.where(mask, x, 0).sum(1) * weights
+        return torch.where(mask, x, 0).sum(1) / parts
 
     k3 = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), kind="k3")
     return GroupLoss(

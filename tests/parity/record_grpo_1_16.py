@@ -20,6 +20,7 @@ from typing import Any
 from recorder_1_16 import (
     FIRST_WORD,
     GPT2,
+    LLAMA,
     PAD,
     PLAIN,
     SEED,
@@ -44,8 +45,15 @@ Trainer = GRPOTrainer | RLOOTrainer
 
 LONGEST = 6  # tokens of a response
 
+# A run's own keys, beside trl's options: which model, and whether its prompts are of one length.
+# trl pads prompts on the left and tells a model no positions, so that GPT-2 scores a shorter prompt
+# at other ones than it was sampled at.
+MODEL, PROMPTS = "model", "prompts"
+
 # Of each run, what differs from `DEFAULT`. The options stand in pairs, each beside several others.
 DEFAULT: Facts = {
+    MODEL: "gpt2",
+    PROMPTS: "equal",
     "num_generations": 4,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
@@ -56,7 +64,6 @@ DEFAULT: Facts = {
     "learning_rate": 1e-2,
     "weight_decay": 0.1,
     "adam_epsilon": 1e-5,  # a smaller one makes weights of rounding where gradients are zero
-    "max_grad_norm": 1.0,
     "num_train_epochs": 1,
 }
 GRPO_DEFAULT = DEFAULT | {
@@ -66,6 +73,7 @@ GRPO_DEFAULT = DEFAULT | {
     "importance_sampling_level": "token",
     "scale_rewards": "group",
     "epsilon": 0.1,
+    "max_grad_norm": 0.25,
 }
 # Four micro-batches of 4 in a pass over 16 responses: two optimizer steps.
 TWO_STEPS = {"per_device_train_batch_size": 4, "steps_per_generation": 4}
@@ -93,16 +101,28 @@ GRPO_RUNS: dict[str, Facts] = {
     },
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.2, "mask_truncated_completions": True},
     "dapo, KL": {"loss_type": "dapo", "scale_rewards": "batch", "beta": 0.1},
-    "bnpo": ONE_MICRO_BATCH | {"loss_type": "bnpo", "scale_rewards": "none"},
+    "bnpo": ONE_MICRO_BATCH | {
+        "loss_type": "bnpo",
+        "scale_rewards": "none",
+        "beta": 0.1,
+    },
+    "unequal prompts, Llama": {MODEL: "llama", PROMPTS: "unequal", "beta": 0.1},
     # Where trl has other conventions.
+    "unequal prompts": {PROMPTS: "unequal"},
     "corrected KL": {"beta": 0.2, "use_bias_correction_kl": True},
     "dapo, two steps": TWO_STEPS | {"loss_type": "dapo"},
     "bnpo, two micro-batches": {"loss_type": "bnpo"},
 }  # fmt: skip
-RLOO_DEFAULT = DEFAULT | {"beta": 0.1, "epsilon": 0.2, "normalize_advantages": False}
+RLOO_DEFAULT = DEFAULT | {
+    "beta": 0.1,
+    "epsilon": 0.2,
+    "normalize_advantages": False,
+    "max_grad_norm": 2.0,
+}
 RLOO_RUNS: dict[str, Facts] = {
     "rloo": {},
     "rloo, two steps": TWO_STEPS | {"beta": 0.0, "epsilon": 0.1, "epsilon_high": 0.3},
+    "rloo, unequal prompts, Llama": {MODEL: "llama", PROMPTS: "unequal"},
     "rloo, clipped rewards": {"reward_clip_range": [-0.5, 0.5], "beta": 0.3},
     # Where trl has another option.
     "normalised": {"normalize_advantages": True},
@@ -112,12 +132,13 @@ RLOO_RUNS: dict[str, Facts] = {
 # What both trainers are given
 
 
-def prompts() -> list[str]:
-    """12 of unequal lengths, three of them beginning with "red"."""
+def prompts(lengths: str) -> list[str]:
+    """12 of three words, or of two to five; three of them begin with "red"."""
     rng = np.random.default_rng(SEED)
+    more = [2] * 12 if lengths == "equal" else rng.integers(1, 5, 12).tolist()
     return [
-        " ".join(["red" if i % 4 == 0 else "blue", *rng.choice(WORDS, rng.integers(1, 5))])
-        for i in range(12)
+        " ".join(["red" if i % 4 == 0 else "blue", *rng.choice(WORDS, n)])
+        for i, n in enumerate(more)
     ]
 
 
@@ -133,7 +154,7 @@ def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> lis
 def trainer_of(kind: type[Trainer], told: Facts) -> Iterator[tuple[Trainer, nn.Module]]:
     """A trainer, and its reference: trl reads it from the folder that the model has come from."""
     config = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[kind]
-    model, ref_model = random_lm(1), random_lm(2)
+    model, ref_model = (random_lm(seed, kind=told[MODEL]) for seed in (1, 2))
     with tempfile.TemporaryDirectory() as folder, isolated(), float64():
         ref_model.save_pretrained(folder)
         model.config._name_or_path = folder
@@ -142,9 +163,9 @@ def trainer_of(kind: type[Trainer], told: Facts) -> Iterator[tuple[Trainer, nn.M
             # A last word that is the pad counts as an end in trl.
             generation_kwargs={"suppress_tokens": [PAD]},
             **PLAIN,
-            **told,
+            **{key: value for key, value in told.items() if key not in (MODEL, PROMPTS)},
         )
-        dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts()])
+        dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts(told[PROMPTS])])
         trainer = kind(model, reward, arguments, dataset, processing_class=tokenizer())
         yield trainer, ref_model
 
@@ -155,13 +176,12 @@ def trainer_of(kind: type[Trainer], told: Facts) -> Iterator[tuple[Trainer, nn.M
 def runs(kind: type[Trainer], default: Facts, of: dict[str, Facts]) -> Fixture:
     """Three rollouts of each run: tokens, scores and advantages, the loss of each micro-batch and
     what was logged after each step, and the weights at the end."""
-    fixture = Fixture(model=GPT2, words=WORDS, runs={})
+    fixture = Fixture(gpt2=GPT2, llama=LLAMA, words=WORDS, runs={})
     for name, own in of.items():
         told = default | own
         with trainer_of(kind, told) as (trainer, ref_model):
-            if not fixture.tensors:
-                fixture.add_weights("policy", trainer.model)
-                fixture.add_weights("ref_policy", ref_model)
+            fixture.add_weights(f"{told[MODEL]}/policy", trainer.model)
+            fixture.add_weights(f"{told[MODEL]}/ref_policy", ref_model)
             rollouts, losses = noted(trainer, fixture, name)
             trainer.train()
             fixture.add_weights(f"{name}.trained", trainer.model)

@@ -33,7 +33,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 RECORDED = HERE / "recorded"
 VERSION = "1.16.0"
@@ -68,6 +75,19 @@ PLAIN = {
     "logging_steps": 1,
     "disable_tqdm": True,
     "seed": SEED,
+}
+
+# Rotary positions, which do not change when a row is padded on the left.
+LLAMA = {
+    **{key: GPT2[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+    "max_position_embeddings": 16,
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    # Frequencies of 1 and 1/64, which no precision rounds: each model makes its own.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 4096.0},
 }
 
 Facts = dict[str, Any]
@@ -105,10 +125,13 @@ class Fixture:
                 self.tensors[f"{name}.{parameter}"] = value.grad.clone()
 
 
-def random_lm(seed: int) -> GPT2LMHeadModel:
+def random_lm(seed: int, *, kind: str = "gpt2") -> PreTrainedModel:
     """With weights large enough that distributions are far from uniform, biases included."""
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**GPT2)).double()
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**GPT2)).double()
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

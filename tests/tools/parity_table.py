@@ -1,7 +1,7 @@
 """Run our functions and whole training runs beside trl's, and print how far apart they come.
 
 The comparisons are the tests in tests/parity that carry the mark "parity": trl 1.12.0 runs live,
-trl 0.11.3 as it was recorded. Needs the extra: pip install -e '.[test]'
+trl 0.11.3 and 1.16.0 as they were recorded. Needs the extra: pip install -e '.[test]'
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
 
 TESTS = Path(__file__).parents[1] / "parity"
-ORDER = ("functions", "ppo", "dpo", "reward", "sft")
+ORDER = ("functions", "ppo", "grpo", "rloo", "dpo", "reward", "sft")
 HEADER = ("function", "trl", "dtype", "cases", "largest difference", "convention removed")
 
 
