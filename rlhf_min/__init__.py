@@ -1,17 +1,24 @@
-"""RLHF written by hand: SFT, a BERT reward model, PPO, DPO, and their evaluation.
+"""RLHF written by hand: SFT, a BERT reward model, PPO, DPO, KTO, and their evaluation.
 
 The public names. Each algorithm is a module with a config, a state and ``train``, a generator of
-metrics: `sft`, `reward`, `ppo`, `grpo`, `rloo`, `dpo`. A name is imported when it is first used, so
-that a command can answer before torch, which takes seconds, is there.
+metrics: `sft`, `reward`, `ppo`, `grpo`, `rloo`, `dpo`, `kto`. A name is imported when it is first
+used, so that a command can answer before torch, which takes seconds, is there.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import dpo, evaluation, grpo, ppo, reward, rloo, sft
+    from . import dpo, evaluation, grpo, kto, ppo, reward, rloo, sft
     from .advantages import gae, grpo_advantages, rloo_advantages
-    from .data import PreferenceExample, PromptExample, Sequences, SFTExample, collate
+    from .data import (
+        PreferenceExample,
+        PromptExample,
+        Sequences,
+        SFTExample,
+        UnpairedExample,
+        collate,
+    )
     from .encoding.codec import Codec
     from .errors import BadInput, Diverged, NonFinite
     from .harness.run.saved_models import save_policy, save_reward_model
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
     from .policy import Policy
     from .ppo import judge, ppo_epoch, ppo_update
-    from .preference_losses import dpo_loss
+    from .preference_losses import dpo_loss, kto_kl, kto_loss
     from .reward_model import RewardModel
     from .rollout import Rollout, RolloutBuffer, collect, score_rollout
     from .sampling import sample
@@ -48,6 +55,7 @@ __all__ = [
     "RolloutBuffer",
     "SFTExample",
     "Sequences",
+    "UnpairedExample",
     "collate",
     "collect",
     "dpo",
@@ -61,6 +69,9 @@ __all__ = [
     "grpo_loss",
     "judge",
     "kl_estimate",
+    "kto",
+    "kto_kl",
+    "kto_loss",
     "lm_head_logits",
     "lm_head_logprobs",
     "masked_mean",
@@ -91,7 +102,7 @@ __all__ = [
 # The same once more, for Python itself: where each name that is no module stands.
 _NAMES = {
     "advantages": "gae grpo_advantages rloo_advantages",
-    "data": "PreferenceExample PromptExample Sequences SFTExample collate",
+    "data": "PreferenceExample PromptExample Sequences SFTExample UnpairedExample collate",
     "encoding.codec": "Codec",
     "errors": "BadInput Diverged NonFinite",
     "harness.run.saved_models": "save_policy save_reward_model",
@@ -101,7 +112,7 @@ _NAMES = {
     "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",
     "policy": "Policy",
     "ppo": "judge ppo_epoch ppo_update",
-    "preference_losses": "dpo_loss",
+    "preference_losses": "dpo_loss kto_kl kto_loss",
     "reward_model": "RewardModel",
     "rollout": "Rollout RolloutBuffer collect score_rollout",
     "sampling": "sample",

@@ -154,6 +154,28 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KTOConfig(TrainingConfig):
+    """Options of KTO."""
+
+    epochs: int = option(1, "Passes over the labelled responses.", above=0)
+    batch_size: int = option(64, "Responses for each optimizer step.", at_least=2)  # for the KL
+    learning_rate: float = _rate(1e-4, pretrained=(1e-6, "trl 1.16"))
+    loss: Literal["kto", "apo_zero_unpaired"] = option(
+        "kto", "With the KL as reference point, or apo_zero_unpaired: with 0."
+    )
+    beta: float = option(
+        0.3,
+        "As in DPO; larger keeps the policy nearer the reference.",
+        above=0,
+        pretrained=(0.1, "Ethayarajh et al. 2024"),
+    )
+    desirable_weight: float = option(1.0, "Of the loss where the label is true.", at_least=0)
+    undesirable_weight: float = option(1.0, "Of the loss where the label is false.", at_least=0)
+    cache_reference: bool = option(True, "Score the rows by the reference once, before training.")
+    eval_every: int = option(50, "Steps between evaluations on held-out rows.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig(TrainingConfig):
     """Options of all that learns from sampled responses: PPO, GRPO and RLOO.
 

@@ -135,6 +135,19 @@ class PreferenceExample:
     ref_logprobs: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class UnpairedExample:
+    """A prompt with one response, as ids, and whether that response is desirable.
+
+    `ref_logprob` holds the reference's summed log-probability of it, once it is cached.
+    """
+
+    prompt_ids: Tensor
+    response_ids: Tensor
+    label: bool
+    ref_logprob: float | None = None
+
+
 def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Group rows of similar length so that no padded group holds more than `max_tokens`.
 

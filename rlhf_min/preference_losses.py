@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, sigmoid
 
 from .logprobs import at_least_float32
 from .losses import require_pairs
@@ -23,6 +23,14 @@ class DPOLoss(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+class KTOLoss(NamedTuple):
+    """Mean loss of the rows and their number; the implicit rewards beta * log(pi/ref), ``(B,)``."""
+
+    loss: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
+    rewards: Tensor
 
 
 def dpo_loss(
@@ -86,3 +94,99 @@ def dpo_loss(
         chosen_rewards.detach(),
         rejected_rewards.detach(),
     )
+
+
+def kto_loss(
+    logprobs: Tensor,  # (B,)
+    ref_logprobs: Tensor,  # (B,)
+    labels: Tensor,  # (B,)
+    kl: Tensor,  # ()
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> KTOLoss:
+    r"""Kahneman-Tversky optimization: single responses, each desirable or not.            [eq:kto]
+
+    With z the reference point, which carries no gradient:
+
+        r = beta * log pi(y|x)/ref(y|x)                                            (1)
+        L = weight_D * (1 - sigmoid(r - beta * z))    if y is desirable            (2)
+        L = weight_U * (1 - sigmoid(beta * z - r))    if it is undesirable         (3)
+
+    averaged over rows, whatever their weights.
+
+    Args:
+        logprobs: log pi(y|x), *summed* over response tokens. Shape ``(B,)``.
+        ref_logprobs: log ref(y|x). Shape ``(B,)``.
+        labels: True where the response is desirable. Shape ``(B,)``.
+        kl: z in nats, at least 0; of `kto_kl`, or 0 for the loss that is called APO-zero.
+        beta: as in DPO, above 0; larger keeps the policy nearer the reference.
+        desirable_weight: weight_D, at least 0.
+        undesirable_weight: weight_U, at least 0.
+
+    Returns:
+        `KTOLoss`.
+
+    Raises:
+        ValueError: if the shapes differ, there is no row, labels are not boolean, or a number is
+            out of range.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7, whose weights are lambda_D and
+    lambda_U; trl ``KTOTrainer``. With z = 0: the unpaired form of D'Oosterlinck et al. 2024,
+    arXiv:2408.06266, eq. 7; trl ``loss_type="apo_zero_unpaired"``.
+
+    Example: r is 1 for both, and z = 0: the desirable one is good already, the other one is not.
+        >>> pi, ref, z = torch.tensor([-2.0, -2.0]), torch.tensor([-4.0, -4.0]), torch.tensor(0.0)
+        >>> weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+        >>> kto_loss(pi[:1], ref[:1], torch.tensor([True]), z, beta=0.5, **weights).loss
+        tensor(0.2689)
+        >>> kto_loss(pi[1:], ref[1:], torch.tensor([False]), z, beta=0.5, **weights).loss
+        tensor(0.7311)
+    """
+    require_pairs(logprobs, ref_logprobs, labels)
+    if labels.dtype != torch.bool or kl.shape != ():
+        raise ValueError(f"labels are {labels.dtype}, not bool, or kl has shape {tuple(kl.shape)}")
+    if not beta > 0 or not desirable_weight >= 0 or not undesirable_weight >= 0:
+        raise ValueError(
+            f"beta must be above 0 and weights at least 0, not {beta}, {desirable_weight}, "
+            f"{undesirable_weight}"
+        )
+    rewards = beta * (at_least_float32(logprobs) - ref_logprobs)  # (1)
+    margin = rewards - beta * kl.detach()
+    # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where x is large.
+    desirable = desirable_weight * sigmoid(-margin)  # (2)
+    undesirable = undesirable_weight * sigmoid(margin)  # (3)
+    loss = torch.where(labels, desirable, undesirable)
+    return KTOLoss(loss.mean(), torch.tensor(len(loss), device=loss.device), rewards.detach())
+
+
+def kto_kl(mismatched_logprobs: Tensor, ref_mismatched_logprobs: Tensor) -> Tensor:  # (B,) each
+    r"""KTO's reference point: how far the policy is from the reference on any response. [eq:kto_kl]
+
+    With y' a response to another prompt than x:
+
+        z = max(0, mean of log pi(y'|x)/ref(y'|x))                                 (1)
+
+    In expectation over y' of the policy the mean is KL(pi || ref). These y' are of the data, so it
+    may well be below 0, which no KL is; hence the maximum, and a bias.
+
+    Args:
+        mismatched_logprobs: log pi(y'|x), *summed* over response tokens. Shape ``(B,)``.
+        ref_mismatched_logprobs: log ref(y'|x). Shape ``(B,)``.
+
+    Returns:
+        z in nats, without gradient. Shape ``()``.
+
+    Raises:
+        ValueError: if the shapes differ or there is no row.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1; trl ``KTOTrainer``.
+
+    Example:
+        >>> kto_kl(torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -4.0]))
+        tensor(1.)
+    """
+    require_pairs(mismatched_logprobs, ref_mismatched_logprobs)
+    ratios = at_least_float32(mismatched_logprobs.detach()) - ref_mismatched_logprobs.detach()
+    return ratios.mean().clamp(min=0)  # (1)

@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
+from rlhf_min.data import PreferenceExample, PromptExample, SFTExample, UnpairedExample
 from rlhf_min.policy import Critic, Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import build_wordpiece
@@ -305,6 +305,12 @@ PREFERENCES = [
     PreferenceExample(ids(ONE, RED, ONE, RED, ONE), ids(GREEN, END), ids(BIG, BIG, BIG, END)),
     PreferenceExample(ids(SMALL), ids(SMALL, RED, END), ids(RED)),
     PreferenceExample(ids(BALL, BLUE, TWO), ids(BLUE, END), ids(BALL, END)),
+]
+
+# Of eight prompts; five are desirable.
+UNPAIRED = [
+    UnpairedExample(x.prompt_ids, x.response_ids, i not in (1, 4, 6))
+    for i, x in enumerate(DEMONSTRATIONS)
 ]
 
 PROMPTS = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import PreferenceExample, PromptExample, SFTExample
+from ..data import PreferenceExample, PromptExample, SFTExample, UnpairedExample
 from ..errors import require
 from .chat import render_prompt, require_content
 from .conversation import Conversation, Place, PlacedRow
@@ -149,6 +149,20 @@ class Codec:
                 report.equal_tokens += not was_cut
                 return []
             return [PreferenceExample(prompt_ids, chosen_ids, rejected_ids)]
+
+        return _encode(rows, encode)
+
+    def encode_unpaired(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[UnpairedExample], CutReport]:
+        """KTO: rows with ``prompt``, ``response`` and ``label``, which is True or False."""
+
+        def encode(
+            row: Mapping[str, Any], report: CutReport, place: Place
+        ) -> list[UnpairedExample]:
+            prompt_ids = self.encode_prompt(row["prompt"], report, place)
+            response_ids = self.encode_response(row["response"], report, place)
+            return [UnpairedExample(prompt_ids, response_ids, row["label"])]
 
         return _encode(rows, encode)
 

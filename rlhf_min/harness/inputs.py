@@ -25,15 +25,17 @@ HELDOUT_ROWS = 1000  # at most; looked at during training
 class Inputs:
     """Rows for the stages of a run; what a stage does not need may be empty.
 
-    `prompts` and `test` hold one row for each prompt; `test` rows have ``references``. `monitors`
-    are rewards to report beside the learned one: the gold reward of the world and its parts.
-    `report` is what was said of the user's file, a line each.
+    `unpaired` rows have a label; `prompts` and `test` hold one row for each prompt; `test` rows
+    have ``references``. `monitors` are rewards to report beside the learned one: the gold reward of
+    the world and its parts. `report` is what was said of the user's file, a line each.
     """
 
     demonstrations: list[Row] = field(default_factory=list)
     heldout_demonstrations: list[Row] = field(default_factory=list)
     pairs: list[Row] = field(default_factory=list)
     heldout_pairs: list[Row] = field(default_factory=list)
+    unpaired: list[Row] = field(default_factory=list)
+    heldout_unpaired: list[Row] = field(default_factory=list)
     prompts: list[Row] = field(default_factory=list)
     eval_prompts: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
@@ -45,7 +47,7 @@ class Inputs:
         """Every training text once, in the order of the rows: what tokenizers are made from."""
         texts = dict.fromkeys(
             text
-            for rows in (self.demonstrations, self.pairs, self.prompts)
+            for rows in (self.demonstrations, self.pairs, self.unpaired, self.prompts)
             for row in rows
             for column in ("prompt", "response", "chosen", "rejected")
             if isinstance(text := row.get(column), str)  # else further columns of PPO
@@ -98,12 +100,33 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
         report += print_report(own.report(), own.details())
         report += _check_heldout(loaded, own)
         train, heldout, told = loaded.rows, own.rows, printable(own.source)
+    if stage == "kto":
+        if "chosen" in train[0] or "chosen" in heldout[0]:
+            report += print_report(
+                "  each pair is two rows: chosen, label true; rejected, label false"
+            )
+        train, heldout = _unpaired(train), _unpaired(heldout)
     report += print_report(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
-    inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout), report=report)
+    inputs = _inputs(train, heldout, stage)
+    inputs.report = report
+    require(
+        stage != "kto" or options.model is not None or len(inputs.demonstrations) > 0,
+        "no row is labelled true, so a new model has no response to be fine-tuned on; give --model",
+    )
+    return inputs
+
+
+def _inputs(train: list[Row], heldout: list[Row], stage: Stage | None) -> Inputs:
+    """The rows where the stage, and the ones that are trained before it, look for them."""
+    inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
     if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
         inputs.prompts, inputs.eval_prompts = train, heldout
     elif stage == "sft":
         inputs.demonstrations, inputs.heldout_demonstrations = train, heldout
+    elif stage == "kto":
+        inputs.unpaired, inputs.heldout_unpaired = train, heldout
+        inputs.demonstrations = _desirable(train)
+        inputs.heldout_demonstrations = _desirable(heldout)
     else:
         inputs.pairs, inputs.heldout_pairs = train, heldout
         inputs.demonstrations = _chosen_as_response(train)
@@ -154,6 +177,8 @@ def world_inputs(world: "World") -> Inputs:
         heldout_demonstrations=world.heldout_demonstrations[:HELDOUT_ROWS],
         pairs=world.pairs,
         heldout_pairs=world.heldout_pairs,
+        unpaired=_unpaired(world.pairs),
+        heldout_unpaired=_unpaired(world.heldout_pairs),
         prompts=[{"prompt": question.text} for question in world.train],
         eval_prompts=[{"prompt": question.text} for question in world.validation],
         test=[{"prompt": q.text, "references": [q.reference]} for q in world.test],
@@ -197,6 +222,27 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
 
 def _chosen_as_response(rows: Sequence[Row]) -> list[Row]:
     return [_in_place(row, prompt=row["prompt"], response=row["chosen"]) for row in rows]
+
+
+def _unpaired(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a label: of each pair two, the chosen response's and the rejected one's."""
+    found: list[Row] = []
+    for row in rows:
+        if "label" in row:
+            found.append(row)
+        else:
+            for name, label in (("chosen", True), ("rejected", False)):
+                columns = {"prompt": row["prompt"], "response": row[name], "label": label}
+                found.append(_in_place(row, **columns))
+    return found
+
+
+def _desirable(rows: Sequence[Row]) -> list[Row]:
+    return [
+        _in_place(row, prompt=row["prompt"], response=row["response"])
+        for row in rows
+        if row["label"]
+    ]
 
 
 def _with_references(rows: Sequence[Row]) -> list[Row]:

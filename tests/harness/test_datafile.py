@@ -239,6 +239,10 @@ GOOD = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1, "references"
         ("reward", {"margin": 1e300}, "margin is beyond 1.7e+07, too large to train on"),
         ("reward", {"margin": -2e7}, "margin is beyond 1.7e+07, too large to train on"),
         ("reward", {"margin": "-1e39"}, "margin is beyond 1.7e+07, too large to train on"),
+        ("kto", {"label": None}, "label is empty"),
+        ("kto", {"label": " "}, "label is empty"),
+        ("kto", {"label": math.nan}, "label is empty"),
+        ("kto", {"response": ""}, "response is empty"),
         ("evaluation", {"references": []}, "references is empty"),
         ("evaluation", {"references": ["x", ""]}, "references is empty"),
         ("evaluation", {"references": ["x", 1]}, "references is not a string"),
@@ -250,11 +254,63 @@ def test_row_is_dropped_by_reason(write, stage, changed, reason):
     good = dict(GOOD)
     if stage == "evaluation":
         del good["chosen"]
+    if stage == "kto":
+        good |= {"response": "c", "label": True}
     text = f"{jsonl(good)}\n\n{jsonl({**good, **changed})}\n"
     loaded = load_rows(write("a.jsonl", text), stage)
     assert (len(loaded.rows), loaded.rows_read) == (1, 2)
     assert loaded.dropped == {reason: [3]}  # line 2 is blank
     assert loaded.report() == f"a.jsonl: 2 rows read, 1 kept, 1 dropped: {reason} (1: line 3)"
+
+
+LABELS = [True, False, 1, 0, 1.0, 0.0, "true", "False", " TRUE ", "1", "0", "1.0", "0.0"]
+
+
+def test_labels_are_true_or_false_as_values_and_as_texts(write):
+    rows = [{"prompt": f"p{i}", "completion": "c", "label": x} for i, x in enumerate(LABELS)]
+    loaded = load_rows(write("a.jsonl", jsonl(*rows)), "kto")
+    expected = [x in (True, 1, 1.0, "true", " TRUE ", "1", "1.0") for x in LABELS]
+    assert [row["label"] for row in loaded.rows] == expected
+    assert {type(row["label"]) for row in loaded.rows} == {bool}
+    assert loaded.columns == {"prompt": "prompt", "response": "completion", "label": "label"}
+    # A CSV file has texts; a frame with a gap in the column has floats.
+    assert load_rows(write("a.csv", "prompt,output,label\na,b,TRUE\na,c,0\n"), "kto").rows == [
+        {"prompt": "a", "response": "b", "label": True},
+        {"prompt": "a", "response": "c", "label": False},
+    ]
+    gap = pd.DataFrame({"prompt": ["a", "b", "c"], "answer": "x", "label": [True, None, False]})
+    for frame in (gap, gap.assign(label=gap.label.astype("float64"))):
+        loaded = load_rows(frame, "kto")
+        assert [row["label"] for row in loaded.rows] == [True, False]
+        assert loaded.dropped == {"label is empty": [2]}
+
+
+@pytest.mark.parametrize("label", ["yes", 2, -1, 0.5, "good", [True], {"a": 1}, "2"])
+def test_another_label_refuses_the_file_and_names_row_and_value(write, label):
+    rows = [{"prompt": "p", "response": "c", "label": x} for x in (True, label)]
+    for name, row in (("a.jsonl", "line 2"), ("a.json", "row 2")):
+        content = jsonl(*rows) if name == "a.jsonl" else json.dumps(rows)
+        assert refusal(write(name, content), "kto") == (
+            f"{name}: {row}: label is {label!r}, which is neither true nor false (nor 1 or 0); "
+            "make it one of them, or name another column by --columns label=NAME"
+        )
+
+
+def test_kto_reads_labelled_rows_before_pairs_and_says_what_it_needs(write):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    labelled = {"prompt": "p", "response": "x", "label": 1}
+    expected = [{"prompt": "p", "response": "x", "label": True}]
+    assert load_rows(write("a.jsonl", jsonl(labelled | pair)), "kto").rows == expected
+    for other in ({}, {"label": "A"}, {"response": "x"}):  # without both of them it is a pair
+        loaded = load_rows(write("a.jsonl", jsonl(pair | other)), "kto")
+        assert loaded.rows == [pair]
+    named = load_rows(write("a.jsonl", jsonl({"prompt": "p", "text": "x", "thumb": False})), "kto",
+                      columns={"response": "text", "label": "thumb"})  # fmt: skip
+    assert named.rows == [{"prompt": "p", "response": "x", "label": False}]
+    assert refusal(write("a.jsonl", jsonl({"prompt": "p", "response": "x"})), "kto") == (
+        "a.jsonl: KTO needs the columns prompt, response, label; found prompt, response; rename or "
+        'add "label", or give --columns label=NAME; pairs do as well: prompt, chosen, rejected'
+    )
 
 
 def test_instruction_input_is_checked(write):
@@ -696,7 +752,10 @@ def assert_contract(path: str) -> None:
                 assert {*map(type, message.values())} == {str}
             if stage == "sft":
                 assert usable(row["response"])
-            if stage in ("reward", "dpo"):
+            if stage == "kto" and "label" in row:
+                assert usable(row["response"])
+                assert type(row["label"]) is bool
+            if stage in ("reward", "dpo") or (stage == "kto" and "label" not in row):
                 assert usable(row["chosen"])
                 assert usable(row["rejected"])
                 assert row["chosen"].strip() != row["rejected"].strip()
@@ -814,7 +873,7 @@ def test_named_columns_are_checked(write):
         load_rows(path, "dpo", columns={"query": "q"})
     assert str(caught.value) == (
         "--columns: no stage has a column query; left of = stands one of prompt, response, "
-        "chosen, rejected, references, messages, margin, input, system"
+        "chosen, rejected, references, messages, margin, label, input, system"
     )
 
 

@@ -96,6 +96,36 @@ def test_prompt_and_completion():
     assert found["response"] == "c"
 
 
+def test_a_label_beside_messages():
+    row = {"prompt": talk("s:x", "u:p"), "completion": talk("a:c"), "label": True}
+    (found,) = rows(row, "kto")
+    assert found == {"prompt": "system: x\n\nuser: p", "response": "c", "label": True}
+    assert found["prompt"].messages == tuple(talk("s:x", "u:p"))
+    # Messages alone are the prompt and, last, the response; beside a response they are the prompt.
+    for row in (
+        {"messages": talk("s:x", "u:p", "a:c"), "label": True},
+        {"messages": talk("s:x", "u:p"), "response": "c", "label": True},
+    ):
+        assert rows(row, "kto") == [found]
+    both_hold_one = {"messages": talk("s:x", "u:p", "a:c"), "response": "d", "label": True}
+    with pytest.raises(BadInput, match="give --columns messages=messages to leave response out"):
+        rows(both_hold_one, "kto")
+    assert load_rows(frame(both_hold_one), "kto", columns={"messages": "messages"}).rows == [found]
+    with pytest.raises(BadInput, match=r"KTO needs .*; found messages; rename or add"):
+        rows({"messages": talk("u:p", "a:c")}, "kto")
+
+
+def test_pairs_serve_kto_as_they_serve_dpo():
+    for row in (
+        {"prompt": talk("u:p"), "chosen": talk("a:c"), "rejected": "r"},
+        {"chosen": talk("u:p", "a:c"), "rejected": talk("u:p", "a:r")},
+        {"messages": talk("u:p"), "chosen": "c", "rejected": "r"},
+        both("\n\nHuman: p\n\nAssistant: c", "\n\nHuman: p\n\nAssistant: r"),
+    ):
+        assert rows(row, "kto") == rows(row, "dpo")
+    assert reason(both("c", "c"), "kto") == "chosen equals rejected"
+
+
 def test_prompt_alone():
     row = {"prompt": talk("u:p", "a:1", "u:2"), "chosen": talk("a:c"), "n": 3}
     (found,) = rows(row, "ppo")
@@ -370,7 +400,7 @@ def test_other_texts_in_brackets_stay_texts(text):
 
 
 @pytest.mark.parametrize("name", ["system", "System_Prompt"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "evaluation"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo", "evaluation"])
 def test_system_is_the_first_message(name, stage):
     talked = ("s:Be kind", "u:p")
     for row in (

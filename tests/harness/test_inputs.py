@@ -203,6 +203,54 @@ def test_rows_of_one_prompt_with_other_columns_are_all_kept_for_ppo(tmp_path):
     assert len(inputs.eval_prompts) == 2
 
 
+def labelled(*labels):
+    return [{"prompt": f"p{i}", "answer": f"a{i}", "label": x} for i, x in enumerate(labels)]
+
+
+def test_labelled_rows_of_one_prompt_stay_together(two_files, capsys):
+    first = [row for i in range(4) for row in (labelled(i % 2), labelled(1 - i % 2))]
+    rows = [{**row, "prompt": f"q{i}"} for i, pair in enumerate(first) for row in pair]
+    inputs = load_inputs(two_files(rows, labelled(True, 0, "true")), "kto", seed=0)
+    assert [(row["prompt"], row["label"]) for row in inputs.heldout_unpaired] == [
+        *[("p0", True), ("p1", False), ("p2", True)]
+    ]
+    assert [row["prompt"] for row in inputs.unpaired] == [f"q{i}" for i in range(8)]
+    # What is trained first learns the desirable ones.
+    assert inputs.demonstrations == [
+        {"prompt": row["prompt"], "response": row["response"]}
+        for row in inputs.unpaired
+        if row["label"]
+    ]
+    assert len(inputs.heldout_demonstrations) == 2
+    assert "a0" in inputs.texts
+    assert "two rows" not in capsys.readouterr().out
+
+
+def test_pairs_are_taken_apart_for_kto_and_the_run_says_so(two_files, capsys):
+    first, second = [pair("a"), pair("b")], [*labelled(False), *labelled(True)]
+    inputs = load_inputs(two_files(first, second), "kto", seed=0)
+    assert inputs.unpaired == [
+        {"prompt": "a", "response": "yes, a", "label": True},
+        {"prompt": "a", "response": "no", "label": False},
+        {"prompt": "b", "response": "yes, b", "label": True},
+        {"prompt": "b", "response": "no", "label": False},
+    ]
+    assert [row.place for row in inputs.unpaired] == [1, 1, 2, 2]
+    assert len(inputs.heldout_unpaired) == 2
+    out = capsys.readouterr().out
+    assert out.endswith(
+        "  each pair is two rows: chosen, label true; rejected, label false\n"
+        "4 rows to train on, 2 held out (b.jsonl)\n"
+    )
+
+
+def test_a_new_model_needs_a_desirable_response(two_files):
+    files = labelled(False, False), labelled(True)
+    with pytest.raises(BadInput, match=r"no row is labelled true, so a new .* give --model$"):
+        load_inputs(two_files(*files), "kto", seed=0)
+    assert load_inputs(two_files(*files, model="runs/sft"), "kto", seed=0).demonstrations == []
+
+
 def test_further_columns_that_are_no_texts_make_no_tokenizer():
     assert Inputs(prompts=[{"prompt": "p", "chosen": {"value": "c"}}]).texts == ["p"]
 

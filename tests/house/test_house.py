@@ -27,9 +27,9 @@ FLOORS = (
     ("config", "data", "encoding", "speed", "loading", "text_metrics", "estimates", "hf_metrics"),
     ("policy", "reward_model", "sampling", "optim"),
     ("rollout", "online"),
-    ("sft", "reward", "ppo", "grpo", "rloo", "dpo", "evaluation", "world"),
+    ("sft", "reward", "ppo", "grpo", "rloo", "dpo", "kto", "evaluation", "world"),
 )
-ALGORITHMS = {"sft", "reward", "ppo", "grpo", "rloo", "dpo"}
+ALGORITHMS = {"sft", "reward", "ppo", "grpo", "rloo", "dpo", "kto"}
 EQUATION_FLOORS = 2  # floors 0 and 1 import nothing but torch and these
 OF_EQUATIONS = {"torch", "typing", "collections.abc"}
 

@@ -67,7 +67,7 @@ def names_of_trl() -> set[str]:
     """Identifiers of the trainers of 1.12.0 and the options of those of 0.11.3."""
     folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
     files = [*(folder / "experimental/ppo").glob("ppo_*.py")]
-    files += [folder / f"trainer/{kind}_{part}.py" for kind in ("dpo", "reward", "sft")
+    files += [folder / f"trainer/{kind}_{part}.py" for kind in ("dpo", "kto", "reward", "sft")
               for part in ("trainer", "config")]  # fmt: skip
     found = {name for options in RECORDED.values() for name in options}
     for file in files:

@@ -148,6 +148,10 @@ PLACES = {
         *("losses.py", "loss = (sums / lengths"),
     ),
     "is DPO's loss": ("preference_losses.py", "loss = -(1 - label_smoothing)"),
+    "is KTO's loss": ("preference_losses.py", "loss = torch.where(labels, desirable"),
+    "does a prompt of KTO meet another one's response": (
+        *("kto.py", "SFTExample(x.prompt_ids, examples[row"),
+    ),
     "is the reward model's loss": ("losses.py", "loss = -logsigmoid(difference"),
 }
 

@@ -8,6 +8,7 @@ from small import (
     DEMONSTRATIONS,
     PREFERENCES,
     PROMPTS,
+    UNPAIRED,
     WORDS,
     Metrics,
     small_policy,
@@ -17,7 +18,7 @@ from small import (
 from tolerances import EXACT
 from torch.utils._pytree import tree_leaves
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, kto, ppo, reward, sft
 from rlhf_min.errors import BadInput
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import RunOptions
@@ -105,6 +106,13 @@ def run_dpo(*places, cache):
     return told(dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES[:3]))
 
 
+def run_kto(*places, cache):
+    policy, ref_policy, _ = models(*places)
+    config = kto.KTOConfig(batch_size=4, cache_reference=cache, eval_every=1, learning_rate=1e-3)
+    state = kto.new_state(policy, ref_policy, UNPAIRED, config)
+    return told(kto.train(policy, ref_policy, config, state, heldout=UNPAIRED[:3]))
+
+
 def run_sft(*places):
     policy, _, _ = models(*places)
     config = sft.SFTConfig(epochs=1, batch_size=4, eval_every=1, learning_rate=1e-3)
@@ -157,6 +165,8 @@ def told(steps) -> list[Metrics]:
         (run_ppo, {}),
         (run_dpo, {"cache": True}),
         (run_dpo, {"cache": False}),
+        (run_kto, {"cache": True}),
+        (run_kto, {"cache": False}),
         (run_sft, {}),
         (run_reward, {}),
         (run_evaluation, {}),

@@ -8,6 +8,7 @@ from small import (
     DEMONSTRATIONS,
     PREFERENCES,
     PROMPTS,
+    UNPAIRED,
     WORDS,
     gpt2_classifier,
     largest_difference,
@@ -20,7 +21,7 @@ from small import (
 from strategies import assert_close, assert_rows_are_a_set, tensors
 from tolerances import EXACT, FP64
 
-from rlhf_min import data, dpo, ppo, reward, rollout, sft
+from rlhf_min import data, dpo, kto, ppo, reward, rollout, sft
 from rlhf_min.config import PPOConfig
 from rlhf_min.data import Cursor
 from rlhf_min.kl import kl_estimate
@@ -70,6 +71,18 @@ def dpo_step(*, pad="<pad>", cached=False):
     return policy, next(dpo.train(policy, ref_policy, config, state))
 
 
+def kto_step(*, pad="<pad>", cached=False):
+    policy, ref_policy = padded_with(pad), padded_with(pad, seed=13)
+    config = kto.KTOConfig(epochs=1, batch_size=8, cache_reference=cached)
+    examples = UNPAIRED
+    if cached:
+        examples = kto.cache_reference(ref_policy, UNPAIRED, max_tokens=40)
+    state = State(descent(policy), Cursor(examples, seed=0))
+    found = next(kto.train(policy, ref_policy, config, state))
+    assert found["kl"] > 0.1  # it is felt
+    return policy, found
+
+
 def ppo_step(critic, *, pad="<pad>"):
     # The rollout is another policy's, so that some tokens and some values are clipped.
     config = ppo.PPOConfig(batch_size=8, minibatch_size=8)
@@ -104,10 +117,12 @@ STEPS = pytest.mark.parametrize(
         reward_step,
         dpo_step,
         lambda: dpo_step(cached=True),
+        kto_step,
+        lambda: kto_step(cached=True),
         lambda: ppo_step("shared"),
         lambda: ppo_step("separate"),
     ],
-    ids=["sft", "reward", "dpo", "dpo cached", "ppo shared", "ppo separate"],
+    ids="sft,reward,dpo,dpo cached,kto,kto cached,ppo shared,ppo separate".split(","),
 )
 
 
@@ -140,9 +155,9 @@ def test_micro_batches_of_every_size_give_the_gradient_of_the_whole(step, monkey
 
 @pytest.mark.parametrize(
     "step",
-    [dpo_step, lambda pad: dpo_step(pad=pad, cached=True)]
+    [dpo_step, lambda pad: dpo_step(pad=pad, cached=True), kto_step]
     + [lambda pad, critic=critic: ppo_step(critic, pad=pad) for critic in ("shared", "separate")],
-    ids=["dpo", "dpo cached", "ppo shared", "ppo separate"],
+    ids=["dpo", "dpo cached", "kto", "ppo shared", "ppo separate"],
 )
 def test_eos_is_as_good_a_pad_as_any(step):
     # Of the 8 rows all but one end in EOS: a mask made from ids would lose it.

@@ -22,12 +22,13 @@ from small import (
     weights,
 )
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, kto, ppo, reward, sft
 from rlhf_min.config import TrainingConfig
-from rlhf_min.data import PreferenceExample, SFTExample
+from rlhf_min.data import PreferenceExample, SFTExample, UnpairedExample
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.run.faults import first_nonfinite
 from rlhf_min.harness.stages import dpo as dpo_stage
+from rlhf_min.harness.stages import kto as kto_stage
 from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
 from rlhf_min.harness.stages import sft as sft_stage
@@ -48,6 +49,7 @@ PREFERENCES = [
     PreferenceExample(LONG, ids(TWO, BIG, END), ids(BIG, ONE, END)),
     PreferenceExample(ids(BIG, BALL), ids(END), ids(ONE, END)),
 ]
+UNPAIRED = [UnpairedExample(x.prompt_ids, x.chosen_ids, True) for x in PREFERENCES]
 PAIRS = [
     {"prompt": "red", "chosen": "one", "rejected": "two"},
     {"prompt": "red ball big one two", "chosen": "two big", "rejected": "big one"},
@@ -81,6 +83,14 @@ def dpo_run(**options):
     return policy, policy.lm.transformer.wpe, state, steps
 
 
+def kto_run(**options):
+    policy, ref_policy = small_policy(dtype=torch.float32), small_policy(dtype=torch.float32)
+    config = kto.KTOConfig(**SAME | options)
+    state = kto.new_state(policy, ref_policy, UNPAIRED, config)
+    steps = kto.train(policy, ref_policy, config, state)
+    return policy, policy.lm.transformer.wpe, state, steps
+
+
 def ppo_run(*, score=lengths, **options):
     policy = small_policy(critic="shared", dtype=torch.float32)
     config = ppo.PPOConfig(
@@ -95,7 +105,7 @@ def ppo_run(*, score=lengths, **options):
     return policy, None, state, ppo.train(policy, ref_policy, score, config, state)
 
 
-RUNS = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run, ppo_run])
+RUNS = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run, kto_run, ppo_run])
 # What the loss of each row is made of, as the harness looks for rows at fault.
 ALONE = {
     sft_run: sft_stage.alone,
@@ -103,8 +113,11 @@ ALONE = {
     dpo_run: lambda policy, pairs: dpo_stage.alone(
         policy, small_policy(dtype=torch.float32), dpo.DPOConfig(), pairs
     ),
+    kto_run: lambda policy, rows: kto_stage.alone(
+        policy, small_policy(dtype=torch.float32), kto.KTOConfig(), rows
+    ),
 }
-SUPERVISED = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run])
+SUPERVISED = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run, kto_run])
 
 
 def length(example):
@@ -146,7 +159,7 @@ def assert_same_adam(state, before):
 @SUPERVISED
 def test_a_nan_weight_stops_the_run_and_names_the_rows_that_it_reaches(run):
     module, positions, state, steps = run()
-    tensor = "chosen_logprobs" if run is dpo_run else "loss"
+    tensor = {dpo_run: "chosen_logprobs", kto_run: "desirable_logprobs"}.get(run, "loss")
     next(steps)
     with torch.no_grad():
         positions.weight[POSITION + (3 if run is reward_run else 0)] = math.nan  # [CLS] and [SEP]s
@@ -314,6 +327,22 @@ def test_a_reference_of_nan_in_one_pair():
     assert found == ("chosen_logprobs_change", [0])
     assert caught.value.batch == [state.cursor.examples[1]]
     assert_untouched(module, kept[-1])
+
+
+def test_a_row_that_is_at_fault_as_a_mismatched_pair_only():
+    # Prompt and response of the long row fit before the position; those of two rows do not.
+    module, positions, state, steps = kto_run()
+    state.cursor.examples = [
+        UnpairedExample(ids(RED), ids(ONE, TWO, BIG, END), True),
+        UnpairedExample(ids(RED, BALL, BIG, ONE), ids(END), False),
+    ]
+    with torch.no_grad():
+        positions.weight[POSITION] = math.nan
+    with pytest.raises(NonFinite) as caught:
+        next(steps)
+    batch = caught.value.batch
+    name, (row,) = first_nonfinite(ALONE[kto_run](module, batch))
+    assert (name, len(batch[row].prompt_ids)) == ("mismatched_logprobs", 4)
 
 
 # In the gradient, and in the weights

@@ -8,6 +8,7 @@ from small import (
     PREFERENCES,
     PROMPTS,
     TEXT_PAIRS,
+    UNPAIRED,
     lengths,
     small_policy,
     small_reward_model,
@@ -16,7 +17,7 @@ from small import (
 from strategies import assert_close, outputs_and_gradients
 from tolerances import FP32
 
-from rlhf_min import dpo, online, ppo, reward, sft
+from rlhf_min import dpo, kto, online, ppo, reward, sft
 from rlhf_min.advantages import gae
 from rlhf_min.config import PPOConfig
 from rlhf_min.harness.cli import RunOptions
@@ -29,7 +30,7 @@ from rlhf_min.losses import (
     sft_loss,
 )
 from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten
-from rlhf_min.preference_losses import dpo_loss
+from rlhf_min.preference_losses import dpo_loss, kto_kl, kto_loss
 from rlhf_min.rollout import collect
 
 BF16 = 2.0**-8  # half a unit in the last place of a bfloat16 number near 1
@@ -66,7 +67,17 @@ def dpo_steps(dtype, precision):
     return policy, dpo.train(policy, reference, config, state)
 
 
-STAGES = pytest.mark.parametrize("steps", [sft_steps, reward_steps, ppo_steps, dpo_steps])
+def kto_steps(dtype, precision):
+    policy = small_policy(dtype=dtype)
+    config = kto.KTOConfig(precision=precision)
+    reference = policy.reference()
+    state = kto.new_state(policy, reference, UNPAIRED, config)
+    return policy, kto.train(policy, reference, config, state)
+
+
+STAGES = pytest.mark.parametrize(
+    "steps", [sft_steps, reward_steps, ppo_steps, dpo_steps, kto_steps]
+)
 
 
 def losses(steps, dtype, precision):
@@ -101,7 +112,7 @@ def test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it(steps):
         return
     loss = metrics["loss"]
     assert loss == pytest.approx(plain["loss"], rel=4 * BF16)
-    if steps is dpo_steps:  # policy and reference are equal in any precision
+    if steps in (dpo_steps, kto_steps):  # policy and reference are equal in any precision
         assert loss == plain["loss"]
     else:
         assert loss != plain["loss"]  # it really was another precision
@@ -130,6 +141,12 @@ def looked_at(stage):
         state = dpo.new_state(policy, ref_policy, PREFERENCES, config)
         steps = dpo.train(policy, ref_policy, config, state, heldout=PREFERENCES)
         return steps, state, lambda: dpo.evaluate(policy, ref_policy, PREFERENCES, config)
+    if stage == "kto":
+        policy, ref_policy = (small_policy(seed=i, dtype=torch.float32) for i in (0, 13))
+        config = kto.KTOConfig(precision="bf16", cache_reference=False)
+        state = kto.new_state(policy, ref_policy, UNPAIRED, config)
+        steps = kto.train(policy, ref_policy, config, state, heldout=UNPAIRED)
+        return steps, state, lambda: kto.evaluate(policy, ref_policy, UNPAIRED, config)
     policy = small_policy(critic="shared", dtype=torch.float32)
     ref_policy = small_policy(seed=1, dtype=torch.float32)
     config = ppo.PPOConfig(
@@ -140,7 +157,7 @@ def looked_at(stage):
     return steps, state, lambda: online.evaluate(policy, ref_policy, lengths, PROMPTS, config)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
 def test_a_look_has_the_precision_of_the_run(stage):
     steps, state, look = looked_at(stage)
     (metrics,) = steps
@@ -180,6 +197,16 @@ def test_a_cached_reference_of_held_out_pairs_has_the_precision_of_the_run():
     for name in ("chosen_logprobs_change", "rejected_logprobs_change", "margin"):
         assert metrics[name] == pytest.approx(0, abs=1e-6)
         assert metrics[f"eval/{name}"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kl_of_a_step_has_the_precision_of_the_run():
+    policy, ref_policy = (small_policy(seed=i, dtype=torch.float32) for i in (0, 13))
+    config = kto.KTOConfig(precision="bf16")
+    optimizer = kto.new_state(policy, ref_policy, UNPAIRED, config).optimizer
+    found = kto.means(policy, ref_policy, UNPAIRED, config, optimizer)["kl"]
+    with optimizer.autocast():
+        assert found == kto.means(policy, ref_policy, UNPAIRED, config)["kl"]
+    assert found != kto.means(policy, ref_policy, UNPAIRED, config)["kl"]
 
 
 @STAGES
@@ -252,6 +279,15 @@ COMPUTED = {
     "policy": lambda a, b, c: ppo_policy_loss(a, b, c, MASK, clip=0.2),
     "value": lambda a, b, c: ppo_value_loss(a, b, c, MASK, clip=0.2),
     "dpo": lambda a, b, c: dpo_loss(a[0], b[0], c[0], c[1], beta=0.3, label_smoothing=0.1),
+    "kto": lambda a, b, c: kto_loss(
+        a[0],
+        b[0],
+        MASK[1],
+        kto_kl(c[0].abs(), c[1]),
+        beta=0.3,
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
+    ),
 }
 
 

@@ -33,8 +33,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rlhf_min import dpo, ppo, sft
-from rlhf_min.data import PreferenceExample, PromptExample, SFTExample, collate
+from rlhf_min import dpo, kto, ppo, sft
+from rlhf_min.data import (
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+    UnpairedExample,
+    collate,
+)
 from rlhf_min.errors import BadInput
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.loading.checks import positions_of
@@ -106,6 +112,21 @@ def dpo_heldout(policy, prompt):
     next(dpo.train(policy, policy.reference(), config, state, heldout=[pair]))
 
 
+SHORT = [UnpairedExample(x.prompt_ids, ids(END), True) for x in DEMONSTRATIONS]
+
+
+def kto_state(policy, prompt):
+    row = UnpairedExample(prompt, RESPONSE, False)
+    kto.new_state(policy, policy.reference(), [*SHORT, row], kto.KTOConfig())
+
+
+def kto_heldout(policy, prompt):
+    config = kto.KTOConfig(cache_reference=False)
+    state = kto.new_state(policy, policy.reference(), SHORT, config)
+    rows = [UnpairedExample(prompt, RESPONSE, True), SHORT[0]]
+    next(kto.train(policy, policy.reference(), config, state, heldout=rows))
+
+
 PPO = ppo.PPOConfig(batch_size=4, minibatch_size=2, max_new_tokens=NEW)
 
 
@@ -125,7 +146,8 @@ def constant(_prompts, responses):
 
 ENTRIES = [
     *(sampled, forward, logits, scored, evaluated),
-    *(sft_state, sft_heldout, dpo_state, dpo_heldout, ppo_state, ppo_eval),
+    *(sft_state, sft_heldout, dpo_state, dpo_heldout, kto_state, kto_heldout),
+    *(ppo_state, ppo_eval),
 ]
 
 

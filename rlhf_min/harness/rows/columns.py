@@ -6,10 +6,11 @@ from typing import Literal
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import Row, short
 
-Stage = Literal["sft", "reward", "ppo", "dpo", "evaluation"]
+Stage = Literal["sft", "reward", "ppo", "dpo", "kto", "evaluation"]
 
 _PROMPT = ("prompt", "question", "instruction", "query")
-_RESPONSE = ("response", "output", "completion", "answer", "chosen")
+_ANSWER = ("response", "output", "completion", "answer")
+_RESPONSE = (*_ANSWER, "chosen")
 _PAIR = {"prompt": _PROMPT, "chosen": ("chosen",), "rejected": ("rejected",)}
 
 # stage -> our column -> the names of the file's column that are understood as it
@@ -18,14 +19,15 @@ _NEEDED: dict[Stage, dict[str, tuple[str, ...]]] = {
     "reward": _PAIR,
     "ppo": {"prompt": _PROMPT},
     "dpo": _PAIR,
+    "kto": {"prompt": _PROMPT, "response": _ANSWER, "label": ("label",)},  # or _PAIR
     "evaluation": {"prompt": _PROMPT, "references": ("references", "reference", *_RESPONSE)},
 }
-_TITLE = {"sft": "SFT", "reward": "reward training", "ppo": "PPO", "dpo": "DPO"}
+_TITLE = {"sft": "SFT", "reward": "reward training", "ppo": "PPO", "dpo": "DPO", "kto": "KTO"}
 MESSAGES = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _OURS = (
     *("prompt", "response", "chosen", "rejected", "references", "messages", "margin"),
-    *("input", "system"),
+    *("label", "input", "system"),
 )
 
 
@@ -79,7 +81,7 @@ def find_columns(
 
     Without all columns of the stage there may still be ``messages``, or ``chosen`` and
     ``rejected`` with the prompt in both. Messages beside a response or a pair are its prompt,
-    unless the user named them.
+    unless the user named them. Rows without response and label serve KTO as pairs.
 
     Raises:
         BadInput: if columns are missing, or several could be the same one.
@@ -103,13 +105,18 @@ def find_columns(
     served = {name: find(*names) for name, names in needed.items()}
     if None in served.values():
         messages, chosen, rejected = find(*MESSAGES), find("chosen"), find("rejected")
+        if stage == "kto" and chosen is not None and rejected is not None:
+            needed = _PAIR
+            served = {name: find(*names) for name, names in needed.items()}
+        label = {"label": served.pop("label")} if "label" in served else {}
         alone = "messages" in named or served["prompt"] is not None or not any(served.values())
-        if messages is not None and alone and stage not in ("reward", "dpo"):
+        if messages is not None and alone and needed is not _PAIR:
             served = {"messages": messages}
         elif served["prompt"] is None and messages is not None:
             served["prompt"] = messages
         elif served["prompt"] is None and chosen is not None and rejected is not None:
             served = {"chosen": chosen, "rejected": rejected}
+        served |= label
     missing = [name for name, column in served.items() if column is None]
     if missing:
         raise BadInput(f"{source}: {_what_is_missing(missing, stage, columns)}")
@@ -137,6 +144,8 @@ def _what_is_missing(missing: Sequence[str], stage: Stage, columns: Sequence[str
             "; of several answers to a prompt make pairs: a row for each two, the better one as "
             "chosen, the worse one as rejected"
         )
+    if stage == "kto":
+        message += "; pairs do as well: prompt, chosen, rejected"
     return message
 
 

@@ -22,6 +22,13 @@ from rlhf_min.harness.rows.messages import (
 )
 
 _LARGEST_MARGIN = 2.0**24  # beyond it float32 has no place for a difference of 1 in the scores
+_SINGLE = {"response", "references"}  # where a row has one response, none chosen or rejected
+# A CSV file holds nothing but text, and a column with gaps in it nothing but floats.
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+class Misread(Unusable):
+    """A cell that shows its column to be another one than it is taken for: no row can be used."""
 
 
 def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
@@ -33,10 +40,10 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
     values = {name: read_written(row.get(column), name) for name, column in used.items()}
     system = values.pop("system", None)
     if "messages" in values:
-        clean = _from_messages(values["messages"], stage)
+        clean = _from_messages(values.pop("messages"), stage) | values
     elif "prompt" in values:
         clean = values | _from_columns(values)
-        if stage in ("sft", "evaluation") and plain_name(used["prompt"]) in MESSAGES:
+        if used.keys() & _SINGLE and plain_name(used["prompt"]) in MESSAGES:
             _require_open(clean["prompt"], used)
     else:
         clean = _from_pair(values.pop("chosen"), values.pop("rejected")) | values
@@ -46,6 +53,8 @@ def clean_row(row: Row, used: Mapping[str, str], stage: Stage) -> Row:
         raise Unusable("chosen equals rejected")
     if "margin" in clean:
         clean["margin"] = _number(clean["margin"])
+    if "label" in clean:
+        clean["label"] = _label(clean["label"])
     if "input" in clean and not is_blank(further := clean.pop("input")):
         if isinstance(clean["prompt"], Conversation):
             raise Unusable("input cannot be added to a list of messages")
@@ -59,7 +68,7 @@ def _require_open(prompt: Any, used: Mapping[str, str]) -> None:
     """A conversation that has its response already is no prompt of another one."""
     messages = getattr(prompt, "messages", ())
     if messages and messages[-1]["role"] == "assistant":
-        (other,) = used.keys() & {"response", "references"}
+        (other,) = used.keys() & _SINGLE
         ours, theirs = short(used["prompt"]), short(used[other])
         raise Unusable(
             f"{ours} ends with an assistant message and {theirs} is a response too (give --columns "
@@ -224,6 +233,8 @@ def _problem(name: str, value: Any) -> str | None:
         if number is not None and abs(number) > _LARGEST_MARGIN:
             return f"margin is beyond {_LARGEST_MARGIN:.2g}, too large to train on"
         return "margin is not a finite number" if number is None else None
+    if name == "label":
+        return "label is empty" if is_blank(value) else None
     if name == "input" and is_blank(value):
         return None
     if name == "references" and isinstance(value, list):
@@ -259,3 +270,14 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _label(value: Any) -> bool:
+    """What true and false, 1 and 0 say, as values or as texts."""
+    found = None if isinstance(value, (list, dict)) else _LABELS.get(str(value).strip().lower())
+    if found is None:
+        raise Misread(
+            f"label is {short(repr(value))}, which is neither true nor false (nor 1 or 0); make it "
+            "one of them, or name another column by --columns label=NAME"
+        )
+    return found

@@ -26,7 +26,7 @@ from rlhf_min.harness.rows.files import (
     read_file,
     short,
 )
-from rlhf_min.harness.rows.formats import clean_row
+from rlhf_min.harness.rows.formats import Misread, clean_row
 from rlhf_min.harness.rows.messages import Unusable
 
 if TYPE_CHECKING:  # they take a second, and a CSV or JSON file needs neither
@@ -114,6 +114,7 @@ def load_rows(
     * sft: prompt, response
     * reward: prompt, chosen, rejected, and margin (float) if the file has such a column
     * dpo: prompt, chosen, rejected
+    * kto: prompt, response, label (bool); or, if the file has no such columns, those of dpo
     * ppo: prompt, then all columns of the file, unchanged and under their own names: also the one
       that serves as prompt
     * evaluation: prompt, references (list[str]; one text in the file is a list of one)
@@ -122,15 +123,16 @@ def load_rows(
     are understood as prompt; "output", "completion", "answer" and "chosen" as response; every name
     of the response, and "reference", as references. An "input" beside an "instruction" is appended
     to it on a new line. A "system" or "system_prompt" is the first message of the prompt. Every
-    cell of a CSV file is text: "007" stays "007" and "NA" stays "NA".
+    cell of a CSV file is text: "007" stays "007" and "NA" stays "NA". A label is true or false, 1
+    or 0, as a value or as text in any case.
 
     Prompts and responses may be lists of chat messages, also as JSON text; such a prompt becomes a
     `Conversation`. A message has role and content, or from and value. Without a prompt column,
     "chosen" and "rejected" may hold the prompt as their common beginning: as messages, as
     transcripts ("\n\nHuman: ...\n\nAssistant: ..."), or as plain texts, which are parted between
-    words. "messages" or "conversations" alone serve sft and evaluation (the last assistant message
-    is the response) and ppo (up to the last user message); beside chosen and rejected they are the
-    prompt.
+    words. "messages" or "conversations" alone serve sft, evaluation and, beside a label, kto (the
+    last assistant message is the response), and ppo (up to the last user message); beside chosen
+    and rejected they are the prompt.
 
     Args:
         data: a .csv, .json, .jsonl or .parquet file, which may be compressed (.gz, .bz2, .zst,
@@ -189,6 +191,8 @@ def _usable(
             clean = {column: row.get(column) for column in further} | clean_row(row, used, stage)
             if repr(clean) in seen:
                 raise Unusable("duplicate of an earlier row")
+        except Misread as reason:
+            raise BadInput(f"{source}: {_unit(name)} {number}: {reason}") from reason
         except Unusable as reason:
             dropped.setdefault(str(reason), []).append(number)
         else:
@@ -336,12 +340,17 @@ def _plain(value: Any) -> Any:
 
 def _reasons(dropped: dict[str, list[Place]], source: str) -> str:
     """Each reason with its count and first row numbers."""
-    unit = "line" if format_of(source) == ".jsonl" else "row"
+    unit = _unit(source)
     parts = []
     for reason, numbers in dropped.items():
         first = _listed(list(map(str, numbers)))
         parts.append(f"{reason} ({len(numbers)}: {unit}{'s' * (len(numbers) > 1)} {first})")
     return ", ".join(parts)
+
+
+def _unit(source: str) -> str:
+    """What is counted in a source."""
+    return "line" if format_of(source) == ".jsonl" else "row"
 
 
 def _listed(names: list[str]) -> str:
