@@ -46,7 +46,8 @@ EQUATIONS = [name for floor in FLOORS[:EQUATION_FLOORS] for name in floor] + [
     "ppo",
     "kto",
 ]
-MASKS = [*EQUATIONS, "data", "policy", "reward_model", "sampling", "rollout", "sft", "dpo", "kto"]
+MASKS = [*EQUATIONS, "data", "policy", "reward_model", "sampling", "rollout"]
+MASKS += ["sft", "dpo", "kto", "grpo", "rloo"]
 WORKERS, SECONDS = 2, 120  # at once; the most that one of them may take
 
 
@@ -1093,6 +1094,43 @@ TABLE = [
      ("the schedule counts rollouts",
       "config.steps * config.epochs * config.minibatches", "config.steps"),
      ("one random stream for two purposes", "config.seed + 2 * 10**6", "config.seed + 10**6")),
+    ("grpo.batch_loss",
+     "parity/test_grpo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[dapo]",
+     ("cut responses are learned from", "mask & learned_from(rollout, config)[rows, None]", "mask"),
+     ("advantages of other rows",
+      "buffer.advantages[rows, 0]", "buffer.advantages[: len(rows), 0]"),
+     ("the upper limit is the lower one",
+      "config.clip if config.clip_high is None else config.clip_high", "config.clip")),
+    ("grpo.batch_loss",
+     "parity/test_grpo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[grpo]",
+     ("scored at temperature 1", "temperature=config.temperature", "temperature=1.0"),
+     ("the KL in the reward alone",
+      'config.kl_coef if config.kl_in == "loss" else 0.0', "0.0")),
+    ("grpo.learned_from",
+     "parity/test_grpo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[dapo]",
+     ("those that were cut", "return rollout.ended", "return ~rollout.ended")),
+    ("grpo.minibatch_step",
+     "parity/test_grpo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[dapo]",
+     ("a mean over tokens by the number of responses",
+      'if config.loss_mean == "token":', "if False:"),
+     ("cut responses in the number of tokens",
+      "rollout.lengths[rows][learned_from(rollout, config)[rows]]", "rollout.lengths[rows]")),
+    ("grpo.judge", "unit/test_oracle_of_groups.py::"
+     "test_one_step_on_every_pair_is_the_gradient_of_the_objective[grpo]",
+     ("the KL in the loss alone",
+      'config.kl_coef if config.kl_in == "reward" else 0.0', "0.0")),
+    ("rloo.judge", "unit/test_oracle_of_groups.py::"
+     "test_one_step_on_every_pair_is_the_gradient_of_the_objective[rloo]",
+     ("no KL in the reward", "kl_coef=config.kl_coef", "kl_coef=0.0"),
+     ("the KL of the last token alone", "rloo_advantages(returns[:, 0]",
+      "rloo_advantages(rewards.gather(1, rollout.lengths[:, None] - 1)[:, 0]")),
+    ("rloo.batch_loss",
+     "parity/test_rloo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[rloo, two steps]",
+     ("scored at temperature 1", "temperature=config.temperature", "temperature=1.0"),
+     ("advantages of other rows",
+      "buffer.advantages[rows, 0]", "buffer.advantages[: len(rows), 0]"),
+     ("the upper limit is the lower one",
+      "config.clip if config.clip_high is None else config.clip_high", "config.clip")),
     ("online.rewards_to_come", "unit/test_grpo.py::test_judge_by_hand",
      ("the first token alone earns", "mask, gamma", "mask & (mask.cumsum(1) == 1), gamma"),
      ("later tokens count less", "gamma=1.0", "gamma=0.9")),
