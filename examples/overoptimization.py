@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_min.config import option
-from rlhf_min.harness.cli import OF_OWN_ROWS, ExperimentOptions, command, parse
+from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
@@ -41,7 +41,9 @@ class OveroptimizationOptions(ExperimentOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, OveroptimizationOptions, without=OF_OWN_ROWS, instead=INSTEAD)
+    options = parse(
+        __doc__, OveroptimizationOptions, without=(*OF_OWN_ROWS, *OF_LORA), instead=INSTEAD
+    )
     started = time.perf_counter()
     out, rng = check_out(options, "overoptimization"), random.Random(options.seed)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.

@@ -23,7 +23,7 @@ def main() -> None:
     reward_model = start_reward_model(options, inputs.texts, seed=config.seed)
     policy = codec = None
     if options.model is not None:
-        policy = start_policy(options, inputs.texts, critic="none", seed=config.seed)
+        policy = start_policy(options, inputs.texts, critic="none", seed=config.seed, trained=False)
         codec = make_codec(policy, options)
 
     log = start_log(out, options, config)

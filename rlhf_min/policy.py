@@ -1,7 +1,6 @@
 """The policy: a causal language model with a value head, and its frozen reference."""
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Sequences
 from .errors import require
-from .loading import checks
+from .loading import adapters, checks
+from .loading.adapters import LoRA
 from .loading.models import VALUE_FILE, Reading, load_causal_lm
 from .logprobs import entropy, lm_head_logits, token_logprobs
 from .speed.fast import checkpoint_layers, separate_trunk, speed_up
@@ -60,6 +60,11 @@ class Policy(nn.Module):
         plain: bool = False,
     ) -> None:
         super().__init__()
+        require(
+            critic != "separate" or not adapters.is_adapted(lm),
+            "a separate critic is a second trunk, all of it trained, and this model only trains an "
+            "adapter; take critic='shared'",
+        )
         if not plain:
             speed_up(lm)
         self.lm, self.tokenizer, self.critic, self.plain = lm, tokenizer, critic, plain
@@ -178,10 +183,13 @@ class Policy(nn.Module):
     def reference(self, device: torch.device | None = None) -> "Policy":
         """A frozen copy of the language model as it is now, without critic and dropout.
 
+        Where only an adapter is trained, all that is copied is the adapter.
+
         Args:
             device: where the copy is kept; None for the policy's own device.
         """
-        reference = Policy(copy.deepcopy(self.lm), self.tokenizer, plain=self.plain)
+        lm = adapters.copied(self.lm, device)
+        reference = Policy(lm, self.tokenizer, plain=self.plain)
         reference.requires_grad_(False)
         disable_dropout(reference)
         return reference.eval().to(self.device if device is None else device)
@@ -200,20 +208,23 @@ class Policy(nn.Module):
         critic: Critic,
         new_head: bool = False,
         plain: bool = False,
+        lora: LoRA | None = None,
     ) -> "Policy":
         """Load a causal language model with its tokenizer, and its value head if it has one.
 
         Args:
             name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file. A
-                folder may be one of trl 0.x, with its value head.
+                folder may be one of trl 0.x, with its value head, or that of an adapter, which is
+                merged into its base.
             critic: as for the class, like `plain`.
             new_head: whether a missing value head may start at zero; only to begin training.
+            lora: train an adapter only: a new one, or the one whose folder is given.
 
         Raises:
             BadInput: if the model cannot be loaded, or its value head is missing.
         """
         with Reading(name_or_path):
-            lm, tokenizer, value_head = load_causal_lm(name_or_path)
+            lm, tokenizer, value_head = load_causal_lm(name_or_path, lora=lora)
             policy = cls(lm, tokenizer, critic=critic, plain=plain)
             policy.decode(torch.tensor(tokenizer("What?").input_ids))
         if critic != "none" and value_head is not None:

@@ -13,6 +13,7 @@ from .encoding.cuts import CutReport
 from .encoding.pairs import PairCodec, TextPair
 from .errors import require
 from .loading import checks
+from .loading.adapters import LoRA
 from .loading.models import Reading, label_number, load_classifier
 from .logprobs import at_least_float32, label_logprob
 from .policy import evaluating
@@ -164,19 +165,22 @@ class RewardModel(nn.Module):
         max_length: int | None = None,
         label: str | None = None,
         plain: bool = False,
+        lora: LoRA | None = None,
     ) -> "RewardModel":
         """Load a sequence classifier with its tokenizer.
 
         Args:
-            name_or_path: a folder, or a name that ``transformers`` knows.
+            name_or_path: a folder, or a name that ``transformers`` knows. The folder of an adapter
+                is merged into its base.
             new_head: whether a missing classifier may be drawn anew; only to begin training.
             max_length: as for the class, like `label` and `plain`.
+            lora: train an adapter and the head only: a new one, or the one whose folder is given.
 
         Raises:
             BadInput: if the model cannot be loaded, or its classifier or label is missing.
         """
         with Reading(name_or_path):
-            found = load_classifier(name_or_path, new_head=new_head, label=label)
+            found = load_classifier(name_or_path, new_head=new_head, label=label, lora=lora)
             model, tokenizer, new_weights = found
             reward_model = cls(model, tokenizer, max_length=max_length, label=label, plain=plain)
         reward_model.eval()

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from rlhf_min.harness.run.folder import continued, how_to_go_on
 from rlhf_min.harness.run.signals import Stopped, raising_signals
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.trackers import check_trackers
-from rlhf_min.loading.sources import require_source
+from rlhf_min.loading.sources import base_of, require_source
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,10 @@ KEPT = "what was saved before is as it was"
 OF_TRAINING = (
     *("allow_config_change", "save_every", "keep_last", "keep_best"),
     *("heldout_share", "gradient_checkpointing", "skip_preflight", "report_to"),
+    *("lora_rank", "lora_alpha", "lora_targets", "lora_merge"),
 )
+# What an experiment, which trains whole models beside each other, has no use for.
+OF_LORA = tuple(name for name in OF_TRAINING if name.startswith("lora_"))
 # What means nothing on the embedded world.
 OF_OWN_ROWS = ("columns", "split", "limit", "heldout_data", "heldout_split", "heldout_share")
 
@@ -107,6 +111,26 @@ class RunOptions:
     )
     gradient_checkpointing: bool = option(
         False, "Compute the layers again in backward instead of keeping them: memory for time."
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train adapters of this rank beside frozen weights (LoRA; needs peft). Where the model is "
+        "an adapter, that one is trained further; without this option it is merged and all of it "
+        "is trained.",
+        above=0,
+    )
+    lora_alpha: int | None = option(
+        None, "The adapters are scaled by alpha / rank. Default: twice the rank.", above=0
+    )
+    lora_targets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Names of the layers that get one, like q_proj v_proj. Default: every linear "
+            "layer but the head."
+        },
+    )
+    lora_merge: bool = option(
+        False, "Save the finished model whole, its adapters added to its weights."
     )
     plain: bool = option(
         False, "Compute as a textbook does, slower: for reading along, and for breakpoints."
@@ -282,14 +306,45 @@ def parse(
         configs = continued(configs, set(given), Path(configs[0].resume))
     if configs:
         configs[0].check_models()
+        _check_lora(configs, started_from)
     return configs[0] if len(configs) == 1 else tuple(configs)
+
+
+def _check_lora(configs: Sequence[Any], started_from: str) -> None:
+    """Raise `BadInput` for adapters that cannot be trained here."""
+    options = configs[0]
+    if options.lora_rank is None:
+        require(
+            not (options.lora_alpha or options.lora_targets or options.lora_merge),
+            "--lora_alpha, --lora_targets and --lora_merge are of adapters; give --lora_rank too",
+        )
+        return
+    require(find_spec("peft") is not None, "--lora_rank needs one more package: pip install peft")
+    require(
+        getattr(options, started_from) is not None,
+        f"--lora_rank trains adapters of a model that there is; give one with --{started_from}",
+    )
+    base = Path(getattr(options, started_from))
+    require(
+        not (
+            options.overwrite
+            and options.out
+            and base.resolve().is_relative_to(Path(options.out).resolve())
+        ),
+        f"--overwrite would remove {base}, of which the adapters are a part; give another --out",
+    )
+    require(
+        all(getattr(config, "critic", None) != "separate" for config in configs),
+        "--critic separate is a second trunk, all of it trained, which --lora_rank does without; "
+        "give --critic shared",
+    )
 
 
 def published(config_class: Any, model: str | None) -> dict[str, Any]:
     """What papers use for a pretrained model; nothing for a small one that was made here."""
     if model is None:
         return {}
-    file = Path(model) / "config.json"
+    file = Path(base_of(model) or model) / "config.json"
     try:
         made_here = "small_world" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, TypeError, ValueError):

@@ -9,6 +9,7 @@ from rlhf_min.encoding.codec import Codec
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import RunOptions
+from rlhf_min.loading.adapters import LoRA
 from rlhf_min.policy import Critic, Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.world import build_wordpiece, small_bert, small_gpt2, train_bpe
@@ -35,8 +36,13 @@ def make_codec(policy: Policy, options: RunOptions) -> Codec:
     )
 
 
-def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int) -> Policy:
+def start_policy(
+    options: RunOptions, texts: Sequence[str], *, critic: Critic, seed: int, trained: bool = True
+) -> Policy:
     """The policy that ``--model`` names, or a small new GPT-2 with a tokenizer for these texts.
+
+    Args:
+        trained: if it is not, it needs no adapter.
 
     Raises:
         BadInput: if the model cannot be loaded or has too few positions.
@@ -48,7 +54,11 @@ def start_policy(options: RunOptions, texts: Sequence[str], *, critic: Critic, s
         policy = Policy(lm, tokenizer, critic=critic, plain=options.plain)
     else:
         policy = Policy.from_pretrained(
-            options.model, critic=critic, new_head=True, plain=options.plain
+            options.model,
+            critic=critic,
+            new_head=True,
+            plain=options.plain,
+            lora=_lora(options, seed) if trained else None,
         )
         if policy.value_head is not None and not policy.value_head.weight.any():
             print(f"{options.model} has no value head; a new one starts at zero")
@@ -78,13 +88,28 @@ def start_reward_model(options: RunOptions, texts: Sequence[str], *, seed: int) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             reward_model = RewardModel.from_pretrained(
-                options.reward_model, new_head=True, plain=options.plain
+                options.reward_model,
+                new_head=True,
+                plain=options.plain,
+                lora=_lora(options, seed),
             )
         if reward_model.new_weights:
             print(f"{options.reward_model} has no trained head; {reward_model.new_weights} are new")
     if options.gradient_checkpointing:
         reward_model.checkpoint_gradients()
     return reward_model.to(options.torch_device("reward_device"))
+
+
+def _lora(options: RunOptions, seed: int) -> LoRA | None:
+    if options.lora_rank is None:
+        return None
+    return LoRA(
+        options.lora_rank,
+        alpha=options.lora_alpha,
+        targets=options.lora_targets,
+        merge=options.lora_merge,
+        seed=seed,
+    )
 
 
 def _prepare(options: RunOptions) -> None:

@@ -310,8 +310,9 @@ def memory(
     parts: dict[torch.device, dict[str, float]] = defaultdict(lambda: {"weights": 0.0})
     parts[trained.device] |= {"Adam": 2 * gradients}
     parts[trained.device] |= learning if sum(learning.values()) > cache else {"cache": cache}
-    for model in [trained, *frozen]:
-        parts[model.device]["weights"] += sum(p.nbytes for p in model.parameters())
+    # An adapted policy and its reference have frozen weights in common.
+    for p in {p for model in [trained, *frozen] for p in model.parameters()}:
+        parts[p.device]["weights"] += p.nbytes
     for device, need in parts.items():
         total, room = sum(need.values()), available_bytes(device) + need["weights"]
         largest = max(need, key=lambda name: need[name])

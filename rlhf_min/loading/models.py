@@ -40,9 +40,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BadInput, require
+from .adapters import (
+    LoRA,
+    add_adapter,
+    continue_adapter,
+    load_adapter,
+    merge_adapter,
+)
 from .sources import (
     NOT_LOADED,
+    base_of,
     hub_answers,
+    naming_base,
     require_known,
     require_not_quantised,
     require_source,
@@ -114,20 +123,26 @@ def quiet() -> Iterator[None]:
 
 
 @quiet()
-def load_causal_lm(name_or_path: str | Path) -> CausalLM:
+def load_causal_lm(name_or_path: str | Path, *, lora: LoRA | None = None) -> CausalLM:
     """A causal language model in at least float32, with what belongs to it.
 
     The value head may be ours, in a file of its own, or that of trl 0.x, which keeps it among the
     model's weights (``AutoModelForCausalLMWithValueHead``).
 
     Args:
-        name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file.
+        name_or_path: a folder, a name that ``transformers`` knows, or a ``.gguf`` file. The folder
+            of an adapter is loaded onto its base, and merged into it.
+        lora: the model gets an adapter, or keeps the one that it has, and is frozen otherwise.
 
     Raises:
         BadInput: if it is no causal language model, or lacks something, or its tokenizer does not
             fit. What other libraries raise is left to `Reading`.
     """
-    config = _config(name_or_path)
+    require_source(name_or_path)
+    base = base_of(name_or_path)
+    adapter = None if base is None else Path(name_or_path)
+    with naming_base(name_or_path, base):
+        config = _config(base or name_or_path)
     kind = _architecture(config)
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     for wrong, name in [
@@ -140,14 +155,19 @@ def load_causal_lm(name_or_path: str | Path) -> CausalLM:
             f"{name_or_path}: {kind} is {name} and cannot be the policy; give a causal language "
             "model, such as a GPT-2, Llama or Qwen",
         )
-    model, tokenizer, info = _load(AutoModelForCausalLM, name_or_path, config, may_lack_head=False)
+    model, tokenizer, info = _load(
+        AutoModelForCausalLM, base or name_or_path, config, adapter=adapter, may_lack_head=False
+    )
+    _adapt(model, name_or_path, base, lora, set())
     require(
         tokenizer.eos_token_id is not None,
         f"{name_or_path}: the tokenizer has no EOS token, so no response could end; set its "
         "eos_token to one of its tokens and save it there",
     )
     with Reading(name_or_path, "the value head cannot be read"):
-        head = _value_head(name_or_path, info["unexpected_keys"])
+        beside = adapter is not None and (adapter / VALUE_FILE).is_file()
+        source = name_or_path if beside else base or name_or_path
+        head = _value_head(source, info["unexpected_keys"])
     _require_finite(name_or_path, (head or {}).items())
     return CausalLM(model, tokenizer, head)
 
@@ -162,12 +182,16 @@ class Classifier(NamedTuple):
 
 @quiet()
 def load_classifier(
-    name_or_path: str | Path, *, new_head: bool, label: str | None = None
+    name_or_path: str | Path,
+    *,
+    new_head: bool,
+    label: str | None = None,
+    lora: LoRA | None = None,
 ) -> Classifier:
     """A sequence classifier in at least float32, with what belongs to it.
 
     Args:
-        name_or_path: as in `load_causal_lm`.
+        name_or_path: as in `load_causal_lm`, like `lora`.
         new_head: whether a missing classifier may be drawn anew; only to begin training.
         label: the one of several whose probability is asked for. Without it there may be but one.
 
@@ -175,7 +199,11 @@ def load_classifier(
         BadInput: if it has several labels, or not this one; if it lacks its head, or its tokenizer
             does not fit. What other libraries raise is left to `Reading`.
     """
-    config = _config(name_or_path)
+    require_source(name_or_path)
+    base = base_of(name_or_path)
+    adapter = None if base is None else Path(name_or_path)
+    with naming_base(name_or_path, base):
+        config = _config(base or name_or_path)
     if label is None:
         kind, names = _architecture(config), label_names(config)
         require(
@@ -188,8 +216,14 @@ def load_classifier(
     else:
         label_number(config, label, name_or_path)
     auto_class = AutoModelForSequenceClassification
-    model, tokenizer, info = _load(auto_class, name_or_path, config, may_lack_head=new_head)
-    return Classifier(model, tokenizer, sorted(info["missing_keys"]))
+    may_lack_head = new_head or base is not None  # it may come with the adapter
+    model, tokenizer, info = _load(
+        auto_class, base or name_or_path, config, adapter=adapter, may_lack_head=may_lack_head
+    )
+    missing = set(info["missing_keys"])
+    _adapt(model, name_or_path, base, lora, missing)
+    _require_none_missing(name_or_path, () if new_head else missing)
+    return Classifier(model, tokenizer, sorted(missing))
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -219,7 +253,6 @@ def label_number(config: PreTrainedConfig, label: str, where: str | Path) -> int
 
 def _config(name_or_path: str | Path) -> PreTrainedConfig:
     path, prefix = Path(name_or_path), f"{name_or_path}: {NOT_LOADED}: "
-    require_source(name_or_path)
     nowhere = "" if path.exists() else ": no such folder here, and from the Hub"
     if not path.exists():
         with Reading(name_or_path, NOT_LOADED + nowhere):
@@ -255,14 +288,24 @@ def _labels(folder: Path) -> int:
 
 
 def _load(
-    auto_class: Any, name_or_path: str | Path, config: PreTrainedConfig, *, may_lack_head: bool
+    auto_class: Any,
+    name_or_path: str | Path,
+    config: PreTrainedConfig,
+    *,
+    adapter: Path | None,
+    may_lack_head: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The model, its tokenizer, and what ``transformers`` says of missing and unexpected keys."""
+    """The model, its tokenizer, and what ``transformers`` says of missing and unexpected keys.
+
+    Args:
+        adapter: a folder whose tokenizer is taken, if there is one in it.
+    """
     require_weights(name_or_path)
-    model, tokenizer, info = _read(auto_class, _source(name_or_path), config)
-    folder = Path(name_or_path)
+    tokenizer_from = name_or_path if adapter is None or not _has_tokenizer(adapter) else adapter
+    tokenizer = AutoTokenizer.from_pretrained(**_source(tokenizer_from))
+    model, info = _read(auto_class, _source(name_or_path), config)
     require(
-        not folder.is_dir() or any(file.name in TOKENIZER_FILES for file in folder.iterdir()),
+        not Path(name_or_path).is_dir() or _has_tokenizer(Path(tokenizer_from)),
         f"{name_or_path}: there is no tokenizer beside the model; save it there too",
     )
     for name, found, expected in sorted(info["mismatched_keys"]):
@@ -271,19 +314,17 @@ def _load(
             "give the config that these weights were saved with"
         )
     trunk = f"{model.base_model_prefix}."
-    missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if not may_lack_head or (name.startswith(trunk) and ".pooler." not in name)
+    _require_none_missing(
+        name_or_path,
+        [
+            name
+            for name in info["missing_keys"]
+            if not may_lack_head or (name.startswith(trunk) and ".pooler." not in name)
+        ],
     )
-    require(
-        not missing,
-        f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
-        "would be random; give a model that was trained for this, or train its head first",
-    )
-    require_embeddings(name_or_path, model, tokenizer)
+    require_embeddings(tokenizer_from, model, tokenizer)
     _require_finite(name_or_path, model.named_parameters())
-    _require_chat_templates(name_or_path, tokenizer)
+    _require_chat_templates(tokenizer_from, tokenizer)
     _try_to_save(model, tokenizer)
     # Half-precision weights lose small updates: training keeps float32 and may use autocast.
     model = model.to(torch.promote_types(model.dtype, torch.float32)).eval()
@@ -294,12 +335,24 @@ def _load(
     return model, tokenizer, info
 
 
+def _require_none_missing(name_or_path: str | Path, names: Iterable[str]) -> None:
+    missing = sorted(names)
+    require(
+        not missing,
+        f"{name_or_path}: weights are missing ({', '.join(missing[:3])}), so what it computes "
+        "would be random; give a model that was trained for this, or train its head first",
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(file.name in TOKENIZER_FILES for file in folder.iterdir())
+
+
 def _read(
     auto_class: Any, source: dict[str, Any], config: PreTrainedConfig
-) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     options = {**source, "config": config, "dtype": "auto", "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused by name afterwards
-    tokenizer = AutoTokenizer.from_pretrained(**source)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in source and gguf_config:  # older versions do this by themselves
         options["quantization_config"] = gguf_config(dequantize=True)
@@ -312,7 +365,38 @@ def _read(
         model, info = auto_class.from_pretrained(**options, key_mapping=without)
     if prefixed or "gguf_file" in source:
         model = _without_storage(model)
-    return model, tokenizer, info
+    return model, info
+
+
+def _adapt(
+    model: PreTrainedModel,
+    name_or_path: str | Path,
+    base: str | None,
+    lora: LoRA | None,
+    missing: set[str],
+) -> None:
+    """Give the model the adapter that its folder holds, or a new one; without `lora` a loaded one
+    is merged, and all is trained.
+
+    Args:
+        missing: the names of weights that were drawn anew; those that come with the adapter are
+            taken out.
+    """
+    if base is not None:
+        with Reading(name_or_path, f"the adapter does not fit {base}"):
+            missing -= load_adapter(model, Path(name_or_path), base=base)
+        if lora is None:
+            merge_adapter(model)
+            model.requires_grad_(True)
+        else:
+            continue_adapter(model, lora, folder=name_or_path)
+    elif lora is not None:
+        require(
+            Path(name_or_path).suffix != ".gguf",
+            f"{name_or_path}: an adapter of a GGUF file could not be loaded again; give the model "
+            "that it was made from",
+        )
+        add_adapter(model, lora, base=name_or_path, new_weights=sorted(missing))
 
 
 def require_embeddings(

@@ -4,8 +4,8 @@ Only names and small JSON files are looked at here, before any weight is read.
 """
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,8 @@ NOT_LOADED = "no model could be loaded from there"
 HUB_SECONDS = 2.5  # for an answer of the Hub
 SHOWN = 3  # folders and files that are named
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights in several files
 LFS = b"version https://git-lfs"  # how a file begins that only names the real one
@@ -53,8 +55,10 @@ def require_source(name_or_path: str | Path) -> None:
     require(not is_file, f"{prefix}this is a file; give its folder, {path.parent}")
     if path.is_dir():
         names = _names(path)
-        require("adapter_config.json" not in names, _adapter(path, names))
-        require("config.json" in names, prefix + _without_config(path, names))
+        if ADAPTER_CONFIG in names:
+            _require_adapter(path, names)
+        else:
+            require("config.json" in names, prefix + _without_config(path, names))
         return
     require(not path.is_absolute() and len(path.parts) <= 2, prefix + "no such folder")
 
@@ -80,7 +84,7 @@ def require_weights(name_or_path: str | Path) -> None:
         )
     parts = {found}
     if found in INDEX:
-        files = _json(path / found).get("weight_map")
+        files = read_json(path / found).get("weight_map")
         parts = set(map(str, files.values())) if isinstance(files, dict) else set()
         require(
             parts <= names,
@@ -88,11 +92,7 @@ def require_weights(name_or_path: str | Path) -> None:
             "copy all parts",
         )
     for name in sorted(parts):
-        with (path / name).open("rb") as file:
-            require(
-                file.read(len(LFS)) != LFS,
-                f"{prefix}{name} is a pointer of Git LFS and not the weights; run git lfs pull",
-            )
+        _require_no_pointer(path, name)
 
 
 def require_not_quantised(name_or_path: str | Path, config: Any) -> None:
@@ -148,33 +148,75 @@ def _names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-def _adapter(folder: Path, names: set[str]) -> str:
-    config = _json(folder / "adapter_config.json")
-    kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), str(config.get("peft_type", "LoRA")))
-    base = config.get("base_model_name_or_path") or "a model that it does not name"
-    task = {"SEQ_CLS": "SequenceClassification"}.get(str(config.get("task_type")), "CausalLM")
-    labels = ", num_labels=1" if task == "SequenceClassification" else ""
-    if "config.json" in names:
-        return (
-            f"{folder}: beside the model there is a {kind} adapter, which is not read; merge it "
-            "into the model with peft, or take adapter_config.json away"
-        )
-    return (
-        f"{folder}: this is a {kind} adapter of {base}, not a model; merge the two with peft, "
-        f"AutoPeftModelFor{task}.from_pretrained({str(folder)!r}{labels}).merge_and_unload()"
-        ".save_pretrained('merged'), save the tokenizer there too, and give that folder"
+def base_of(name_or_path: str | Path) -> str | None:
+    """The base that an adapter's folder names; None for what is no such folder."""
+    file = Path(name_or_path) / ADAPTER_CONFIG
+    return str(read_json(file).get("base_model_name_or_path")) if file.is_file() else None
+
+
+@contextmanager
+def naming_base(name_or_path: str | Path, base: str | None) -> Iterator[None]:
+    """Inside, what is wrong with the base of an adapter is said of both."""
+    try:
+        yield
+    except BadInput as error:
+        if base is None:
+            raise
+        raise BadInput(
+            f"{name_or_path}: the base of this adapter is {base}, says {ADAPTER_CONFIG} there; "
+            f"{error}; if it lies elsewhere, correct base_model_name_or_path"
+        ) from error
+
+
+def _require_adapter(folder: Path, names: set[str]) -> None:
+    """Raise `BadInput` unless this is an adapter of LoRA whose base may be one."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    prefix = f"{folder}: {NOT_LOADED}: "
+    require(
+        not names & {*WEIGHTS, *INDEX},
+        f"{prefix}there are both a model and an adapter; take the one that is not meant away",
     )
+    require(
+        kind == "LORA",
+        f"{prefix}this is an adapter of {kind}, and only LoRA's are read; merge it into its base "
+        "with peft, save the tokenizer there too, and give that folder",
+    )
+    found = next((name for name in ADAPTER_WEIGHTS if name in names), None)
+    require(found is not None, f"{prefix}there is an {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]}")
+    _require_no_pointer(folder, str(found))
+    require(find_spec("peft") is not None, f"{prefix}an adapter needs peft: pip install peft")
+    require(
+        isinstance(base, str) and bool(base),
+        f"{prefix}{ADAPTER_CONFIG} does not say of which model this is an adapter; write it there "
+        "as base_model_name_or_path",
+    )
+    with naming_base(folder, base):
+        require(
+            base_of(str(base)) is None,
+            f"{base} is an adapter itself; merge it into its own base with peft first",
+        )
+        require_source(str(base))
+
+
+def _require_no_pointer(folder: Path, name: str) -> None:
+    with (folder / name).open("rb") as file:
+        require(
+            file.read(len(LFS)) != LFS,
+            f"{folder}: {NOT_LOADED}: {name} is a pointer of Git LFS and not the weights; run git "
+            "lfs pull",
+        )
 
 
 def _without_config(folder: Path, names: set[str]) -> str:
     inside = sorted(
-        (x.parent for x in folder.glob("*/config.json") if "model_type" in _json(x)),
+        (x.parent for x in folder.glob("*/config.json") if "model_type" in read_json(x)),
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
     if inside:
         return f"the folder has no config.json, but there are models in it; give {_listed(inside)}"
-    adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+    adapters = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
     if adapters:
         return f"the folder has no config.json, but there are adapters in it, {_listed(adapters)}"
     if foreign := _foreign(folder, names):
@@ -198,7 +240,7 @@ def _listed(items: Iterable[Any]) -> str:
     return ", ".join(some[:SHOWN]) + more
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """What the file holds, or nothing: whoever reads it in earnest tells what is wrong with it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

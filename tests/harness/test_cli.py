@@ -47,15 +47,16 @@ COMMANDS = {
 }
 # What a command has no use for, and so does not know.
 OF_TRAINING = "allow_config_change save_every keep_last keep_best heldout_share "
-OF_TRAINING += "gradient_checkpointing skip_preflight report_to "
+OF_LORA = "lora_rank lora_alpha lora_targets lora_merge "
+OF_TRAINING += f"gradient_checkpointing skip_preflight report_to {OF_LORA}"
 OF_OWN_ROWS = "data columns split limit heldout_data heldout_split "
 UNKNOWN = {
     "train_sft": "reward_model reward_device",
     "train_dpo": "reward_model",
     "evaluate_models": f"{OF_TRAINING} model resume heldout_data heldout_split",
     "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
-    "overoptimization": f"{OF_OWN_ROWS} heldout_share",
-    "frontier": f"{OF_OWN_ROWS} heldout_share",
+    "overoptimization": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
+    "frontier": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
 }
 
 
@@ -156,6 +157,8 @@ RUN = {
     "limit": POSITIVE,
     "save_every": ([-1], [0]),
     "keep_last": POSITIVE,
+    "lora_rank": POSITIVE,
+    "lora_alpha": POSITIVE,
 }
 # Every number of every config: what it must not be, and what it may just be.
 BOUNDS = {

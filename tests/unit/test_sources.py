@@ -42,30 +42,33 @@ def whole(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        lambda folder: Policy.from_pretrained(folder, critic="none"),
-        lambda folder: RewardModel.from_pretrained(folder, new_head=True),
-    ],
-    ids=["policy", "reward model"],
-)
-def test_an_adapter_is_named_with_its_base_and_how_to_merge(load, tmp_path):
-    message = said(load, write(tmp_path / "a", adapter_config__json=LORA))
-    assert "a LoRA adapter of owner/base, not a model" in message
-    assert "AutoPeftModelForCausalLM.from_pretrained(" in message
-    assert "merge_and_unload().save_pretrained(" in message
+def test_an_adapter_needs_its_weights_its_base_and_to_be_one_of_lora(tmp_path):
+    folder = write(tmp_path / "a", adapter_config__json=LORA)
+    message = said(Policy.from_pretrained, folder, critic="none")
+    assert "there is an adapter_config.json, but no adapter_model.safetensors" in message
+    write(folder, adapter_model__safetensors="version https://git-lfs.github.com/spec/v1")
+    message = said(sources.require_source, folder)
+    assert "adapter_model.safetensors is a pointer of Git LFS" in message
+    write(folder, adapter_model__safetensors="")
+    message = said(RewardModel.from_pretrained, folder)
+    assert f"{folder}: the base of this adapter is owner/base, says adapter_config.json" in message
+    assert "no such folder here, no such name among the downloaded models" in message
     other = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}
-    message = said(load, write(tmp_path / "b", adapter_config__json=other))
-    assert "a PROMPT_TUNING adapter of a model that it does not name" in message
-    assert "AutoPeftModelForSequenceClassification.from_pretrained(" in message
-    assert "num_labels=1" in message
+    message = said(sources.require_source, write(folder, adapter_config__json=other))
+    assert "an adapter of PROMPT_TUNING, and only LoRA's are read; merge it" in message
+
+
+def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
+    folder = write(tmp_path / "a", adapter_config__json=LORA, adapter_model__safetensors="")
+    sources.require_source(folder)
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    assert "an adapter needs peft: pip install peft" in said(sources.require_source, folder)
 
 
 def test_an_adapter_beside_a_model_is_not_left_out_silently(whole):
     write(whole, adapter_config__json=LORA)
     message = said(Policy.from_pretrained, whole, critic="none")
-    assert "beside the model there is a LoRA adapter, which is not read" in message
+    assert "there are both a model and an adapter; take the one that is not meant away" in message
 
 
 @pytest.mark.parametrize(

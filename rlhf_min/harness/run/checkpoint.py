@@ -31,7 +31,7 @@ from rlhf_min.harness.run.identity import (
     fingerprint,
     identity,
     in_threads,
-    named_tensors,
+    trained_tensors,
 )
 from rlhf_min.harness.run.layout import STEP, remove
 from rlhf_min.harness.run.saved_models import unsound
@@ -280,7 +280,8 @@ def begin(
         "state": _split(snapshot.state.state_dict(), tensors, "state"),
         "random": _split(_random_states(), tensors, "random"),
     }
-    weights = {name: x.detach().contiguous() for name, x in named_tensors(snapshot.module).items()}
+    changed = trained_tensors(snapshot.module)
+    weights = {name: x.detach().contiguous() for name, x in changed.items()}
     parts = {WEIGHTS: weights, **_shared_out(tensors)}
     with saving(folder) as new:
         # They wait for the system's memory more than for us.
@@ -384,7 +385,7 @@ def _shared_out(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def _load_weights(module: nn.Module, file: Path) -> None:
-    named = named_tensors(module)
+    named = trained_tensors(module)
     with safe_open(file, framework="pt") as saved:
         names = set(saved.keys())
         require(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -28,15 +28,14 @@ def identity(model: Policy | RewardModel, *, trained: bool) -> dict[str, Any]:
     """What a model is, as JSON.
 
     Args:
-        trained: the weights change, and come back from a checkpoint; they are left out.
+        trained: what training changes comes back from a checkpoint; it is left out.
     """
     inner = model.lm if isinstance(model, Policy) else model.model
     facts: dict[str, Any] = {
         "tokenizer": tokenizer_digest(model.tokenizer),
         "config": _settings(inner.config),
     }
-    if not trained:
-        facts["weights"] = weight_digests(model)
+    facts["weights"] = weight_digests(model, without=trained_tensors(model) if trained else ())
     if isinstance(model, RewardModel):
         facts["config"]["max_length"] = model.max_length
         if model.rescaled and not trained:
@@ -60,9 +59,9 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
-def weight_digests(module: nn.Module) -> dict[str, int]:
-    """The CRC-32 of each parameter and saved buffer."""
-    saved = module.state_dict().keys()
+def weight_digests(module: nn.Module, *, without: Collection[str] = ()) -> dict[str, int]:
+    """The CRC-32 of each parameter and saved buffer, but of those of some names."""
+    saved = module.state_dict().keys() - set(without)
     tensors = {name: x for name, x in named_tensors(module).items() if name in saved}
     return dict(zip(tensors, in_threads(_crc32, tensors.values()), strict=True))
 
@@ -70,6 +69,13 @@ def weight_digests(module: nn.Module) -> dict[str, int]:
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, each once, however many names it has."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Those that training changes: all, or beside frozen weights those parameters that are not."""
+    if all(p.requires_grad for p in module.parameters()):
+        return named_tensors(module)
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def in_threads(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rlhf_min.data import collate
 from rlhf_min.errors import require
 from rlhf_min.harness.run.atomic import complete_folder
+from rlhf_min.loading import adapters
 from rlhf_min.loading.models import quiet
 from rlhf_min.policy import VALUE_FILE, Policy, evaluating
 from rlhf_min.reward_model import RewardModel
@@ -21,6 +22,9 @@ TEXTS, TOKENS, CHARACTERS = 3, 16, 400  # that a model is tried on: few texts, a
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer, ``model.pt``, and the value head if any.
+
+    Where only an adapter is trained, the folder is that of an adapter, or the two are merged first:
+    as the options said.
 
     Raises:
         BadInput: for weights that are not finite, and for what the disk refuses. What was in the
@@ -53,6 +57,12 @@ def _require_finite(model: nn.Module, folder: Path) -> None:
 
 @quiet()
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    if not adapters.is_saved_merged(model):
+        adapters.save_adapter(model, folder)
+        return
+    if adapters.is_adapted(model):
+        model = adapters.copied(model)
+        adapters.merge_adapter(model)
     model.save_pretrained(folder)
     torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "model.pt")
 

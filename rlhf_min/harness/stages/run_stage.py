@@ -1,6 +1,5 @@
 """What the stages share: how one is run, and how policies are copied and sampled from."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.preflight import Check
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
+from rlhf_min.loading import adapters
 from rlhf_min.policy import Critic, Policy
 from rlhf_min.sampling import sample
 
@@ -51,13 +51,14 @@ def run_stage(
         held_out=len(snapshot.heldout or ()),
         model=type(module.lm if isinstance(module, Policy) else module.model).__name__,
         parameters=sum(p.numel() for p in module.parameters()),
+        trained=sum(p.numel() for p in module.parameters() if p.requires_grad),
     )
     log.follow(snapshot, steps, show=show)
 
 
 def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
     """A copy of the language model to train; a value head is kept if it fits, else it is new."""
-    copied = Policy(copy.deepcopy(policy.lm), policy.tokenizer, critic=critic, plain=policy.plain)
+    copied = Policy(adapters.copied(policy.lm), policy.tokenizer, critic=critic, plain=policy.plain)
     if critic == policy.critic:
         copied.load_critic(policy.critic_tensors())
     return copied
