@@ -29,6 +29,7 @@ from rlhf_min.rollout import Rollout, RolloutBuffer, score_rollout
 
 Stats = dict[str, float]
 
+MAX_TOKENS = 40
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 # Of runs in which trl differs, the test that README.md names.
 TOLD = {
@@ -89,19 +90,20 @@ def shared_options(run: dict[str, Any]) -> dict[str, Any]:
         "max_grad_norm": told["max_grad_norm"],
         "schedule": "linear",
         "warmup_share": 0.0,
-        "max_tokens": 40,  # several micro-batches in each minibatch; trl's are other ones
+        "max_tokens": MAX_TOKENS,  # several micro-batches in each minibatch; trl's are other ones
     }
 
 
 @dataclass
 class Replay:
     """A policy that was trained as trl's; each rollout's buffer and metrics, each optimizer step's
-    numbers."""
+    numbers, each pass's padded tokens."""
 
     policy: Policy
     buffers: list[RolloutBuffer] = field(default_factory=list)
     metrics: list[Stats] = field(default_factory=list)
     steps: list[Stats] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
 
 
 def replay(
@@ -123,6 +125,7 @@ def replay(
     policy, ref_policy = (policy_of(recorded, model, side) for side in ("policy", "ref_policy"))
     state = algorithm.new_state(policy, [PromptExample("", torch.tensor([2]))], config)
     replayed, step_of_ours, epoch = Replay(policy), algorithm.minibatch_step, online.epoch
+    policy.register_forward_pre_hook(lambda _, x: replayed.passes.append(x[0].ids.numel()))
     orders = iter(orders_of(recorded.facts["runs"][name], config))
 
     def given(*_: Any, **__: Any) -> Rollout:
@@ -191,6 +194,7 @@ def assert_is_their_run(
     assert largest_gap(weights(replayed.policy), start) > 0.01
     assert any(abs(stats["ratio"] - 1) > FP64 for stats in replayed.steps)
     assert any(stats["clip_fraction"] > 0 for stats in replayed.steps)
+    assert 10 < max(replayed.passes) <= MAX_TOKENS
     assert max(stats["grad_norm"] for stats in replayed.steps) > run["config"]["max_grad_norm"]
 
 

@@ -70,6 +70,7 @@ def test_judge_by_hand():
         assert_close(buffer.rewards[0], f64(-0.5, 3, 0), FP64)
         assert_close(buffer.returns[0], f64(2.5, 3, 0), FP64)
     assert_close(buffer.advantages[:, 0], f64(3.5, -3.5, -6, 6), FP64)
+    assert buffer.advantages[1].tolist() == [-3.5, 0, 0]
 
 
 @pytest.mark.parametrize("algorithm", [grpo, rloo])
