@@ -35,7 +35,21 @@ if TYPE_CHECKING:
     from .masking import masked_mean, masked_scale, masked_var, masked_whiten, response_mask
     from .policy import Policy
     from .ppo import judge, ppo_epoch, ppo_update
-    from .preference_losses import dpo_loss, kto_kl, kto_loss
+    from .preference_losses import (
+        apo_down_loss,
+        apo_zero_loss,
+        cpo_loss,
+        dpo_loss,
+        hinge_loss,
+        implicit_rewards,
+        ipo_loss,
+        kto_kl,
+        kto_loss,
+        orpo_loss,
+        robust_loss,
+        sft_term,
+        simpo_loss,
+    )
     from .reward_model import RewardModel
     from .rollout import Rollout, RolloutBuffer, collect, score_rollout
     from .sampling import sample
@@ -56,8 +70,11 @@ __all__ = [
     "SFTExample",
     "Sequences",
     "UnpairedExample",
+    "apo_down_loss",
+    "apo_zero_loss",
     "collate",
     "collect",
+    "cpo_loss",
     "dpo",
     "dpo_loss",
     "entropy",
@@ -67,6 +84,9 @@ __all__ = [
     "grpo",
     "grpo_advantages",
     "grpo_loss",
+    "hinge_loss",
+    "implicit_rewards",
+    "ipo_loss",
     "judge",
     "kl_estimate",
     "kto",
@@ -78,6 +98,7 @@ __all__ = [
     "masked_scale",
     "masked_var",
     "masked_whiten",
+    "orpo_loss",
     "pairwise_reward_loss",
     "ppo",
     "ppo_epoch",
@@ -89,13 +110,16 @@ __all__ = [
     "rloo",
     "rloo_advantages",
     "rloo_loss",
+    "robust_loss",
     "sample",
     "save_policy",
     "save_reward_model",
     "score_rollout",
     "sft",
     "sft_loss",
+    "sft_term",
     "shape_rewards",
+    "simpo_loss",
     "token_logprobs",
 ]
 
@@ -112,7 +136,8 @@ _NAMES = {
     "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",
     "policy": "Policy",
     "ppo": "judge ppo_epoch ppo_update",
-    "preference_losses": "dpo_loss kto_kl kto_loss",
+    "preference_losses": "apo_down_loss apo_zero_loss cpo_loss dpo_loss hinge_loss "
+    "implicit_rewards ipo_loss kto_kl kto_loss orpo_loss robust_loss sft_term simpo_loss",
     "reward_model": "RewardModel",
     "rollout": "Rollout RolloutBuffer collect score_rollout",
     "sampling": "sample",

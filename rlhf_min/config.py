@@ -19,6 +19,8 @@ RolloutKL = Literal["k1", "abs", "k2", "k3", "full"]
 AdvantageScale = Literal["group", "batch", "none"]
 LossMean = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
+WithReference = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"]
+ReferenceFree = Literal["simpo", "orpo", "cpo"]
 
 MAX_BATCH_SIZE = 2**20  # a rollout is held in memory whole
 MAX_SEED = 2**31  # the largest that every generator accepts
@@ -142,15 +144,78 @@ class DPOConfig(TrainingConfig):
     epochs: int = option(1, "Passes over the preference pairs.", above=0)
     batch_size: int = option(64, "Pairs for each optimizer step.", above=0)
     learning_rate: float = _rate(1e-4, pretrained=(1e-6, "Rafailov et al. 2023"))
+    loss: Literal[WithReference, ReferenceFree] = option(
+        "sigmoid", "What a pair teaches; sigmoid is DPO. The last three need no reference."
+    )
     beta: float = option(
-        0.3,
-        "DPO's temperature; larger keeps the policy nearer the reference.",
+        None,
+        "Weighs the log-probabilities in the loss; larger keeps the policy nearer the reference. "
+        "Of orpo, the paper's lambda. Default: 0.3; of means per token 2, of orpo 0.1.",
         above=0,
         pretrained=(0.1, "Rafailov et al. 2023"),
     )
-    label_smoothing: float = option(0.0, "Assumed share of flipped labels.", at_least=0, below=0.5)
+    length_normalised: bool = option(
+        None,
+        "Mean log-probability per token in place of the sum over a response. Default: of simpo and "
+        "orpo, which know nothing else.",
+    )
+    label_smoothing: float = option(
+        0.0, "Assumed share of flipped labels; of sigmoid and robust.", at_least=0, below=0.5
+    )
+    simpo_gamma: float = option(
+        None,
+        "Margin of the implicit rewards that simpo asks for; in the paper 0.3 to 1.6. Default: 1.",
+        at_least=0,
+    )
+    sft_coef: float = option(
+        None,
+        "Weight of the mean loss per token of the chosen response, as in SFT. Default: of orpo and "
+        "cpo 1, else 0.",
+        at_least=0,
+    )
     cache_reference: bool = option(True, "Score the reference once, before training.")
     eval_every: int = option(25, "Steps between evaluations on held-out pairs.", above=0)
+
+    def __post_init__(self) -> None:
+        per_token = self.loss in ("simpo", "orpo")
+        self._default("length_normalised", per_token)
+        self._default(
+            "beta", 0.1 if self.loss == "orpo" else 2.0 if self.length_normalised else 0.3
+        )
+        self._default("simpo_gamma", 1.0 if self.loss == "simpo" else 0.0)
+        self._default("sft_coef", 1.0 if self.loss in ("orpo", "cpo") else 0.0)
+        super().__post_init__()
+        self._require(
+            self.length_normalised or not per_token,
+            "takes means per token only; leave length_normalised out",
+        )
+        self._require(
+            not self.label_smoothing or self.loss in ("sigmoid", "robust"),
+            f"ignores label_smoothing {self.label_smoothing}; leave it out, or take loss sigmoid "
+            "or robust",
+        )
+        self._require(
+            self.label_smoothing > 0 or self.loss != "robust",
+            "is sigmoid without label_smoothing; give the share of labels that you take for "
+            "flipped",
+        )
+        self._require(
+            not self.simpo_gamma or self.loss == "simpo",
+            f"ignores simpo_gamma {self.simpo_gamma}; leave it out, or take loss simpo",
+        )
+
+    def _default(self, name: str, value: Any) -> None:
+        # Of an option whose default depends on the loss.
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _require(self, condition: bool, message: str) -> None:
+        require(condition, f"DPOConfig: loss {self.loss} {message}")
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether no reference is compared with, so that none is held or run in training."""
+        return self.loss in typing.get_args(ReferenceFree)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,7 +212,7 @@ class BatchLoss(Protocol):
         """Over how many tokens or pairs."""
         ...
 
-    def _asdict(self) -> dict[str, Tensor]: ...
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 def accumulate(
@@ -228,8 +228,8 @@ def accumulate(
     would be without micro-batches.
 
     Args:
-        batch_loss: of a micro-batch, with means over it or with a number for each example. Of what
-            is called ``..._max`` the largest is kept.
+        batch_loss: of a micro-batch, with means over it or with a number for each example, or None
+            where nothing is known. Of what is called ``..._max`` the largest is kept.
         total: what the losses' counts sum up to: response tokens, or pairs.
         length: of an example, in tokens.
         max_tokens: padded tokens in one forward pass; a matter of memory only.
@@ -243,7 +243,7 @@ def accumulate(
             optimizer.backward(found.loss * found.count / total)
         count = int(found.count)
         for name, value in found._asdict().items():
-            if name != "count":
+            if name != "count" and value is not None:
                 # In double, or a share of 0.65 would be 0.6499999980; on the CPU, since Apple's
                 # GPUs have none.
                 numbers = value.detach().cpu().double()

@@ -300,7 +300,7 @@ def parse(
     for config_class in config_classes:
         values = {f.name: given[f.name] for f in fields(config_class) if f.name in given}
         if configs and configs[0].resume is None:
-            values = published(config_class, getattr(configs[0], started_from)) | values
+            values = published(config_class, getattr(configs[0], started_from), values) | values
         configs.append(config_class(**values))
     if configs and configs[0].resume is not None:
         configs = continued(configs, set(given), Path(configs[0].resume))
@@ -340,8 +340,9 @@ def _check_lora(configs: Sequence[Any], started_from: str) -> None:
     )
 
 
-def published(config_class: Any, model: str | None) -> dict[str, Any]:
-    """What papers use for a pretrained model; nothing for a small one that was made here."""
+def published(config_class: Any, model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What papers use for a pretrained model; nothing for a small one that was made here, nor for
+    an option whose default has become another by the given ones, as a loss has its own scale."""
     if model is None:
         return {}
     file = Path(base_of(model) or model) / "config.json"
@@ -350,7 +351,11 @@ def published(config_class: Any, model: str | None) -> dict[str, Any]:
     except (OSError, RecursionError, TypeError, ValueError):
         made_here = False  # a name, or a folder that loading will complain of
     found = {f.name: f.metadata.get("pretrained") for f in fields(config_class)}
-    return {} if made_here else {name: value[0] for name, value in found.items() if value}
+    if made_here:
+        return {}
+    plain, own = config_class(), config_class(**given)
+    same = {name for name in found if getattr(plain, name) == getattr(own, name)}
+    return {name: value[0] for name, value in found.items() if value and name in same}
 
 
 def configured(
@@ -358,7 +363,7 @@ def configured(
 ) -> Config:
     """A stage's own defaults, or those for a pretrained model, with what the command line gives."""
     values = {name: value for name, value in given.items() if value is not None}
-    values = published(config_class, getattr(options, started_from)) | values
+    values = published(config_class, getattr(options, started_from), values) | values
     return config_class(seed=options.seed, **values)
 
 

@@ -169,6 +169,8 @@ BOUNDS = {
         "max_tokens": POSITIVE,
         "beta": POSITIVE,
         "label_smoothing": ([-0.1, 0.5, math.nan], [0, 0.49]),
+        "simpo_gamma": AT_LEAST_0,
+        "sft_coef": AT_LEAST_0,
     },
     PPOConfig: OPTIMIZER
     | {
@@ -224,7 +226,8 @@ def test_every_number_of_a_config_has_a_bound(config):
             assert str(value) in message
             assert "\n" not in message
         # One token of response is all that fits beside a prompt of one token.
-        room = {"max_length": {"max_response_tokens": 1}}.get(name, {})
+        room = {"max_length": {"max_response_tokens": 1}, "simpo_gamma": {"loss": "simpo"}}
+        room = room.get(name, {})
         for value in [2] if name == "max_length" else fine:
             assert getattr(config(**{name: value} | room), name) == value
         if "None" in words_of(numbers[name].type):
@@ -417,6 +420,17 @@ def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, c
     # What is given stands, however it is spelled.
     given = parsed(option, "gpt2-medium", "--learning-rate", "0.5")
     assert given == dataclasses.replace(config(), **(published | {"learning_rate": 0.5}))
+
+
+@pytest.mark.parametrize(("given", "beta"), [("ipo", 0.1), ("simpo", 2.0), ("orpo", 0.1)])
+def test_a_loss_of_another_scale_has_its_own_setting(monkeypatch, given, beta):
+    line = ["x", "--model", "gpt2-medium", "--loss", given]
+    monkeypatch.setattr(sys, "argv", line)
+    _, config = parse("", RunOptions, DPOConfig)
+    assert (config.beta, config.learning_rate) == (beta, 1e-6)
+    monkeypatch.setattr(sys, "argv", [*line, "--beta", "5"])
+    _, config = parse("", RunOptions, DPOConfig)
+    assert config.beta == 5
 
 
 def test_the_help_says_who_published_a_setting(run, capsys):

@@ -152,7 +152,7 @@ LINES = {
         "two passes in train mode",
         "head against the model's own logits",
         "a row alone against it in a batch",
-        "DPO's loss against ln 2",
+        "first loss of sigmoid",
     ],
     "ppo": [
         "rows without a prompt or response token",
@@ -189,6 +189,43 @@ def test_a_sound_run_passes_every_check(capsys, monkeypatch, name, precision):
 def test_the_first_loss_of_dpo_is_ln_2_with_label_smoothing(capsys, cached):
     Stage("dpo", cache_reference=cached, label_smoothing=0.2).check()
     assert "0.693147, within 1e-09 of 0.693147" in capsys.readouterr().out
+
+
+FAMILY = {
+    "ipo": ({"beta": 0.5}, "1.000000"),  # 1/(4 beta^2)
+    "hinge": ({}, "1.000000"),
+    "robust": ({"label_smoothing": 0.1}, "0.693147"),
+    "apo_zero": ({}, "1.000000"),
+    "apo_down": ({}, "1.000000"),
+    "simpo": ({"simpo_gamma": 0.0}, "0.693147"),
+    "orpo": ({"beta": 1.0}, "0.693147"),
+    "cpo": ({}, "0.693147"),
+}
+
+
+@pytest.mark.parametrize("loss", FAMILY)
+def test_the_first_loss_of_the_family_is_known(loss):
+    options, known = FAMILY[loss]
+    check = list(Stage("dpo", loss=loss, **options).checks())[-1]
+    assert check.name == f"first loss of {loss}"
+    assert check.words == f"{known}, within 1e-09 of {known}"
+
+
+def test_the_first_loss_leaves_out_what_sft_adds():
+    check = list(Stage("dpo", sft_coef=1.0, length_normalised=True).checks())[-1]
+    assert check.words == "0.693147, within 1e-09 of 0.693147"
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo"])
+def test_two_probabilities_of_one_response(monkeypatch, loss):
+    stage, logprobs = Stage("dpo", loss=loss), dpo.response_logprobs
+
+    def shifted(policy, examples):
+        chosen, rejected = logprobs(policy, examples)
+        return chosen + 1, rejected
+
+    monkeypatch.setattr(dpo, "response_logprobs", shifted)
+    assert "one response has two probabilities in one batch" in refused(stage)
 
 
 def test_the_ratio_is_1_at_any_temperature():
@@ -245,7 +282,7 @@ def test_a_reference_of_other_weights_in_dpo(cached):
     stage = Stage("dpo", cache_reference=cached, beta=1.0)
     perturb(stage.model if cached else stage.ref_policy)
     found = refused(stage)
-    assert "DPO's loss against ln 2" in found
+    assert "first loss of sigmoid" in found
     assert "policy and reference differ before training" in found
 
 
@@ -257,7 +294,7 @@ def test_a_wrong_cache_of_long_pairs_in_dpo(monkeypatch):
         replace(x, ref_logprobs=(x.ref_logprobs[0] + 5, x.ref_logprobs[1] - 5))
         for x in cursor.examples
     ]
-    assert "DPO's loss against ln 2" in refused(stage)
+    assert "first loss of sigmoid" in refused(stage)
 
 
 def test_values_that_are_not_numbers():

@@ -144,6 +144,19 @@ def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path,
     assert result(out) == result(whole[algorithm])
 
 
+@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
+def test_a_stopped_run_of_another_loss_ends_like_the_whole_one(loss, work, tmp_path):
+    """Without a reference the policy is trained where it stands, and its start is cached."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert start("dpo", work, one, "--loss", loss) == 0
+    assert start("dpo", work, other, "--loss", loss, stop_at=5) == 143
+    assert resume("dpo", other) == 0
+    assert result(other) == result(one)
+    row = rows_of(one)[-1]
+    assert "eval/chosen_logprobs_change" in row
+    assert read_record(one)["config"]["DPOConfig"]["beta"] == (2.0 if loss == "simpo" else 0.1)
+
+
 def test_a_few_kills(capsys):
     assert torture.main(["--kills", "8", "--seed", "1"]) == 0
     assert "0 of " in capsys.readouterr().out

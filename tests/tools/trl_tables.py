@@ -27,10 +27,9 @@ Defaults = dict[str, str]  # of a stage: option -> what stands in its brackets
 def our_defaults(stage: str) -> Defaults:
     """Options of the stage's config and of all commands."""
     found = {}
-    for source in (RunOptions, getattr(config, STAGES[stage].config)):
+    for source in (RunOptions(), getattr(config, STAGES[stage].config)()):
         for field in dataclasses.fields(source):
-            made = field.default_factory is not dataclasses.MISSING
-            found[field.name] = shown(field.default_factory() if made else field.default)
+            found[field.name] = shown(getattr(source, field.name))
             if field.metadata.get("pretrained"):
                 found[field.name] += f", pretrained {shown(field.metadata['pretrained'][0])}"
     return found

@@ -2,12 +2,15 @@
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from rlhf_min import dpo
+from rlhf_min.config import ReferenceFree
 from rlhf_min.data import PreferenceExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import require
@@ -22,7 +25,7 @@ from rlhf_min.harness.rows.encoding_report import describe, describe_heldout
 from rlhf_min.harness.run import faults
 from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
-from rlhf_min.harness.run.reading import Run
+from rlhf_min.harness.run.reading import Record, Run
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages.run_stage import copy_policy, run_stage
 from rlhf_min.optim import State
@@ -41,6 +44,7 @@ MEASURED = {
     "rejected_logprobs": "lower",
     "chosen_logprobs_change": "higher",
     "rejected_logprobs_change": "lower",
+    "sft_loss": "lower",
 }
 MONITORS = False
 WRITES = ()
@@ -59,9 +63,9 @@ def trained_before(options: RunOptions) -> list[str]:
 
 
 def checks(
-    policy: Policy, ref_policy: Policy, config: dpo.DPOConfig, state: State
+    policy: Policy, ref_policy: Policy | None, config: dpo.DPOConfig, state: State
 ) -> Iterator[Check]:
-    """What DPO relies on, with the reference cached or live."""
+    """What DPO relies on, with the reference cached, live or none."""
     pairs: Sequence[PreferenceExample] = state.cursor.examples
     rows = [(x.prompt_ids, ids) for x in pairs for ids in (x.chosen_ids, x.rejected_ids)]
     yield preflight.no_empty_row(rows, rows_per_example=2)
@@ -70,7 +74,7 @@ def checks(
     yield from preflight.half_precision(config.precision, policy.device)
     longest = 2 * max(map(preflight.row_length, rows))  # a pair passes together
     tokens = preflight.largest_batch(longest, config.batch_size, config.max_tokens)
-    frozen, short = [ref_policy], preflight.shortest(rows)
+    frozen, short = [] if ref_policy is None else [ref_policy], preflight.shortest(rows)
     yield from preflight.policy_memory(policy, frozen, state.optimizer, rows[0], tokens=tokens)
     yield preflight.passes_agree(policy, short)
     tolerance = preflight.tolerance(policy.lm.dtype, config.precision)
@@ -93,25 +97,32 @@ def pairs_differ(pairs: Sequence[PreferenceExample]) -> Check:
 
 def first_loss(
     policy: Policy,
-    ref_policy: Policy,
+    ref_policy: Policy | None,
     pairs: Sequence[PreferenceExample],
     config: dpo.DPOConfig,
 ) -> Check:
-    """The loss is what it has to be while policy and reference are the same."""
+    """The loss is what it has to be while policy and reference are the same; without a reference,
+    what it has to be of a response beside itself."""
     # Whole pairs, since a cached reference knows whole responses only; one if they are long.
     few = heapq.nsmallest(2, pairs, key=_length)
     few = few if _length(few[-1]) <= PAIR_TOKENS else few[:1]
+    if config.reference_free:
+        few = [replace(x, rejected_ids=x.chosen_ids) for x in few]
     policy.train()
-    with torch.no_grad():
-        loss = float(dpo.batch_loss(policy, ref_policy, few, config).loss)
-    expected, name = dpo.first_loss(config)
+    with torch.no_grad():  # what SFT adds to it is known of no model
+        loss = float(dpo.batch_loss(policy, ref_policy, few, replace(config, sft_coef=0.0)).loss)
+    expected = dpo.first_loss(config)
     tolerance = preflight.tolerance(policy.lm.dtype, config.precision, table=LOSS_TOLERANCE)
+    cause, cure = "policy and reference differ before training", "start both from the same weights"
+    if config.reference_free:
+        cause = "one response has two probabilities in one batch"
+        cure = "turn off what makes the model's forward random, or give another model"
     return Check(
-        f"DPO's loss against {name}",
+        f"first loss of {config.loss}",
         abs(loss - expected),
         tolerance,
-        "policy and reference differ before training",
-        "start both from the same weights",
+        cause,
+        cure,
         words=f"{loss:.6f}, within {tolerance:.2g} of {expected:.6f}",
     )
 
@@ -134,6 +145,7 @@ def run(
 ) -> Policy:
     """Train a copy of the policy on the preference pairs; the start stays as its reference.
 
+    A loss without a reference trains the policy itself, since a second model would be for nothing.
     The trained model is saved in the run's folder when its measures are finite.
     """
     examples, cut = codec.encode_preferences(inputs.pairs)
@@ -145,14 +157,19 @@ def run(
         "no pair is left to train on: all are equal as tokens or equal after the cut; raise "
         "--max_response_tokens, and --max_length with it, or give other pairs",
     )
-    policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
+    policy, ref_policy = start, None
+    if not config.reference_free:
+        policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
+    if config.reference_free and config.cache_reference:  # now, while it is what it starts as
+        with state.optimizer.autocast():
+            heldout = dpo.cache_reference(policy, heldout, max_tokens=config.max_tokens)
     snapshot = Snapshot(
         STAGE,
         policy,
         state,
         partial(save_policy, policy),
-        models={"policy": policy, "ref_policy": ref_policy},
+        models={"policy": policy} | ({} if ref_policy is None else {"ref_policy": ref_policy}),
         texts=[pair["prompt"] for pair in inputs.pairs],
         examples=examples,
         heldout=heldout,
@@ -184,17 +201,25 @@ def run(
 
 def alone(
     policy: Policy,
-    ref_policy: Policy,
+    ref_policy: Policy | None,
     config: dpo.DPOConfig,
     pairs: Sequence[PreferenceExample],
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """What the loss of each pair is made of, to find the ones at fault where it is not finite."""
     for row, pair in enumerate(pairs):
         loss = dpo.batch_loss(policy, ref_policy, [pair], config)
-        yield row, {name: x for name, x in loss._asdict().items() if name != "loss"}
+        found = loss._asdict().items()
+        yield row, {name: x for name, x in found if name != "loss" and x is not None}
 
 
 # What a report shows
+
+
+def _rewards_range(options: Record) -> Range:
+    # Without a reference they begin at beta * log pi, and no longer at 0.
+    free = options.get("loss") in get_args(ReferenceFree)
+    return Range(low=2, of="starts") if free else Range(low=-2)
+
 
 CURVES = (
     Curve(
@@ -216,10 +241,10 @@ CURVES = (
             ("eval/chosen_rewards", "held out"),
             ("eval/rejected_rewards", "held out"),
         ),
-        "The rejected one sinks and the chosen one stays near 0; where both sink far, probability "
-        "goes to responses that are in no pair.",
-        Range(low=-2),
-        "raise --beta or lower --learning_rate",
+        "The rejected one sinks and the chosen one stays near where it began; where both sink far, "
+        "probability goes to responses that are in no pair.",
+        _rewards_range,
+        "lower --learning_rate or, of a loss with a reference, raise --beta",
     ),
 )
 
@@ -227,7 +252,9 @@ CURVES = (
 def headline(run: Run) -> str | None:
     """How many pairs it ranks right."""
     pairs = run.noted(STAGE, "accuracy")
-    return pairs and f"{TITLE}: {accuracies_in_words(pairs)}."
+    loss = run.config(STAGE).get("loss", "sigmoid")
+    title = TITLE if loss == "sigmoid" else f"{TITLE} with loss {loss}"
+    return pairs and f"{title}: {accuracies_in_words(pairs)}."
 
 
 def findings(run: Run) -> Iterator[Finding]:
@@ -242,7 +269,8 @@ def findings(run: Run) -> Iterator[Finding]:
             STAGE,
             "learns its pairs by heart",
             figure=accuracies_in_words(pairs),
-            to_do="take fewer --epochs, a lower --learning_rate, a larger --beta, or more pairs",
+            to_do="take fewer --epochs, a lower --learning_rate, more pairs or, of a loss with a "
+            "reference, a larger --beta",
         )
     if held_out["ci95"][0] <= 0.5:
         yield Finding(
