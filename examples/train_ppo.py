@@ -9,10 +9,10 @@ With --data give --model and --reward_model or --reward. The model and its value
     --reward runs/sentiment@POSITIVE               the log-probability of a classifier's label
 """
 
-from rlhf_min.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_min.config import PPOConfig
 from rlhf_min.harness.cli import OnlineOptions, check_room, command, parse
 from rlhf_min.harness.inputs import load_inputs
-from rlhf_min.harness.run.folder import check_out, start_log
+from rlhf_min.harness.run.folder import check_out
 
 
 @command
@@ -22,28 +22,11 @@ def main() -> None:
     out = check_out(options, "ppo")
     inputs = load_inputs(options, "ppo", seed=config.seed)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
-    from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
     from rlhf_min.harness.report import finish
-    from rlhf_min.harness.rewards import WeightedSum, given_reward
-    from rlhf_min.harness.stages import ppo, reward, sft
+    from rlhf_min.harness.stages import ppo, rollouts
 
-    policy = start_policy(
-        options, inputs.texts, critic=config.critic if options.model else "none", seed=config.seed
-    )
-    codec = make_codec(policy, options)
-    given = given_reward(options, config)
-    if isinstance(given, WeightedSum) and len(given.parts) > 1:
-        inputs.monitors |= given.monitors
-
-    log = start_log(out, options, config, monitors=inputs.monitors)
-    if options.model is None:
-        sft.run(policy, codec, inputs, SFTConfig(seed=config.seed), log)
-    if given is None:
-        given = start_reward_model(options, inputs.texts, seed=config.seed)
-        reward_config = RewardConfig(seed=config.seed)
-        print(reward.run(given, inputs, reward_config, log, sft_policy=policy, codec=codec))
-    device = options.torch_device("reward_device")
-    ppo.run(policy, codec, given, inputs, config, log, ref_device=device)
+    start = rollouts.prepare(options, config, inputs, out)
+    ppo.run(*start, ref_device=options.torch_device("reward_device"))
     print(f"{', '.join(['model', *finish.show(out)])} and metrics.jsonl are in {out}")
 
 

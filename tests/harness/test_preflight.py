@@ -41,6 +41,7 @@ from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import dpo as dpo_stage
 from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
+from rlhf_min.harness.stages import rollouts
 from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.speed import forward
@@ -232,8 +233,8 @@ def test_the_ratio_is_1_at_any_temperature():
     stage = Stage("ppo", temperature=0.7)
     rows = [(x.prompt_ids, x.response_ids) for x in DEMONSTRATIONS[:3]]
     config = ppo.PPOConfig(temperature=0.7)
-    rollout = ppo_stage.scored(stage.model, stage.ref_policy, rows, config)
-    assert ppo_stage.ratio_is_one(stage.model, rollout, config, 1e-9).passed
+    rollout = rollouts.scored(stage.model, stage.ref_policy, rows, config)
+    assert rollouts.ratio_is_one(stage.model, rollout, config, 1e-9).passed
 
 
 def test_a_separate_critic_passes(capsys):

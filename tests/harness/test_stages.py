@@ -17,7 +17,7 @@ from rlhf_min.harness.run.folder import start_log
 from rlhf_min.harness.run.layout import clear, stage_modules, users_paths_below
 from rlhf_min.harness.run.reading import read_run
 from rlhf_min.harness.run.saving import measures
-from rlhf_min.harness.stages.ppo import too_far
+from rlhf_min.harness.stages.rollouts import too_far
 from rlhf_min.harness.stages.run_stage import copy_policy
 
 

@@ -29,8 +29,8 @@ from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.run.faults import first_nonfinite
 from rlhf_min.harness.stages import dpo as dpo_stage
 from rlhf_min.harness.stages import kto as kto_stage
-from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
+from rlhf_min.harness.stages import rollouts
 from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.optim import MAX_OVERFLOWS, adamw
 from rlhf_min.rollout import collect
@@ -218,7 +218,7 @@ def test_a_rollout_that_is_not_finite_is_named(tensor, broken):
     with pytest.raises(NonFinite) as caught:
         next(steps)
     buffer = caught.value.batch
-    assert first_nonfinite(ppo_stage.alone(policy, config, buffer)) == (tensor, [0, 1, 2])
+    assert first_nonfinite(rollouts.alone(policy, config, buffer)) == (tensor, [0, 1, 2])
     assert caught.value.step == taken == state.optimizer.steps
     assert not getattr(buffer.rollout, tensor).isfinite().all()
     assert_untouched(policy, before)
@@ -237,7 +237,7 @@ def test_a_rollout_that_is_not_finite_in_one_row_moves_no_weight():
     before = weights(policy)
     with pytest.raises(NonFinite) as caught:
         next(ppo.train(policy, ref_policy, lengths, config, state))
-    name, rows = first_nonfinite(ppo_stage.alone(policy, config, caught.value.batch))
+    name, rows = first_nonfinite(rollouts.alone(policy, config, caught.value.batch))
     assert (name, state.optimizer.steps) == ("ref_logprobs", 0)
     assert 0 < len(rows) < 8
     assert_untouched(policy, before)
@@ -279,7 +279,7 @@ def test_a_minibatch_names_the_rows_of_the_rollout(where, bad):
     with pytest.raises(NonFinite) as caught:
         ppo.minibatch_step(policy, optimizer, buffer, [1, 6, 3, 4], config)
     assert caught.value.batch is buffer
-    assert first_nonfinite(ppo_stage.alone(policy, config, buffer)) == (where, expected)
+    assert first_nonfinite(rollouts.alone(policy, config, buffer)) == (where, expected)
     assert_untouched(policy, before)
 
 

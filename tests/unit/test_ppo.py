@@ -35,7 +35,7 @@ from rlhf_min.config import PPOConfig
 from rlhf_min.data import Sequences
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.harness.run.faults import first_nonfinite
-from rlhf_min.harness.stages.ppo import alone
+from rlhf_min.harness.stages.rollouts import alone
 from rlhf_min.optim import Optimizer
 from rlhf_min.rollout import Rollout, RolloutBuffer, collect, score_rollout
 from rlhf_min.sampling import sample

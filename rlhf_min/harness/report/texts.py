@@ -104,6 +104,8 @@ def tokens(run: Run) -> Record | None:
     """A few responses token by token, and how their numbers come about."""
     steps: dict[int, list[Record]] = {}
     for record in run.tokens:
+        if record["stage"] != run.tokens[0]["stage"]:
+            continue
         steps.setdefault(record["step"], []).append(record)
     if not steps:
         return None
@@ -147,7 +149,9 @@ def _response(record: Record) -> Record:
 
 
 def _by_hand(record: Record) -> Record | None:
-    """What the advantage of one token is made of, so that anyone can compute it from the table."""
+    """What PPO's advantage of one token is made of, so that anyone can compute it by hand."""
+    if "gamma" not in record:
+        return None
     found = record["tokens"]
     place = max(len(found) - 2, 0)
     token, after = [*found, {"value": 0.0, "return": 0.0}][place : place + 2]
@@ -183,4 +187,6 @@ def _means(run: Run, records: Sequence[Record]) -> list[tuple[str, str, str]] | 
         "return": sums["return"] / len(found),
         "response_length": len(found) / total,
     }
-    return [(name, f"{mean:.6f}", f"{row[name]:.6f}") for name, mean in again.items()]
+    return [
+        (name, f"{mean:.6f}", f"{row[name]:.6f}") for name, mean in again.items() if name in row
+    ]

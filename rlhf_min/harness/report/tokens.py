@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_min.config import GRPOConfig, PPOConfig, RLOOConfig, RolloutConfig
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.policy import Policy, evaluating
-from rlhf_min.ppo import PPOConfig
 from rlhf_min.rollout import RolloutBuffer
 
 MOST_TOKENS = 5000  # in all responses that one call writes
 
 
 def token_rows(
-    policy: Policy, buffer: RolloutBuffer, row: int, config: PPOConfig
+    policy: Policy, buffer: RolloutBuffer, row: int, config: RolloutConfig
 ) -> list[dict[str, Any]]:
     """One response of a rollout, a row for each of its tokens.
 
@@ -26,7 +26,8 @@ def token_rows(
     Returns:
         For each token ``token``, ``id``, ``logprob``, ``ref_logprob``, ``kl``, ``reward``,
         ``value``, ``advantage`` and ``return`` as in the buffer; ``new_logprob``; ``ratio``, new
-        to old; and ``clipped``, whether that ratio has no gradient any more.
+        to old, of the token or of the response, as the algorithm takes it; and ``clipped``, whether
+        that ratio has no gradient any more.
     """
     rollout = buffer.rollout
     with evaluating(policy):
@@ -44,11 +45,12 @@ def token_rows(
     real = rollout.mask[row]
     lists = {name: column[row][real].tolist() for name, column in columns.items()}
     lists["new_logprob"] = new.logprobs[0].tolist()
+    ratios = _ratios(lists["new_logprob"], lists["logprob"], config)
     rows = []
-    for values in zip(*lists.values(), strict=True):
+    for values, ratio in zip(zip(*lists.values(), strict=True), ratios, strict=True):
         numbers = dict(zip(lists, values, strict=True))
-        ratio = math.exp(numbers["new_logprob"] - numbers["logprob"])
-        near = min(max(ratio, 1 - config.clip), 1 + config.clip)
+        high = getattr(config, "clip_high", None)
+        near = min(max(ratio, 1 - config.clip), 1 + (config.clip if high is None else high))
         advantage = numbers["advantage"]
         clipped = advantage * ratio > advantage * near  # as in the policy loss
         token = policy.tokenizer.decode([numbers["id"]])
@@ -56,10 +58,20 @@ def token_rows(
     return rows
 
 
+def _ratios(new: Sequence[float], old: Sequence[float], config: RolloutConfig) -> list[float]:
+    """The ratio at each token: its own, or that of the whole response."""
+    logs = [a - b for a, b in zip(new, old, strict=True)]
+    if isinstance(config, RLOOConfig):
+        logs = [sum(logs)] * len(logs)
+    elif isinstance(config, GRPOConfig) and config.ratio_level == "sequence":
+        logs = [sum(logs) / len(logs)] * len(logs)
+    return [math.exp(x) for x in logs]
+
+
 def token_records(
     policy: Policy,
     buffer: RolloutBuffer,
-    config: PPOConfig,
+    config: RolloutConfig,
     *,
     step: int,
     kl_coef: float,
@@ -94,15 +106,20 @@ def token_records(
                 "score": float(rollout.scores[row]),
                 **({"gold_reward": truths[row]} if truths else {}),
                 "kl_coef": kl_coef,
-                "gamma": config.gamma,
-                "lam": config.lam,
                 "clip": config.clip,
-                "whitened": config.whiten_advantages,
+                **_of_gae(config),
                 "tokens": token_rows(policy, buffer, row, config),
             }
         )
         for row in range(n)
     ]
+
+
+def _of_gae(config: RolloutConfig) -> dict[str, Any]:
+    """What the advantages of PPO were made with."""
+    if not isinstance(config, PPOConfig):
+        return {}
+    return {"gamma": config.gamma, "lam": config.lam, "whitened": config.whiten_advantages}
 
 
 def _finite(value: Any) -> Any:
