@@ -20,7 +20,7 @@ def main() -> None:
     options, config = parse(__doc__, OnlineOptions, GRPOConfig)
     check_room(config, options.max_response_tokens)
     out = check_out(options, "grpo")
-    inputs = load_inputs(options, "ppo", seed=config.seed)
+    inputs = load_inputs(options, "grpo", seed=config.seed)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.report import finish
     from rlhf_min.harness.stages import grpo, rollouts

@@ -16,7 +16,7 @@ def main() -> None:
     options, config = parse(__doc__, OnlineOptions, RLOOConfig)
     check_room(config, options.max_response_tokens)
     out = check_out(options, "rloo")
-    inputs = load_inputs(options, "ppo", seed=config.seed)
+    inputs = load_inputs(options, "rloo", seed=config.seed)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.report import finish
     from rlhf_min.harness.stages import rloo, rollouts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_min.encoding.conversation import PlacedRow
 from rlhf_min.errors import require
 from rlhf_min.harness.cli import OF_OWN_ROWS, RunOptions
-from rlhf_min.harness.rows.columns import Stage, parse_columns
+from rlhf_min.harness.rows.columns import SAMPLING, Stage, parse_columns
 from rlhf_min.harness.rows.files import plural, printable
 from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
 
@@ -119,7 +119,7 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
 def _inputs(train: list[Row], heldout: list[Row], stage: Stage | None) -> Inputs:
     """The rows where the stage, and the ones that are trained before it, look for them."""
     inputs = Inputs(prompts=_distinct(train), eval_prompts=_distinct(heldout))
-    if stage == "ppo":  # two rows of one prompt differ in other columns, which rewards may read
+    if stage in SAMPLING:  # two rows of one prompt differ in other columns, which rewards may read
         inputs.prompts, inputs.eval_prompts = train, heldout
     elif stage == "sft":
         inputs.demonstrations, inputs.heldout_demonstrations = train, heldout

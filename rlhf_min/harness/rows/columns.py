@@ -6,7 +6,8 @@ from typing import Literal
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.rows.files import Row, short
 
-Stage = Literal["sft", "reward", "ppo", "dpo", "kto", "evaluation"]
+Stage = Literal["sft", "reward", "ppo", "grpo", "rloo", "dpo", "kto", "evaluation"]
+SAMPLING: tuple[Stage, ...] = ("ppo", "grpo", "rloo")  # from prompts, with all their columns
 
 _PROMPT = ("prompt", "question", "instruction", "query")
 _ANSWER = ("response", "output", "completion", "answer")
@@ -17,12 +18,12 @@ _PAIR = {"prompt": _PROMPT, "chosen": ("chosen",), "rejected": ("rejected",)}
 _NEEDED: dict[Stage, dict[str, tuple[str, ...]]] = {
     "sft": {"prompt": _PROMPT, "response": _RESPONSE},
     "reward": _PAIR,
-    "ppo": {"prompt": _PROMPT},
+    **{stage: {"prompt": _PROMPT} for stage in SAMPLING},
     "dpo": _PAIR,
     "kto": {"prompt": _PROMPT, "response": _ANSWER, "label": ("label",)},  # or _PAIR
     "evaluation": {"prompt": _PROMPT, "references": ("references", "reference", *_RESPONSE)},
 }
-_TITLE = {"sft": "SFT", "reward": "reward training", "ppo": "PPO", "dpo": "DPO", "kto": "KTO"}
+_TITLE = {"reward": "reward training", "evaluation": "evaluation"}  # the others are in capitals
 MESSAGES = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _OURS = (
@@ -135,7 +136,7 @@ def _what_is_missing(missing: Sequence[str], stage: Stage, columns: Sequence[str
         others = ", ".join(other for other in needed[name] if other != name)
         remedies.append(f'"{name}" (or {others})' if others else f'"{name}"')
     message = (
-        f"{_TITLE.get(stage, stage)} needs the column{'s' * (len(needed) > 1)} "
+        f"{_TITLE.get(stage, stage.upper())} needs the column{'s' * (len(needed) > 1)} "
         f"{', '.join(needed)}; found {_listed(columns)}; rename or add {' and '.join(remedies)}, "
         f"or give --columns {','.join(f'{name}=NAME' for name in missing)}"
     )

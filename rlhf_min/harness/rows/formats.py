@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf_min.encoding.conversation import Conversation
-from rlhf_min.harness.rows.columns import MESSAGES, Stage, plain_name
+from rlhf_min.harness.rows.columns import MESSAGES, SAMPLING, Stage, plain_name
 from rlhf_min.harness.rows.files import Row, short
 from rlhf_min.harness.rows.messages import (
     Message,
@@ -92,7 +92,7 @@ def _for_stage(clean: Row, stage: Stage) -> Row:
     """A pair whose prompt was implicit serves the other stages by its chosen response."""
     if stage in ("sft", "evaluation") and "chosen" in clean:
         clean = {"prompt": clean["prompt"], _target(stage): clean["chosen"]}
-    if stage == "ppo":
+    if stage in SAMPLING:
         clean = {"prompt": clean["prompt"]}
     if stage == "evaluation" and isinstance(clean["references"], str):
         clean["references"] = [clean["references"]]
@@ -111,12 +111,12 @@ def _from_messages(value: Any, stage: Stage) -> Row:
     messages = messages_in(value, "messages")
     if messages is None:
         raise Unusable("messages is not a list of objects with role and content")
-    role = "user" if stage == "ppo" else "assistant"
+    role = "user" if stage in SAMPLING else "assistant"
     places = [i for i, message in enumerate(messages) if message["role"] == role]
     if not places:
         raise Unusable(f"messages has no {role} message")
     last = places[-1]
-    if stage == "ppo":
+    if stage in SAMPLING:
         return {"prompt": Conversation(messages[: last + 1])}
     return {"prompt": Conversation(messages[:last]), _target(stage): messages[last]["content"]}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_min.encoding.conversation import Place, PlacedRow
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.rows.columns import Stage, check_columns, find_columns
+from rlhf_min.harness.rows.columns import SAMPLING, Stage, check_columns, find_columns
 from rlhf_min.harness.rows.doubts import doubts
 from rlhf_min.harness.rows.files import (
     SUFFIXES,
@@ -180,7 +180,7 @@ def _usable(
     check_columns(found, columns, numbered[0][1], source)
     used = find_columns(found, stage, source, columns)
     unused = [column for column in found if column not in used.values()]
-    further = [c for c in found if c != "prompt"] if stage == "ppo" else []
+    further = [c for c in found if c != "prompt"] if stage in SAMPLING else []
 
     rows: list[Row] = []
     raw: list[Row] = []  # as they were read
@@ -210,9 +210,9 @@ def _usable(
         len(numbered),
         dropped,
         columns=used,
-        unused=[] if stage == "ppo" else unused,
+        unused=[] if stage in SAMPLING else unused,
         further=further,
-        notes=doubts(rows, raw, used, unused, judged=stage == "ppo"),
+        notes=doubts(rows, raw, used, unused, judged=stage in SAMPLING),
     )
 
 
