@@ -86,7 +86,7 @@ def compare(
     steps = RUNS[name]["steps"]
     assert len(found) == len(steps) == 6
     for i, (ours_now, theirs_now) in enumerate(zip(found, steps, strict=True)):
-        # Until a step has had a rate, which the first has not, every pair is a tie but for rounding.
+        # Until a step has had a rate, the second, pairs are ties but for rounding.
         told = {ours: theirs for ours, theirs in names.items() if i > 1 or ours != "accuracy"}
         parity(metric_gap(ours_now, theirs_now, told))
     norms = [metrics["grad_norm"] for metrics in found]
