@@ -1,8 +1,8 @@
 """Every option of trl's and what takes its place here: the tables of "Coming from trl".
 
-The defaults are read from both sides' configs. A further stage is an entry of `STAGES`, one of
-``METRICS`` in `names.py` and one in ``tests/tools/record_trl_fields.py``, and its headings on the
-page. Like `names.py` this needs the standard library alone.
+The defaults are read from both sides' configs. A further stage is an entry of `STAGES` or
+`SAMPLED`, one of ``METRICS`` in `names.py` and one in ``tests/tools/record_trl_fields.py``, and its
+headings on the page. Like `names.py` this needs the standard library alone.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ _MODEL = [
     Field(
         "model",
         "model_init_kwargs",
-        "weights are read in float32 at least, as by trl; no quantisation, no LoRA",
+        "weights are read in float32 at least, as by trl; no quantisation",
     ),
     Field("", "trust_remote_code", "never: code in a model's folder is not run"),
 ]
@@ -94,11 +94,18 @@ STAGES = {
                 "trl's `sigmoid` ignores it; here the loss heeds it, as cDPO",
             ),
             Field(
+                "loss length_normalised",
+                "loss_type",
+                "six of trl's have the same names, three have trainers of their own there; trl's "
+                "`ipo` is of means per token, and its `sigmoid_norm` is `sigmoid` so; "
+                "[another one](../../rlhf_min/README.md#adding-a-loss) is a function",
+            ),
+            Field("sft_coef", "loss_weights", 'of `"sft"` beside another loss in trl\'s list'),
+            Field("simpo_gamma", "", "in trl of its experimental `CPOTrainer`"),
+            Field(
                 "",
-                "loss_type loss_weights f_divergence_type f_alpha_divergence_coef discopop_tau "
-                "use_weighting ld_alpha",
-                "one loss, `sigmoid`, with the reverse KL; [another one](../../rlhf_min/README.md"
-                "#adding-a-loss) is a function in `losses.py`",
+                "f_divergence_type f_alpha_divergence_coef discopop_tau use_weighting ld_alpha",
+                "the reverse KL alone, and no weights of pairs or tokens",
             ),
             Field(
                 "cache_reference",
@@ -184,6 +191,138 @@ STAGES = {
             _MODEL[1],
             _TOKENISE,
             _OFFLOAD,
+        ],
+    ),
+}
+
+# What GRPO and RLOO share.
+_OF_GROUPS = [
+    Field("group_size", "num_generations num_generations_eval", "evaluated is one response each"),
+    Field(
+        "batch_size steps",
+        "generation_batch_size steps_per_generation",
+        "responses in a rollout, and rollouts; trl's rollout has `per_device_train_batch_size` "
+        "times `steps_per_generation` responses, by default those of one optimizer step",
+    ),
+    Field(
+        "minibatch_size",
+        "",
+        "responses of an optimizer step; trl's are its batch size times accumulation",
+    ),
+    Field(
+        "epochs",
+        "num_iterations",
+        "passes over a rollout, each in another order; trl's are in one order",
+    ),
+    Field("clip clip_high", "epsilon epsilon_high"),
+    Field("max_new_tokens", "max_completion_length"),
+    Field("temperature", "temperature", "of sampling and of all probabilities, on both sides"),
+    Field(
+        "",
+        "top_p top_k min_p repetition_penalty generation_kwargs cache_implementation",
+        "drawn is from all of the distribution: its probabilities are those that are learned from",
+    ),
+    Field("eos_penalty", "", "trl has none; a reward function sees where EOS is missing"),
+    Field("stop_kl max_kl", "", "trl ends neither an update nor a run by how far it has moved"),
+    Field("adam_eps", "", "the Trainer's `adam_epsilon` is 1e-8"),
+    Field(
+        "",
+        "reward_weights",
+        "`--reward` takes several, with weights, and adds them up",
+    ),
+    Field(
+        "",
+        "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+        "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+        "vllm_tensor_parallel_size use_transformers_continuous_batching "
+        "transformers_continuous_batching_config use_transformers_paged ds3_gather_for_generation",
+        "the policy itself samples, with a cache of keys and values",
+    ),
+    Field(
+        "",
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+        "the reference never changes: it is the policy at the start",
+    ),
+    Field(
+        "",
+        "disable_dropout",
+        "dropout is always off, in attention too; trl leaves it on, so that a token has another "
+        "probability in each pass",
+    ),
+    Field(
+        "template",
+        "chat_template_kwargs",
+        "texts end as the template says; trl takes them as they are, and messages by the "
+        "tokenizer's template",
+    ),
+    Field("", "shuffle_dataset", "prompts have a new order in each epoch"),
+    Field(
+        "",
+        "log_completions log_multimodal num_completions_to_print log_unique_prompts",
+        "samples of each evaluation are in the run's report and in `samples.jsonl`",
+    ),
+    _PAD._replace(trl="pad_to_multiple_of"),
+    *_MODEL,
+    _NO_EXPERTS,
+]
+# Whose runs have no number in common with trl's, since each side samples by itself.
+SAMPLED = {
+    "grpo": Stage(
+        "GRPO",
+        "GRPOConfig",
+        "GRPOTrainer",
+        [
+            Field(
+                "loss_mean",
+                "loss_type",
+                "`sequence` is `grpo`, `constant` is `dr_grpo`, `token` is `dapo` (of one rollout "
+                "in one step) and `bnpo` (of one micro-batch); no `cispo`, `sapo`, `vespo`, "
+                "`luspo`",
+            ),
+            Field("advantage_scale", "scale_rewards"),
+            Field("ratio_level", "importance_sampling_level"),
+            Field(
+                "kl_coef kl_in kl",
+                "beta use_bias_correction_kl",
+                "k3 in the loss; trl multiplies it by the ratio unless the latter is off. `kl_in` "
+                "and `kl` put another estimate into the reward",
+            ),
+            Field("mask_cut", "mask_truncated_completions"),
+            Field(
+                "",
+                "delta off_policy_mask_threshold top_entropy_quantile entropy_coef "
+                "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
+                "entropy_target sapo_temperature_neg sapo_temperature_pos vespo_k_pos "
+                "vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+                "no second limit of the ratio, no choice of tokens by entropy, no entropy bonus",
+            ),
+            Field("score_clip", "multi_objective_aggregation", "rewards are summed, then clipped"),
+            *_OF_GROUPS,
+            Field(
+                "",
+                "vllm_importance_sampling_correction vllm_importance_sampling_mode "
+                "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+                "vllm_importance_sampling_cap cast_lm_head_to_fp32",
+                "what samples is what is scored; losses are in float32 at least",
+            ),
+            Field("", "max_tool_calling_iterations log_completions_hub_repo", "no tools, no Hub"),
+        ],
+    ),
+    "rloo": Stage(
+        "RLOO",
+        "RLOOConfig",
+        "RLOOTrainer",
+        [
+            Field("kl_coef kl", "beta", "in the reward, as k1 unless `kl` says otherwise"),
+            Field(
+                "score_clip",
+                "reward_clip_range",
+                "either way by the same; clipped before the KL is taken off, on both sides",
+            ),
+            Field("", "normalize_advantages", "advantages are not whitened"),
+            Field("", "mask_truncated_completions", "a response that was cut is learned from"),
+            *_OF_GROUPS,
         ],
     ),
 }
@@ -292,6 +431,11 @@ TRAINER = [
         "remove_unused_columns length_column_name",
         "a file, a folder or a name on the Hub, where trl is handed datasets; columns that a stage "
         "has no use for are named in its report",
+    ),
+    Field(
+        "lora_rank lora_alpha lora_targets lora_merge",
+        "",
+        "trl takes a `peft_config`; adapters are peft's on both sides",
     ),
     Field(
         "skip_preflight",

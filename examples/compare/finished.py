@@ -24,6 +24,7 @@ PICTURE, DATA = "beside_trl.png", "beside_trl.json"
 Key = tuple[str, str]  # of `METRICS`
 STAGES = {"sft": "sft", "reward": "reward_model", "dpo": "dpo", "ppo": "ppo"}  # in a run of ours
 AXES = {"ppo": "rollouts"}  # the others: optimizer steps
+COMPARED = [key for key in METRICS if key[0] in STAGES]
 # What transformers logs as it is at the step; all else is a mean since the last time.
 AT_THE_STEP = {"grad_norm", "learning_rate"}
 SFT = "mean_token_accuracy"  # DPO has it too, but beside its rewards
@@ -102,18 +103,18 @@ def which(logged: Logged, stage: str | None) -> Key:
         f"{logged.file}: is a run of {''.join(foreign[:1])}, which is not compared; give one of "
         f"{', '.join(STAGES)}",
     )
-    known = {key: names & _names(key) for key in METRICS}
+    known = {key: names & _names(key) for key in COMPARED}
     require(
         any(known.values()),
         f"{logged.file}: has no metric that trl or we have, but {_some(names)}; give lines with "
         "step, name, value, and trl's or our names",
     )
     own = {
-        key: known[key] - set().union(*(_names(k) for k in METRICS if k != key)) for key in known
+        key: known[key] - set().union(*(_names(k) for k in COMPARED if k != key)) for key in known
     }
     signs = {key: found for key, found in own.items() if found}
     if not signs and SFT in names:
-        signs = {key: {SFT} for key in METRICS if key[0] == "sft"}
+        signs = {key: {SFT} for key in COMPARED if key[0] == "sft"}
     stages = sorted({key[0] for key in signs})
     by = "; ".join(f"{key[0]} ({_some(found)})" for key, found in signs.items())
     if stage is None:
@@ -127,7 +128,7 @@ def which(logged: Logged, stage: str | None) -> Key:
         not stages or stage in stages,
         f"{logged.file}: --stage {stage}, but by its metrics it is {by}",
     )
-    keys = [key for key in METRICS if key[0] == stage]
+    keys = [key for key in COMPARED if key[0] == stage]
     return max(keys, key=lambda key: (len(own[key]), len(known[key])))
 
 

@@ -78,6 +78,46 @@ def _ppo(trl: str, ours: str, theirs: str = "", here: str = "") -> Metric:
     return Metric(trl, ours, _PPO[ours], (theirs, here) if theirs else None)
 
 
+def _of_responses(of_equal: tuple[str, str] | None) -> list[Metric]:
+    """What GRPO and RLOO log of a rollout, in the first optimizer step on it."""
+    return [
+        Metric("reward", "score", "as the reward gave it, mean over responses"),
+        Metric("reward_std", "score_std", "standard deviation of the scores"),
+        Metric(
+            "frac_reward_zero_std",
+            "equal_groups",
+            "share of groups whose rewards are all equal",
+            of_equal,
+        ),
+        Metric("rewards/reward/mean", what="of each reward by its name: mean of its scores"),
+        Metric("rewards/reward/std", what="their standard deviation"),
+        Metric("completions/mean_length", "response_length", "tokens, EOS included"),
+        Metric("completions/min_length", what="of the shortest response"),
+        Metric("completions/max_length", what="of the longest"),
+        Metric("completions/clipped_ratio", what="`1 - eos_rate`"),
+        *(
+            Metric(f"completions/{which}_terminated_length", what="of responses that end by EOS")
+            for which in ("mean", "min", "max")
+        ),
+    ]
+
+
+def _of_clips(what: str, means: tuple[str, str] | None) -> list[Metric]:
+    """What GRPO and RLOO log of each optimizer step."""
+    return [
+        Metric("clip_ratio/region_mean", "clip_fraction", what, means),
+        Metric("clip_ratio/low_mean", what="the same, of ratios below the clip alone"),
+        Metric("clip_ratio/high_mean", what="the same, of ratios above the clip alone"),
+        Metric("clip_ratio/low_min", what="smallest share below the clip of a response"),
+        Metric("clip_ratio/high_max", what="largest share above the clip of a response"),
+        Metric("entropy", what="exact, per token, during the update"),
+        Metric("step_time", what="seconds of an optimizer step"),
+    ]
+
+
+_GRPO_LOSS = "what is minimised; each rollout's is the mean over its optimizer steps"
+_MICRO = ("mean of micro-batches' means over tokens", "weighed as in the loss")
+
 # By stage and by which of trl's trainers wrote it. In an evaluation both sides put a word before
 # the names: `eval_loss`, `eval/loss`.
 METRICS: dict[tuple[str, str], list[Metric]] = {
@@ -134,6 +174,26 @@ METRICS: dict[tuple[str, str], list[Metric]] = {
             )
             for metric in _OF_TOKENS
         ),
+        *_OF_A_STEP,
+        *_OF_THE_RUN,
+    ],
+    ("grpo", "GRPOTrainer"): [
+        Metric("loss", "loss", _GRPO_LOSS),
+        *_of_responses(('with `scale_rewards="batch"` of the batch: 0 or 1', "of groups")),
+        Metric(
+            "kl",
+            what="k3 per token, times the ratio unless `use_bias_correction_kl=False`; at ratio 1, "
+            "in one micro-batch, `k3 / response_length`",
+        ),
+        *_of_clips("share of tokens, or of responses, whose ratio is beyond the clip", _MICRO),
+        *_OF_A_STEP,
+        *_OF_THE_RUN,
+    ],
+    ("rloo", "RLOOTrainer"): [
+        Metric("loss", "loss", _GRPO_LOSS),
+        *_of_responses(None),
+        Metric("kl", what="k1 per token of the rollout: `k1 / response_length`"),
+        *_of_clips("share of responses whose ratio is beyond the clip", None),
         *_OF_A_STEP,
         *_OF_THE_RUN,
     ],
@@ -226,14 +286,38 @@ _OF_OURS = {
     "time/tokens_per_second": "`tokens` by these seconds",
     "skipped": "steps so far that fp16 has left out, since a gradient was not finite",
 }
+_OF_GROUPS = {
+    "kl": "by `kl`'s estimate, sum over a response, mean over responses",
+    "k1": "KL to the reference, whatever `kl` is",
+    "k3": "likewise",
+    "reward": "scores, penalties and what of the KL is in them, mean over responses",
+    "rollout_entropy": "exact, per token, of the rollout",
+    "update_k1": "k1 of the rollout policy against the one in the update, per token",
+    "update_k3": "likewise by k3",
+    "ratio": "new by old probability, mean as in the loss",
+    "ratio_max": "the largest",
+    "eos_rate": "share of responses that end by EOS",
+    "epochs": "passes made over the rollout",
+    "tokens": _OF_OURS["tokens"],
+    "time/sample": "seconds",
+    "time/score": "seconds",
+    "time/update": "seconds",
+    "time/tokens_per_second": _OF_OURS["time/tokens_per_second"],
+    "skipped": _OF_OURS["skipped"],
+    "eval/distinct_2": "share of different pairs of words, on fixed prompts",
+    "eval/repeated_4": "share of repeated runs of four words, on fixed prompts",
+}
 OURS_ALONE: dict[str, dict[str, str]] = {
     "sft": {"eval/perplexity": "exp of `eval/loss`", **_OF_OURS},
     "reward": {"ties": "share of pairs with equal scores", **_OF_OURS},
     "dpo": {
         "chosen_logprobs_change": "log p - log p of the reference: `chosen_rewards` / beta",
         "rejected_logprobs_change": "the same of the rejected response",
+        "sft_loss": "-log p of the chosen response, per token, mean over pairs",
         **_OF_OURS,
     },
+    "grpo": _OF_GROUPS,
+    "rloo": _OF_GROUPS,
     "ppo": {
         "rollout_entropy": "exact, per token, of the rollout",
         "k1": "KL to the reference, whatever `kl` is",

@@ -19,18 +19,19 @@ pytest.importorskip("trl", exc_type=ImportError)
 import datasets
 import record_trl_fields
 import transformers
-from compare.fields import STAGES, TRAINER, Field
+from compare.fields import SAMPLED, STAGES, TRAINER, Field
 from compare.names import METRICS, OURS_ALONE
 from trl_tables import PAGE, RECORDED
 
-from rlhf_min import Codec, Policy, RewardModel, config, dpo, ppo, reward, sft
+from rlhf_min import Codec, Policy, RewardModel, config, dpo, grpo, ppo, reward, rloo, sft
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.run.log import _timed
 from rlhf_min.policy import Critic
 
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = 12  # at eight a batch: two steps in an epoch, of which the last is smaller
-each_stage = pytest.mark.parametrize("stage", STAGES)
+TOLD = STAGES | SAMPLED
+each_stage = pytest.mark.parametrize("stage", TOLD)
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def told(rows: Iterable[Field], side: str) -> set[str]:
 
 @each_stage
 def test_every_option_of_trl_is_told(stage: str, theirs: Any) -> None:
-    own = theirs[STAGES[stage].config].keys() - theirs["TrainingArguments"].keys()
-    assert own <= told(STAGES[stage].fields, "trl")
+    own = theirs[TOLD[stage].config].keys() - theirs["TrainingArguments"].keys()
+    assert own <= told(TOLD[stage].fields, "trl")
     recorded = RECORDED["fields"]
-    known = recorded[STAGES[stage].config].keys() - recorded["TrainingArguments"].keys()
-    assert told(STAGES[stage].fields, "trl") == known
+    known = recorded[TOLD[stage].config].keys() - recorded["TrainingArguments"].keys()
+    assert told(TOLD[stage].fields, "trl") == known
 
 
 def test_every_option_of_the_trainer_is_told(theirs: Any) -> None:
@@ -78,10 +79,10 @@ def test_every_option_of_the_trainer_is_told(theirs: Any) -> None:
 
 @each_stage
 def test_every_option_of_ours_is_told(stage: str) -> None:
-    own = getattr(config, STAGES[stage].config)
-    rows = [*STAGES[stage].fields, *TRAINER]
+    own = getattr(config, TOLD[stage].config)
+    rows = [*TOLD[stage].fields, *TRAINER]
     assert {field.name for field in dataclasses.fields(own)} <= told(rows, "ours")
-    everywhere = [row for other in STAGES.values() for row in other.fields] + TRAINER
+    everywhere = [row for other in TOLD.values() for row in other.fields] + TRAINER
     known = {field.name for field in dataclasses.fields(RunOptions)}
     assert known <= told(everywhere, "ours")
 
@@ -96,7 +97,7 @@ def untold(logged: Iterable[str], known: set[str], of_evaluation: str) -> list[s
 @pytest.mark.usefixtures("alone")
 @each_stage
 def test_every_metric_of_trl_is_told(stage: str, tmp_path: Path) -> None:
-    trainer = STAGES[stage].trainer
+    trainer = TOLD[stage].trainer
     known = {metric.trl for metric in METRICS[stage, trainer]}
     for logged in (RECORDED["metrics"][trainer], record_trl_fields.logged(stage, tmp_path)):
         assert "loss" in logged
@@ -151,7 +152,24 @@ def of_ppo() -> Steps:
     )
 
 
-OUR_STEPS = {"sft": of_sft, "reward": of_reward, "dpo": of_dpo, "ppo": of_ppo}
+def of_groups(algorithm: Any, options: Any) -> Steps:
+    policy, codec = a_policy()
+    rows, ref_policy = codec.encode_prompts(TEXTS * 2)[0], policy.reference()
+    sizes = {"batch_size": 4, "minibatch_size": 4, "max_new_tokens": 4, "group_size": 2}
+    told = options(**OF | sizes, steps=1)
+    state = algorithm.new_state(policy, rows, told)
+    reward = lambda _, responses: [len(x) for x in responses]  # noqa: E731
+    return algorithm.train(policy, ref_policy, reward, told, state, eval_prompts=rows)
+
+
+OUR_STEPS = {
+    "sft": of_sft,
+    "reward": of_reward,
+    "dpo": of_dpo,
+    "ppo": of_ppo,
+    "grpo": lambda: of_groups(grpo, config.GRPOConfig),
+    "rloo": lambda: of_groups(rloo, config.RLOOConfig),
+}
 
 
 @pytest.mark.parametrize("stage", OURS_ALONE)
@@ -245,7 +263,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("alone", "files")
-@each_stage
+@pytest.mark.parametrize("stage", STAGES)
 def test_both_scripts_have_the_same_losses(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     theirs, ours = blocks(stage)
     names: dict[str, Any] = {}

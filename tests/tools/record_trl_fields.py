@@ -32,7 +32,16 @@ STAGES: dict[str, tuple[str, str, str, list[dict[str, str]]]] = {
     "sft": ("SFTConfig", "SFTTrainer", "GPT2LMHeadModel", DEMONSTRATIONS),
     "reward": ("RewardConfig", "RewardTrainer", "GPT2ForSequenceClassification", PAIRS),
     "dpo": ("DPOConfig", "DPOTrainer", "GPT2LMHeadModel", PAIRS),
+    "grpo": ("GRPOConfig", "GRPOTrainer", "GPT2LMHeadModel", PAIRS),
+    "rloo": ("RLOOConfig", "RLOOTrainer", "GPT2LMHeadModel", PAIRS),
 }
+# What trainers that sample need beside.
+SAMPLING = {"beta": 0.1, "num_generations": 2, "max_completion_length": 4}
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Trainers that sample log it by this name."""
+    return [float(len(text)) for text in completions]
 
 
 def defaults(config: Any) -> dict[str, Any]:
@@ -70,7 +79,12 @@ def logged(stage: str, folder: Path) -> list[str]:
     tokenizer.save_pretrained(folder / "model")
     told = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 0}
     told |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    of_rewards = {}
+    if stage in ("grpo", "rloo"):
+        of_rewards = {"reward_funcs": reward}
+        told |= SAMPLING
     run = getattr(trl, trainer)(
+        **of_rewards,
         model=str(folder / "model"),
         args=getattr(trl, config)(str(folder), num_train_epochs=1, eval_strategy="epoch", **told),
         train_dataset=Dataset.from_list(rows),

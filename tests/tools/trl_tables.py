@@ -11,7 +11,7 @@ from typing import Any
 
 import find_helpers  # noqa: F401
 from compare import names
-from compare.fields import STAGES, TRAINER, Field
+from compare.fields import SAMPLED, STAGES, TRAINER, Field
 from test_house import ROOT
 
 from rlhf_min import config
@@ -21,13 +21,14 @@ PAGE = ROOT / "examples/compare/coming_from_trl.md"
 RECORDED = json.loads((ROOT / "examples/compare/trl_fields.json").read_text(encoding="utf-8"))
 TRL = f"trl {RECORDED['versions']['trl']}"
 
+TOLD = STAGES | SAMPLED
 Defaults = dict[str, str]  # of a stage: option -> what stands in its brackets
 
 
 def our_defaults(stage: str) -> Defaults:
     """Options of the stage's config and of all commands."""
     found = {}
-    for source in (RunOptions(), getattr(config, STAGES[stage].config)()):
+    for source in (RunOptions(), getattr(config, TOLD[stage].config)()):
         for field in dataclasses.fields(source):
             found[field.name] = shown(getattr(source, field.name))
             if field.metadata.get("pretrained"):
@@ -38,7 +39,7 @@ def our_defaults(stage: str) -> Defaults:
 def their_defaults(stage: str) -> Defaults:
     """Fields of trl's config, those of the Trainer among them."""
     recorded = RECORDED["fields"]
-    values = recorded["TrainingArguments"] | recorded[STAGES[stage].config]
+    values = recorded["TrainingArguments"] | recorded[TOLD[stage].config]
     return {name: shown(value) for name, value in values.items()}
 
 
@@ -63,7 +64,7 @@ def named(options: str, defaults: Mapping[str, Defaults]) -> str:
         told = {stage: of[name] for stage, of in defaults.items() if name in of}
         values = set(told.values())
         if len(values) > 1:
-            values = {"; ".join(f"{STAGES[stage].title} {value}" for stage, value in told.items())}
+            values = {"; ".join(f"{TOLD[stage].title} {value}" for stage, value in told.items())}
         parts.append(f"`{name}` ({values.pop()})")
     return ", ".join(parts)
 
@@ -81,7 +82,7 @@ def options(stages: list[str], rows: list[Field], here: str, there: str) -> str:
 
 def stage_options(stage: str) -> str:
     """What the config of a stage adds to what all have."""
-    told = STAGES[stage]
+    told = TOLD[stage]
     return options([stage], told.fields, f"`{told.config}` here", f"`{told.config}` of {TRL}")
 
 
@@ -94,13 +95,13 @@ def trainer_options() -> str:
 def metrics(stage: str) -> str:
     """Every metric of trl's trainer, what it is here, and those of ours that trl has not."""
     rows = []
-    for metric in names.METRICS[stage, STAGES[stage].trainer]:
+    for metric in names.METRICS[stage, TOLD[stage].trainer]:
         what = metric.what
         if metric.means is not None:
             what += f" (trl: {metric.means[0]}; here: {metric.means[1]})"
         rows.append((f"`{metric.ours}`" if metric.ours else "none", f"`{metric.trl}`", what))
     rows += [(f"`{ours}`", "none", what) for ours, what in names.OURS_ALONE[stage].items()]
-    return table(("here", f"`{STAGES[stage].trainer}`", "what it is"), merged(rows))
+    return table(("here", f"`{TOLD[stage].trainer}`", "what it is"), merged(rows))
 
 
 def metrics_of_ppo() -> str:
@@ -142,6 +143,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 MADE = {
     "options-trainer": trainer_options,
     "metrics-ppo": metrics_of_ppo,
-    **{f"options-{stage}": lambda stage=stage: stage_options(stage) for stage in STAGES},
-    **{f"metrics-{stage}": lambda stage=stage: metrics(stage) for stage in STAGES},
+    **{f"options-{stage}": lambda stage=stage: stage_options(stage) for stage in TOLD},
+    **{f"metrics-{stage}": lambda stage=stage: metrics(stage) for stage in TOLD},
 }
