@@ -17,7 +17,7 @@ from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.cli import Parser, command
 
 TESTS = Path(__file__).parents[1] / "parity"
-ORDER = ("functions", "ppo", "grpo", "rloo", "dpo", "kto", "reward", "sft", "lora")
+ORDER = "functions ppo grpo rloo dpo preference kto reward sft lora".split()
 HEADER = ("function", "trl", "dtype", "cases", "largest difference", "convention removed")
 
 
