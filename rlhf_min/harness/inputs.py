@@ -15,6 +15,7 @@ from rlhf_min.harness.rows.load import LoadedRows, load_rows, split_rows
 if TYPE_CHECKING:  # they import torch
     from rlhf_min.loading.reward_function import RewardFunction
     from rlhf_min.world import World
+    from rlhf_min.world.questions import Question
 
 Row = dict[str, Any]
 HELDOUT_SHARE = 0.1  # of the user's prompts, unless they say another one
@@ -26,8 +27,9 @@ class Inputs:
     """Rows for the stages of a run; what a stage does not need may be empty.
 
     `unpaired` rows have a label; `prompts` and `test` hold one row for each prompt; `test` rows
-    have ``references``. `monitors` are rewards to report beside the learned one: the gold reward of
-    the world and its parts. `report` is what was said of the user's file, a line each.
+    have ``references``, and those of the world the ``kind`` of the question and its ``answer``, as
+    a reward may ask for. `monitors` are rewards to report beside the learned one: the gold reward
+    of the world and its parts. `report` is what was said of the user's file, a line each.
     """
 
     demonstrations: list[Row] = field(default_factory=list)
@@ -172,6 +174,10 @@ def world_inputs(world: "World") -> Inputs:
         "polite": lambda p, r: [gold.polite for gold in world.gold(p, r)],
         "brief": lambda p, r: [gold.brief for gold in world.gold(p, r)],
     }
+
+    def row(question: "Question") -> Row:
+        return {"prompt": question.text, "kind": question.kind, "answer": question.answer}
+
     return Inputs(
         demonstrations=world.demonstrations,
         heldout_demonstrations=world.heldout_demonstrations[:HELDOUT_ROWS],
@@ -179,9 +185,9 @@ def world_inputs(world: "World") -> Inputs:
         heldout_pairs=world.heldout_pairs,
         unpaired=_unpaired(world.pairs),
         heldout_unpaired=_unpaired(world.heldout_pairs),
-        prompts=[{"prompt": question.text} for question in world.train],
-        eval_prompts=[{"prompt": question.text} for question in world.validation],
-        test=[{"prompt": q.text, "references": [q.reference]} for q in world.test],
+        prompts=[row(question) for question in world.train],
+        eval_prompts=[row(question) for question in world.validation],
+        test=[row(question) | {"references": [question.reference]} for question in world.test],
         monitors=monitors,
     )
 

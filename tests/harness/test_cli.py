@@ -44,6 +44,10 @@ COMMANDS = {
     "chat": [example("chat").ChatOptions],
     "overoptimization": [example("overoptimization").OveroptimizationOptions],
     "frontier": [example("frontier").FrontierOptions],
+    "rejection_sampling": [
+        example("rejection_sampling").RejectionOptions,
+        example("rejection_sampling").RoundConfig,
+    ],
 }
 # What a command has no use for, and so does not know.
 OF_TRAINING = "allow_config_change save_every keep_last keep_best heldout_share "
@@ -210,6 +214,15 @@ BOUNDS = {
     example("evaluate_models").EvaluateOptions: RUN
     | {"seed": AT_LEAST_0, "test_prompts": POSITIVE},
     example("chat").ChatOptions: RUN | {"seed": AT_LEAST_0, "temperature": POSITIVE},
+    example("rejection_sampling").RejectionOptions: RUN
+    | {
+        "max_response_tokens": ([0, -1, 128, 200], [1, 127]),
+        "reward_timeout": AT_LEAST_0,
+        "rounds": POSITIVE,
+        "n": ([1, 0, -1], [2, 8]),
+        "prompts": POSITIVE,
+        "test_prompts": POSITIVE,
+    },
 }
 
 
@@ -329,6 +342,10 @@ OTHERS = {
     "chat": {"no model 'sft' in runs/quickstart": [], "temperature is 0": ["--temperature", "0"]},
     "make_report": {"holds no run.json": ["mine"], ".html": ["mine", "--out", "report.txt"]},
     "overoptimization": {"seeds is 0": ["--seeds", "0"]},
+    "rejection_sampling": {
+        "give --model": ["--data", "rows.csv"],
+        "n is 1": ["--n", "1"],
+    },
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tolerances import EXACT, FP64
+from tolerances import EXACT, FP32, FP64
 
 from rlhf_min.config import PPOConfig
 from rlhf_min.errors import BadInput, NonFinite
@@ -31,6 +31,7 @@ from rlhf_min.harness.experiments import (
 )
 from rlhf_min.harness.inputs import Inputs
 from rlhf_min.harness.models import make_codec
+from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import reward, sft
 from rlhf_min.policy import Policy
@@ -307,8 +308,9 @@ def start(models, monkeypatch, tmp_path, capsys):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)  # dataclasses look there
         spec.loader.exec_module(module)
-        given = "--model sft --reward_model reward_model --max_length 64 --max_response_tokens 4"
-        shared = f"{given} --threads 1 --seeds 1 --ppo_steps 2 --looks 2 --test_prompts 8"
+        shared = "--model sft --max_length 64 --max_response_tokens 4 --threads 1 --test_prompts 8"
+        if name in ("frontier", "overoptimization"):
+            shared += " --reward_model reward_model --seeds 1 --ppo_steps 2 --looks 2"
         monkeypatch.setattr(sys, "argv", [name, *shared.split(), *map(str, arguments)])
         capsys.readouterr()  # of the saving
         code = 0
@@ -434,3 +436,29 @@ def test_what_is_refused(start, name, arguments, told):
     assert told in errors
     assert len(errors.strip().splitlines()) == 1
     assert not Path("runs").exists()
+
+
+# Rejection sampling
+
+
+def test_rejection_sampling(start):
+    """The shortest response is the best here, so that the best of n learns to be brief."""
+    code = "def score(prompts, responses): return [-len(r) for r in responses]"
+    Path("short.py").write_text(code, encoding="utf-8")
+    rows = [json.dumps({"prompt": f"Add {i} and {i + 1}."}) for i in range(40)]
+    Path("a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = "--data a.jsonl --reward short.py:score --n 4 --rounds 2 --epochs 2 --batch_size 8"
+    code, out, errors, _ = start("rejection_sampling", *options.split(), "--learning_rate", 6e-3)
+    assert code == 0, errors
+    run = Path("runs/rejection_sampling")
+    results = json.loads((run / "results.json").read_text("utf-8"))
+    models = ("start", "best_of_n", "random_of_n")
+    score = {name: results[name]["score"]["mean"] for name in models}
+    assert score["best_of_n"] > max(score["start"], score["random_of_n"])
+    assert abs(results["start"]["kl"]["mean"]) <= FP32
+    for name in ("best_of_n", "random_of_n"):
+        assert results[name]["kl"]["mean"] > 0
+        rounds = [line for line in out.splitlines() if "chosen_score" in line and name in line]
+        assert len(rounds) == 2
+        assert Policy.from_pretrained(run / name, critic="none").positions == 64
+    assert layout.clear(run) == [run / ".lock"]  # --overwrite knows all the rest of it

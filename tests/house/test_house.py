@@ -28,6 +28,7 @@ FLOORS = (
     ("policy", "reward_model", "sampling", "optim"),
     ("rollout", "online"),
     ("sft", "reward", "ppo", "grpo", "rloo", "dpo", "kto", "evaluation", "world"),
+    ("rejection",),
 )
 ALGORITHMS = {"sft", "reward", "ppo", "grpo", "rloo", "dpo", "kto"}
 EQUATION_FLOORS = 2  # floors 0 and 1 import nothing but torch and these

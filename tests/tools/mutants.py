@@ -178,6 +178,17 @@ TABLE = [
      ("the gradient of the token itself",
       "gradient.scatter_add_(-1, tokens[:, None], grad[:, None])", "gradient")),
 
+    # rejection
+    ("rejection.choose_responses",
+     "unit/test_rejection.py::test_each_prompt_keeps_the_response_that_is_chosen",
+     ("a response to another prompt", "response_ids[n * row + i]", "response_ids[row + n * i]"),
+     ("responses that are not in groups", "scores.reshape(-1, n)", "scores.reshape(n, -1).T")),
+    ("rejection.best", "unit/test_rejection.py::test_the_best_is_the_first_of_the_highest",
+     ("the worst of n", "max(range", "min(range")),
+    ("rejection.train", "unit/test_rejection.py::test_a_round_goes_on_from_the_round_before",
+     ("every round has the same prompts", "random.Random(of_round.seed)",
+      "random.Random(config.seed)")),
+
     # estimates
     ("estimates.pass_at_k",
      "harness/test_experiments.py::test_pass_at_k_is_right_on_average[4-2]",

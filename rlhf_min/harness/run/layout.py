@@ -32,6 +32,7 @@ _IN_A_RUN = (
     r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
     r"tensorboard/.*tfevents.*|wandb/.*",
     rf"(?:(?:{BEST}|{LAST_GOOD})/)?\.?STAGE{_HALF}/{_INSIDE}",
+    rf"\.?(?:best|random)_of_n{_HALF}/{_INSIDE}",
     rf"{CHECKPOINTS}/STAGE/\.?{STEP}{_HALF}/{_INSIDE}",
 )
 

@@ -11,13 +11,14 @@ from rlhf_min.harness.report.finish import WarnOnly
 from rlhf_min.harness.rows.encoding_report import require_rows, summary
 from rlhf_min.harness.run import layout
 from rlhf_min.harness.run.log import MetricsLog
+from rlhf_min.loading.reward_function import RewardFunction
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 
 
 def run(
     policies: Mapping[str, Policy],
-    reward_model: RewardModel,
+    reward_model: RewardModel | RewardFunction,
     codec: Codec,
     inputs: Inputs,
     log: MetricsLog,
@@ -40,12 +41,14 @@ def run(
     require_rows(cut)
     print(f"evaluation on {len(prompts)} prompts that no stage was trained on; {summary(cut)}")
     baseline, first = next(iter(policies.items()))
+    score = reward_model.score if isinstance(reward_model, RewardModel) else reward_model
+    device = reward_model.device if isinstance(reward_model, RewardModel) else first.device
     evaluations = evaluate_policies(
         policies,
-        first.reference(reward_model.device),
-        reward_model.score,
+        first.reference(device),
+        score,
         prompts,
-        [prompt.columns["references"] for prompt in prompts],
+        [prompt.columns["references"] for prompt in prompts if "references" in prompt.columns],
         baseline=baseline,
         monitors=inputs.monitors,
         max_new_tokens=codec.max_response_tokens,
