@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import PREFERENCES, largest_difference, without_time
-from test_lora import adapted, bases, runs, trained  # noqa: F401 (bases is a fixture)
+from test_lora import ALGORITHMS, adapted, bases, runs, trained  # noqa: F401 (bases is a fixture)
 from test_resume import resume, run, start
 from torture import command_line, prepare, result
 
 from rlhf_min.errors import BadInput
+from rlhf_min.harness import preflight
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.checkpoint import WEIGHTS, Checkpoint, Snapshot, begin, checkpoints
 from rlhf_min.loading import adapters
@@ -135,7 +136,7 @@ def snapshot(module, state, **models):
     )
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo"])
+@ALGORITHMS
 def test_each_algorithm_resumes_to_the_bit(algorithm, bases, tmp_path):  # noqa: F811
     made = runs(bases)[algorithm]
     module, _, steps = made()
@@ -167,6 +168,17 @@ def test_another_base_is_noticed(bases, tmp_path):  # noqa: F811
         changed.lm.transformer.wpe.weight.data[3, 2] += 2**-20
         with pytest.raises(BadInput, match=f"{name} is not what this was saved with: 1 of its"):
             Checkpoint(path).restore(snapshot(module, state, ref_policy=reference))
+
+
+def test_the_memory_of_frozen_weights_is_counted_once(bases, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(preflight, "available_bytes", lambda _: 10_000.0)
+    module, state, _ = runs(bases)["dpo"]()
+    reference = module.reference()
+    (found,) = preflight.memory(module, [reference], state.optimizer, {}, 0)
+    adapter = sum(p.nbytes for p in trained(module).values())
+    weights = sum(p.nbytes for p in module.parameters()) + adapter  # and that of the reference
+    # With a gradient and two states of Adam for each trained number.
+    assert found.value == (weights + 3 * adapter) / (10_000 + weights)
 
 
 def test_a_checkpoint_of_a_whole_model_does_not_fit_an_adapter(bases, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from itertools import islice
 
 import peft
@@ -15,6 +16,7 @@ from small import (
     PREFERENCES,
     PROMPTS,
     TEXT_PAIRS,
+    UNPAIRED,
     bert,
     bert_config,
     bert_syllables,
@@ -35,7 +37,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertForMaskedLM, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, grpo, kto, ppo, reward, rloo, sft
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.data import collate
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
@@ -156,6 +159,7 @@ def test_which_layers_and_how_strong(name, options, matrices, scale, bases):
     assert len(layers) == matrices
     assert {layer.scaling["default"] for layer in layers.values()} == {scale}
     assert len(trained(policy)) == 2 * matrices  # A and B; the head is frozen, and embeddings
+    assert adapters.config_of(policy.lm).fan_in_fan_out == (name == "gpt2")
     for target in options.get("targets", ()):
         assert any(layer.endswith(target) for layer in layers)
 
@@ -298,6 +302,9 @@ def test_on_another_device_the_reference_has_all_weights_for_itself(bases):
     reference = policy.reference(torch.device("meta"))
     assert {p.device.type for p in reference.parameters()} == {"meta"}
     assert {p.device.type for p in policy.parameters()} == {"cpu"}
+    # Moving a weight may move it for all that have it.
+    copied = adapters.copied(policy.lm, torch.device("meta"))
+    assert not addresses(copied) & addresses(policy)
 
 
 def test_a_whole_model_is_copied_whole(bases):
@@ -355,10 +362,40 @@ def runs(bases):
         state = ppo.new_state(policy, PROMPTS, config)
         return policy, state, ppo.train(policy, reference, lengths, config, state)
 
-    return {"sft": of_sft, "reward": of_reward, "dpo": of_dpo, "ppo": of_ppo}
+    def of_kto():
+        start = moved(adapted(bases / "policy"))
+        policy, reference = copy_policy(start, critic="none"), start.reference()
+        config = kto.KTOConfig(**both, epochs=2)
+        state = kto.new_state(policy, reference, UNPAIRED, config)
+        return policy, state, kto.train(policy, reference, config, state)
+
+    def of_groups(algorithm, config_class):
+        start = moved(adapted(bases / "policy"))
+        policy, reference = copy_policy(start, critic="none"), start.reference()
+        config = config_class(
+            **both, steps=3, group_size=2, minibatch_size=2, max_new_tokens=3, kl_coef=0.1
+        )
+        state = algorithm.new_state(policy, PROMPTS, config)
+        steps = algorithm.train(policy, reference, lengths, config, state)
+        return policy, state, steps
+
+    return {
+        "sft": of_sft,
+        "reward": of_reward,
+        "dpo": of_dpo,
+        "kto": of_kto,
+        "ppo": of_ppo,
+        "grpo": partial(of_groups, grpo, GRPOConfig),
+        "rloo": partial(of_groups, rloo, RLOOConfig),
+    }
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo"])
+ALGORITHMS = pytest.mark.parametrize(
+    "algorithm", ["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo"]
+)
+
+
+@ALGORITHMS
 def test_training_moves_the_adapters_and_the_head_alone(algorithm, bases):
     module, _, steps = runs(bases)[algorithm]()
     before = weights(module)
@@ -516,7 +553,8 @@ def test_the_template_goes_with_the_adapter(bases, tmp_path):
     policy = adapted(bases / "gpt2")
     policy.lm.config.prompt_template = "Q: {prompt}\nA:"
     save_policy(policy, tmp_path)
-    assert adapted(tmp_path).lm.config.prompt_template == "Q: {prompt}\nA:"
+    loaded = adapted(tmp_path)
+    assert getattr(loaded.lm.config, "prompt_template", None) == "Q: {prompt}\nA:"
 
 
 # What is refused
