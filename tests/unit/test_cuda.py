@@ -13,7 +13,8 @@ from small import (
     without_time,
 )
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, grpo, ppo, reward, rloo, sft
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.logprobs import lm_head_logprobs, token_logprobs
 from rlhf_min.sampling import sample
 
@@ -61,6 +62,24 @@ def ppo_steps(policy_on, others_on, precision):
     return policy, ppo.train(policy, reference, reward_model.score, config, state)
 
 
+def grpo_steps(policy_on, others_on, precision):
+    return group_steps(grpo, GRPOConfig, policy_on, others_on, precision)
+
+
+def rloo_steps(policy_on, others_on, precision):
+    return group_steps(rloo, RLOOConfig, policy_on, others_on, precision)
+
+
+def group_steps(algorithm, make, policy_on, others_on, precision):
+    policy = small_policy(dtype=torch.float32).to(policy_on)
+    reference = policy.reference(torch.device(others_on))
+    reward_model = small_reward_model(dtype=torch.float32).to(others_on)
+    sizes = {"steps": 2, "batch_size": 4, "minibatch_size": 4, "group_size": 2}
+    config = make(**sizes, max_new_tokens=5, precision=precision)
+    state = algorithm.new_state(policy, PROMPTS, config)
+    return policy, algorithm.train(policy, reference, reward_model.score, config, state)
+
+
 def dpo_steps(policy_on, others_on, precision):
     policy = small_policy(dtype=torch.float32).to(policy_on)
     reference = policy.reference(torch.device(others_on))
@@ -69,7 +88,9 @@ def dpo_steps(policy_on, others_on, precision):
     return policy, dpo.train(policy, reference, config, state)
 
 
-STAGES = pytest.mark.parametrize("steps", [sft_steps, reward_steps, ppo_steps, dpo_steps])
+STAGES = pytest.mark.parametrize(
+    "steps", [sft_steps, reward_steps, ppo_steps, grpo_steps, rloo_steps, dpo_steps]
+)
 
 
 @STAGES

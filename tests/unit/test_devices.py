@@ -18,7 +18,8 @@ from small import (
 from tolerances import EXACT
 from torch.utils._pytree import tree_leaves
 
-from rlhf_min import dpo, kto, ppo, reward, sft
+from rlhf_min import dpo, grpo, kto, ppo, reward, rloo, sft
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.evaluation import evaluate_policies
 from rlhf_min.harness.cli import RunOptions
@@ -99,6 +100,26 @@ def run_ppo(*places):
     return told(steps)
 
 
+def run_groups(*places, algorithm):
+    policy, ref_policy, reward_model = models(*places)
+    config = {
+        "grpo": GRPOConfig(**GROUPS),
+        "dapo": GRPOConfig(**GROUPS, loss_mean="token", advantage_scale="batch", mask_cut=True),
+        "gspo": GRPOConfig(**GROUPS, ratio_level="sequence", kl_in="reward", kl="full"),
+        "rloo": RLOOConfig(**GROUPS),
+    }[algorithm]
+    module = rloo if algorithm == "rloo" else grpo
+    state = module.new_state(policy, PROMPTS, config)
+    score, fixed = reward_model.score, PROMPTS[:3]
+    return told(module.train(policy, ref_policy, score, config, state, eval_prompts=fixed))
+
+
+GROUPS = {
+    **{"steps": 2, "batch_size": 4, "group_size": 2, "minibatch_size": 2, "max_new_tokens": 5},
+    **{"eval_every": 1, "score_clip": 2.0, "eos_penalty": 1.0, "learning_rate": 1e-3},
+}
+
+
 def run_dpo(*places, cache):
     policy, ref_policy, _ = models(*places)
     config = dpo.DPOConfig(batch_size=4, cache_reference=cache, eval_every=1, learning_rate=1e-3)
@@ -163,6 +184,10 @@ def told(steps) -> list[Metrics]:
         (run_rollout, {"kl": "k1"}),
         (run_rollout, {"kl": "full"}),
         (run_ppo, {}),
+        (run_groups, {"algorithm": "grpo"}),
+        (run_groups, {"algorithm": "dapo"}),
+        (run_groups, {"algorithm": "gspo"}),
+        (run_groups, {"algorithm": "rloo"}),
         (run_dpo, {"cache": True}),
         (run_dpo, {"cache": False}),
         (run_kto, {"cache": True}),

@@ -21,8 +21,8 @@ from small import (
 from strategies import assert_close, assert_rows_are_a_set, tensors
 from tolerances import EXACT, FP64
 
-from rlhf_min import data, dpo, kto, ppo, reward, rollout, sft
-from rlhf_min.config import PPOConfig
+from rlhf_min import data, dpo, grpo, kto, ppo, reward, rloo, rollout, sft
+from rlhf_min.config import GRPOConfig, PPOConfig, RLOOConfig
 from rlhf_min.data import Cursor
 from rlhf_min.kl import kl_estimate
 from rlhf_min.logprobs import entropy, lm_head_logits, token_logprobs
@@ -104,6 +104,28 @@ def ppo_step(critic, *, pad="<pad>"):
     return policy, stats
 
 
+def group_step(algorithm, *, pad="<pad>", **options):
+    """As `ppo_step`, with groups of two."""
+    configs = {grpo: GRPOConfig, rloo: RLOOConfig}
+    config = configs[algorithm](batch_size=8, minibatch_size=8, group_size=2, **options)
+    rollout_of_another = rollout.score_rollout(
+        padded_with(pad, seed=2),
+        padded_with(pad, seed=1),
+        [x.prompt_ids for x in DEMONSTRATIONS],
+        [x.response_ids for x in DEMONSTRATIONS],
+        SCORES,
+        temperature=1.0,
+        kl="full",
+        max_tokens=1000,
+    )
+    policy = padded_with(pad)
+    buffer = algorithm.judge(rollout_of_another, config)
+    rows = [6, 3, 0, 7, 1, 5, 2, 4]
+    stats = algorithm.minibatch_step(policy, descent(policy), buffer, rows, config)
+    assert 0 < stats["clip_fraction"] < 1
+    return policy, stats
+
+
 def padded_with(pad, **options):
     policy = small_policy(**options)
     policy.tokenizer.pad_token = pad
@@ -121,8 +143,13 @@ STEPS = pytest.mark.parametrize(
         lambda: kto_step(cached=True),
         lambda: ppo_step("shared"),
         lambda: ppo_step("separate"),
+        lambda: group_step(grpo),
+        lambda: group_step(grpo, loss_mean="token", mask_cut=True),
+        lambda: group_step(rloo),
     ],
-    ids="sft,reward,dpo,dpo cached,kto,kto cached,ppo shared,ppo separate".split(","),
+    ids="sft,reward,dpo,dpo cached,kto,kto cached,ppo shared,ppo separate,grpo,dapo,rloo".split(
+        ","
+    ),
 )
 
 
@@ -156,8 +183,9 @@ def test_micro_batches_of_every_size_give_the_gradient_of_the_whole(step, monkey
 @pytest.mark.parametrize(
     "step",
     [dpo_step, lambda pad: dpo_step(pad=pad, cached=True), kto_step]
-    + [lambda pad, critic=critic: ppo_step(critic, pad=pad) for critic in ("shared", "separate")],
-    ids=["dpo", "dpo cached", "kto", "ppo shared", "ppo separate"],
+    + [lambda pad, critic=critic: ppo_step(critic, pad=pad) for critic in ("shared", "separate")]
+    + [lambda pad, module=module: group_step(module, pad=pad) for module in (grpo, rloo)],
+    ids=["dpo", "dpo cached", "kto", "ppo shared", "ppo separate", "grpo", "rloo"],
 )
 def test_eos_is_as_good_a_pad_as_any(step):
     # Of the 8 rows all but one end in EOS: a mask made from ids would lose it.
@@ -252,8 +280,10 @@ def test_dpo_hands_no_gradient_to_the_reference(cached):
     assert [name for name, x in found._asdict().items() if x.requires_grad] == ["loss"]
 
 
-def test_ppo_hands_no_gradient_to_whoever_only_judged():
-    sampler, ref_policy = small_policy(seed=2, critic="shared"), small_policy(seed=1)
+@pytest.mark.parametrize("algorithm", [ppo, grpo, rloo])
+def test_no_gradient_goes_to_whoever_only_judged(algorithm):
+    critic = "shared" if algorithm is ppo else "none"
+    sampler, ref_policy = small_policy(seed=2, critic=critic), small_policy(seed=1)
     found = rollout.score_rollout(
         sampler,
         ref_policy,
@@ -264,11 +294,14 @@ def test_ppo_hands_no_gradient_to_whoever_only_judged():
         kl="full",
         max_tokens=40,
     )
-    config = ppo.PPOConfig(batch_size=8, minibatch_size=8)
-    buffer = ppo.judge(found, config, kl_coef=0.1)
+    config = {ppo: PPOConfig, grpo: GRPOConfig, rloo: RLOOConfig}[algorithm](
+        batch_size=8, minibatch_size=8
+    )
+    more = {"kl_coef": 0.1} if algorithm is ppo else {}
+    buffer = algorithm.judge(found, config, **more)
     for x in (buffer.rewards, buffer.advantages, buffer.returns, found.logprobs, found.values):
         assert not x.requires_grad
-    policy = small_policy(critic="shared")
-    ppo.minibatch_step(policy, descent(policy), buffer, range(8), config)
+    policy = small_policy(critic=critic)
+    algorithm.minibatch_step(policy, descent(policy), buffer, list(range(8)), config)
     for model in (sampler, ref_policy):
         assert all(p.grad is None for p in model.parameters())

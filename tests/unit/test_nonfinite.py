@@ -22,8 +22,8 @@ from small import (
     weights,
 )
 
-from rlhf_min import dpo, kto, ppo, reward, sft
-from rlhf_min.config import TrainingConfig
+from rlhf_min import dpo, grpo, kto, ppo, reward, rloo, sft
+from rlhf_min.config import GRPOConfig, RLOOConfig, TrainingConfig
 from rlhf_min.data import PreferenceExample, SFTExample, UnpairedExample
 from rlhf_min.errors import BadInput, Diverged, NonFinite
 from rlhf_min.harness.run.faults import first_nonfinite
@@ -105,7 +105,31 @@ def ppo_run(*, score=lengths, **options):
     return policy, None, state, ppo.train(policy, ref_policy, score, config, state)
 
 
-RUNS = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run, kto_run, ppo_run])
+def distinct(_prompts, responses):
+    """No two responses of a group score the same."""
+    return [float(i * i) for i in range(len(responses))]
+
+
+def grpo_run(algorithm=grpo, make=GRPOConfig, *, score=distinct, **options):
+    policy = small_policy(dtype=torch.float32)
+    config = make(
+        **{
+            **{"steps": STEPS, "batch_size": 4, "group_size": 2, "minibatch_size": 4, "epochs": 1},
+            **{"max_new_tokens": 3, "schedule": "constant", "warmup_share": 0.0},
+            **options,
+        }
+    )
+    state = algorithm.new_state(policy, PROMPTS, config)
+    ref_policy = small_policy(seed=1, dtype=torch.float32)
+    return policy, None, state, algorithm.train(policy, ref_policy, score, config, state)
+
+
+def rloo_run(**options):
+    return grpo_run(rloo, RLOOConfig, **options)
+
+
+ONLINE = [ppo_run, grpo_run, rloo_run]
+RUNS = pytest.mark.parametrize("run", [sft_run, reward_run, dpo_run, kto_run, *ONLINE])
 # What the loss of each row is made of, as the harness looks for rows at fault.
 ALONE = {
     sft_run: sft_stage.alone,
@@ -175,8 +199,9 @@ def test_a_nan_weight_stops_the_run_and_names_the_rows_that_it_reaches(run):
     assert state.optimizer.skipped == 0
 
 
-def test_a_policy_that_is_nan_stops_ppo_while_it_samples():
-    policy, _, state, steps = ppo_run()
+@pytest.mark.parametrize("run", ONLINE)
+def test_a_policy_that_is_nan_stops_while_it_samples(run):
+    policy, _, state, steps = run()
     next(steps)
     with torch.no_grad():
         policy.lm.transformer.ln_f.bias[0] = math.nan
@@ -243,12 +268,34 @@ def test_a_rollout_that_is_not_finite_in_one_row_moves_no_weight():
     assert_untouched(policy, before)
 
 
-def overflow_in_row_1(_prompts, _responses):
-    return [1.0, 1e39, 2.0]  # finite, but not in the policy's float32
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [(grpo_run, {}), (grpo_run, {"kl_in": "reward"}), (rloo_run, {})],
+    ids=["KL in the loss", "KL in the reward", "rloo"],
+)
+def test_a_reference_that_is_nan_in_one_row_of_a_group_moves_no_weight(run, options):
+    sizes = {"batch_size": 8, "minibatch_size": 1, "steps": 9}
+    policy, _, state, steps = run(**sizes, **options)
+    ref_policy = steps.gi_frame.f_locals["ref_policy"]
+    with torch.no_grad():
+        ref_policy.lm.transformer.wpe.weight[POSITION] = math.nan
+    kept = [weights(policy)]
+    with pytest.raises(NonFinite) as caught:
+        exhaust(steps, policy, kept)
+    name, rows = first_nonfinite(rollouts.alone(policy, GRPOConfig(), caught.value.batch))
+    assert name == "ref_logprobs"
+    assert 0 < len(rows) < 8
+    assert state.optimizer.steps == 8 * state.step  # 0 times NaN is NaN, so the returns show it
+    assert_untouched(policy, kept[-1])
 
 
-def test_a_score_beyond_float32_is_named():
-    policy, _, state, steps = ppo_run(score=overflow_in_row_1)
+def overflow_in_row_1(_prompts, responses):
+    return [1.0, 1e39, 2.0, 0.0][: len(responses)]  # finite, but not in the policy's float32
+
+
+@pytest.mark.parametrize("run", ONLINE)
+def test_a_score_beyond_float32_is_named(run):
+    policy, _, state, steps = run(score=overflow_in_row_1)
     before = weights(policy)
     with pytest.raises(BadInput, match=r"gave 1e\+39 for the prompt .* in row 1 "):
         next(steps)
@@ -377,13 +424,15 @@ def test_a_learning_rate_that_explodes(run):
     assert all(torch.isfinite(weight).all() for weight in kept[-1].values())
 
 
-def test_a_reward_that_gives_nan_is_bad_input():
+@pytest.mark.parametrize("run", ONLINE)
+def test_a_reward_that_gives_nan_is_bad_input(run):
     def score(_prompts, responses):
         calls.append(len(responses))
-        return [0.0, 0.0, math.nan] if len(calls) == 2 else [0.0, 1.0, 2.0]
+        found = [0.0, 0.0, math.nan, 0.0] if len(calls) == 2 else [0.0, 1.0, 2.0, 0.0]
+        return found[: len(responses)]
 
     calls: list[int] = []
-    policy, _, _, steps = ppo_run(score=score)
+    policy, _, _, steps = run(score=score)
     next(steps)
     before = weights(policy)
     with pytest.raises(BadInput, match=r"reward score gave nan for the prompt '.*' in row 2 "):

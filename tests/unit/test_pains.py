@@ -35,10 +35,12 @@ PAINS = {
     "4 the score lands beside the last token, a penalty on the wrong rows": """
         test_kl.py::test_shape_rewards_closed
         test_ppo.py::test_score_clip_and_eos_penalty
+        test_grpo.py::test_scores_are_clipped_and_then_charged_for_a_missing_eos
         test_rollout.py::test_ended_says_which_rows_end_in_eos""",
     "5 accumulation changes the gradient": """
         test_invariance.py::test_micro_batches_of_every_size_give_the_gradient_of_the_whole
-        test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is""",
+        test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is
+        test_grpo.py::test_micro_batches_leave_the_gradient_as_it_is""",
     "6 which KL estimate, and where it is biased": """
         test_kl.py::test_kl_estimate_definition_gaussian
         test_kl.py::test_kl_estimate_definition_expectation
@@ -52,6 +54,7 @@ PAINS = {
         parity/test_data_1_12.py""",
     "9 dropout is on while scoring": """
         test_ppo.py::test_dropout_is_off
+        test_grpo.py::test_dropout_is_off
         test_dpo.py::test_dropout_is_off
         test_policy.py::test_without_dropout_train_mode_is_eval_mode
         test_preflight.py::test_dropout_left_on""",
@@ -109,6 +112,7 @@ PAINS = {
         test_dpo.py::test_training_prefers_what_was_chosen""",
     "23 a run cannot go on where it stopped": """
         test_ppo.py::test_resume
+        test_grpo.py::test_resume
         test_dpo.py::test_resume
         test_reward.py::test_resume
         test_sft.py::test_resume""",

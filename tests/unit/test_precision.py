@@ -17,16 +17,18 @@ from small import (
 from strategies import assert_close, outputs_and_gradients
 from tolerances import FP32
 
-from rlhf_min import dpo, kto, online, ppo, reward, sft
-from rlhf_min.advantages import gae
-from rlhf_min.config import PPOConfig
+from rlhf_min import dpo, grpo, kto, online, ppo, reward, rloo, sft
+from rlhf_min.advantages import gae, grpo_advantages, rloo_advantages
+from rlhf_min.config import GRPOConfig, PPOConfig, RLOOConfig
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.models import start_policy, start_reward_model
 from rlhf_min.kl import kl_estimate, shape_rewards
 from rlhf_min.losses import (
+    grpo_loss,
     pairwise_reward_loss,
     ppo_policy_loss,
     ppo_value_loss,
+    rloo_loss,
     sft_loss,
 )
 from rlhf_min.masking import masked_mean, masked_scale, masked_var, masked_whiten
@@ -59,6 +61,20 @@ def ppo_steps(dtype, precision, **watched):
     return policy, ppo.train(policy, policy.reference(), lengths, config, state, **watched)
 
 
+GROUPS = {"steps": 1, "batch_size": 4, "group_size": 2, "minibatch_size": 4, "epochs": 1}
+
+
+def grpo_steps(dtype, precision, algorithm=grpo, make=GRPOConfig):
+    policy = small_policy(dtype=dtype)
+    config = make(**GROUPS, max_new_tokens=5, precision=precision, warmup_share=0.0)
+    state = algorithm.new_state(policy, PROMPTS, config)
+    return policy, algorithm.train(policy, policy.reference(), lengths, config, state)
+
+
+def rloo_steps(dtype, precision):
+    return grpo_steps(dtype, precision, rloo, RLOOConfig)
+
+
 def dpo_steps(dtype, precision):
     policy = small_policy(dtype=dtype)
     config = dpo.DPOConfig(precision=precision)
@@ -76,7 +92,7 @@ def kto_steps(dtype, precision):
 
 
 STAGES = pytest.mark.parametrize(
-    "steps", [sft_steps, reward_steps, ppo_steps, dpo_steps, kto_steps]
+    "steps", [sft_steps, reward_steps, ppo_steps, grpo_steps, rloo_steps, dpo_steps, kto_steps]
 )
 
 
@@ -104,7 +120,7 @@ def test_bfloat16_is_near_float32_and_leaves_weights_and_losses_in_it(steps):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert all(torch.isfinite(torch.tensor(x)) for x in metrics.values())
-    if steps is ppo_steps:
+    if steps in (ppo_steps, grpo_steps, rloo_steps):
         # Other tokens may be drawn, so only what holds for any of them: at the first pass the
         # policy is the one that sampled, and the reference.
         assert metrics["ratio"] == pytest.approx(1, abs=BF16)
@@ -147,17 +163,22 @@ def looked_at(stage):
         state = kto.new_state(policy, ref_policy, UNPAIRED, config)
         steps = kto.train(policy, ref_policy, config, state, heldout=UNPAIRED)
         return steps, state, lambda: kto.evaluate(policy, ref_policy, UNPAIRED, config)
-    policy = small_policy(critic="shared", dtype=torch.float32)
+    algorithm, make = {
+        "ppo": (ppo, PPOConfig),
+        "grpo": (grpo, GRPOConfig),
+        "rloo": (rloo, RLOOConfig),
+    }[stage]
+    critic = "shared" if stage == "ppo" else "none"
+    policy = small_policy(critic=critic, dtype=torch.float32)
     ref_policy = small_policy(seed=1, dtype=torch.float32)
-    config = ppo.PPOConfig(
-        steps=1, batch_size=4, minibatch_size=4, max_new_tokens=5, precision="bf16"
-    )
-    state = ppo.new_state(policy, PROMPTS, config)
-    steps = ppo.train(policy, ref_policy, lengths, config, state, eval_prompts=PROMPTS)
+    sizes = {"steps": 1, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 5}
+    config = make(**sizes, precision="bf16")
+    state = algorithm.new_state(policy, PROMPTS, config)
+    steps = algorithm.train(policy, ref_policy, lengths, config, state, eval_prompts=PROMPTS)
     return steps, state, lambda: online.evaluate(policy, ref_policy, lengths, PROMPTS, config)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo"])
 def test_a_look_has_the_precision_of_the_run(stage):
     steps, state, look = looked_at(stage)
     (metrics,) = steps
@@ -182,9 +203,10 @@ def test_a_rollout_has_the_precision_of_the_run():
     assert float((rollout.logprobs - half).abs().max()) < 1e-5 < float((half - full).abs().max())
 
 
-def test_an_update_has_the_precision_of_its_rollout():
+@pytest.mark.parametrize("steps", [ppo_steps, grpo_steps, rloo_steps])
+def test_an_update_has_the_precision_of_its_rollout(steps):
     """At the first pass nothing has moved, so the same pass gives the same probabilities."""
-    (metrics,) = ppo_steps(torch.float32, "bf16")[1]
+    (metrics,) = steps(torch.float32, "bf16")[1]
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
@@ -277,6 +299,21 @@ COMPUTED = {
     "sft_loss": lambda a, *_: sft_loss(a, MASK),
     "reward": lambda a, b, c: pairwise_reward_loss(a[0], b[0], margin=c[0], center_coef=0.1),
     "policy": lambda a, b, c: ppo_policy_loss(a, b, c, MASK, clip=0.2),
+    "grpo": lambda a, b, c: grpo_loss(
+        *(a, b, c, c[:, 0], MASK),
+        **{"clip": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "ratio_level": "token"},
+        loss_mean="token",
+        max_new_tokens=64,
+    ),
+    "gspo": lambda a, b, c: grpo_loss(
+        *(a, b, c, c[:, 0], MASK),
+        **{"clip": 0.2, "clip_high": 0.3, "kl_coef": 0.0, "ratio_level": "sequence"},
+        loss_mean="sequence",
+        max_new_tokens=64,
+    ),
+    "rloo": lambda a, b, c: rloo_loss(*(a / 64, b / 64, c[:, 0], MASK), clip=0.2, clip_high=0.3),
+    "rloo_advantages": lambda a, *_: rloo_advantages(a[0], group_size=4),
+    "grpo_advantages": lambda a, *_: grpo_advantages(a[0], group_size=4, scale="group"),
     "value": lambda a, b, c: ppo_value_loss(a, b, c, MASK, clip=0.2),
     "dpo": lambda a, b, c: dpo_loss(a[0], b[0], c[0], c[1], beta=0.3, label_smoothing=0.1),
     "kto": lambda a, b, c: kto_loss(

@@ -249,6 +249,34 @@ def test_collect_remembers_what_it_sampled():
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
+@pytest.mark.parametrize("group_size", [1, 2, 3])
+def test_rows_of_a_group_follow_one_another(group_size):
+    """As if each prompt had been given so many times; its columns go with it."""
+    seen = {}
+
+    def reward(prompts, responses, answer):
+        seen.update(prompts=prompts, answer=answer)
+        return by_length(prompts, responses)
+
+    def found(prompts, reward, **options):
+        config = PPOConfig(max_new_tokens=8, temperature=0.8, max_tokens=30)
+        models = make_policy(), make_policy(seed=9, critic="none")
+        return collect(*models, reward, prompts, config, rng=generator(21), **options)
+
+    grouped = found(examples(), reward, group_size=group_size)
+    assert len(grouped.responses) == 4 * group_size
+    group_of = [b // group_size for b in range(4 * group_size)]
+    assert seen["answer"] == [ROWS[i]["answer"] for i in group_of]
+    assert seen["prompts"] == grouped.prompts == [ROWS[i]["prompt"] for i in group_of]
+    one_by_one = found([examples()[i] for i in group_of], by_length)
+    assert grouped.responses == one_by_one.responses
+    assert grouped.columns == one_by_one.columns
+    for name in ("scores", "logprobs", "ref_logprobs", "kl"):
+        assert_close(getattr(grouped, name), getattr(one_by_one, name), EXACT)
+    # Those of a group are drawn anew, and not copied.
+    assert len(set(grouped.responses[-group_size:])) == group_size
+
+
 def test_rewards_see_the_rows_own_text_and_plain_responses():
     seen = {}
 

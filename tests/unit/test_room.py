@@ -33,7 +33,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rlhf_min import dpo, kto, ppo, sft
+from rlhf_min import dpo, grpo, kto, ppo, rloo, sft
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.data import (
     PreferenceExample,
     PromptExample,
@@ -140,6 +141,30 @@ def ppo_eval(policy, prompt):
     next(ppo.train(policy, policy.reference(), constant, PPO, state, eval_prompts=other))
 
 
+GROUPS = {"batch_size": 4, "minibatch_size": 2, "max_new_tokens": NEW, "group_size": 2}
+GROUP_CONFIGS = {grpo: GRPOConfig(**GROUPS), rloo: RLOOConfig(**GROUPS)}
+
+
+def grpo_state(policy, prompt, *, module=grpo):
+    policy.value_head = None
+    module.new_state(policy, [*PROMPTS, PromptExample("", prompt)], GROUP_CONFIGS[module])
+
+
+def rloo_eval(policy, prompt, *, module=rloo):
+    policy.value_head = None
+    config, other = GROUP_CONFIGS[module], [PromptExample("", prompt)]
+    state = module.new_state(policy, PROMPTS, config)
+    next(module.train(policy, policy.reference(), constant, config, state, eval_prompts=other))
+
+
+def rloo_state(policy, prompt):
+    grpo_state(policy, prompt, module=rloo)
+
+
+def grpo_eval(policy, prompt):
+    rloo_eval(policy, prompt, module=grpo)
+
+
 def constant(_prompts, responses):
     return [0.0] * len(responses)
 
@@ -147,7 +172,7 @@ def constant(_prompts, responses):
 ENTRIES = [
     *(sampled, forward, logits, scored, evaluated),
     *(sft_state, sft_heldout, dpo_state, dpo_heldout, kto_state, kto_heldout),
-    *(ppo_state, ppo_eval),
+    *(ppo_state, ppo_eval, grpo_state, grpo_eval, rloo_state, rloo_eval),
 ]
 
 
