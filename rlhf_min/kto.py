@@ -46,13 +46,11 @@ def total(cursor: Cursor, config: KTOConfig) -> int:
     return config.epochs * cursor.batches_per_epoch(config.batch_size)
 
 
-def first_loss(examples: Sequence[UnpairedExample], config: KTOConfig) -> tuple[float, str]:
-    """The loss while policy and reference are the same, and what that number is called.
-
-    All rewards and the KL are 0 then, and sigmoid(0) is 1/2 with any `beta`.
-    """
+def first_loss(examples: Sequence[UnpairedExample], config: KTOConfig) -> float:
+    """What the loss of these rows is while policy and reference are the same: half their mean
+    weight, since all rewards and the KL are 0 then, and sigmoid(0) is 1/2 with any `beta`."""
     weights = [config.desirable_weight if x.label else config.undesirable_weight for x in examples]
-    return sum(weights) / len(weights) / 2, "half the mean weight"
+    return sum(weights) / len(weights) / 2
 
 
 def weight_ratio(examples: Sequence[UnpairedExample], config: KTOConfig) -> float:
@@ -182,10 +180,7 @@ def train(
         NonFinite: before the optimizer step that would have used a number that is not finite.
     """
     _require_room(policy, heldout, config)
-    require(
-        len(heldout) != 1 or config.loss != "kto",
-        "KTO's KL takes the response of another row, and one row is held out; hold out two or more",
-    )
+    check_heldout(heldout, config)
     total_steps = total(state.cursor, config)
     if config.cache_reference and heldout:
         with state.optimizer.autocast():
@@ -215,6 +210,14 @@ def evaluate(
     with evaluating(policy):
         metrics = means(policy, ref_policy, heldout, config)
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def check_heldout(heldout: Sequence[UnpairedExample], config: KTOConfig) -> None:
+    """Raise `BadInput` for a single row, which has no mismatched pair."""
+    require(
+        len(heldout) != 1 or config.loss != "kto",
+        "KTO's KL takes the response of another row, and one row is held out; hold out two or more",
+    )
 
 
 def means(

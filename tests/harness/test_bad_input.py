@@ -183,6 +183,7 @@ SFT = f"train_sft{ROOM} --model sft"
 SCORER = f"train_reward_model{ROOM} --reward_model"
 PPO = f"train_ppo{ROOM} --max_new_tokens 8 --model sft"
 BRIEF = " --epochs 1 --batch_size 64 --skip_preflight"
+KTO = f"train_kto{ROOM} --model sft{BRIEF}"
 WEIGHTS, CONFIG, TOKENIZER = "sft/model.safetensors", "sft/config.json", "sft/tokenizer.json"
 TOKENIZER_CONFIG, HEAD = "sft/tokenizer_config.json", "ppo/value_head.safetensors"
 
@@ -300,6 +301,30 @@ DATA = [
          rows({"prompt": "a", "responses": ["b", "c", "d"], "scores": [3, 2, 1]}),
          "a.jsonl: DPO needs …; of several answers to a prompt make pairs: a row for each two, …",
          "dpo"),
+    data("a label of yes", "a.jsonl", rows({**A, "label": True}, {**A, "label": "yes"}),
+         "a.jsonl: line 2: label is 'yes', which is neither true nor false (nor 1 or 0); make …",
+         "kto"),
+    data("ratings as labels", "a.csv", "prompt,response,label\na,b,1\na,c,2\n",
+         "a.csv: row 2: label is '2', which is neither true nor false (nor 1 or 0); make it one …",
+         "kto"),
+    data("a label of null", "a.jsonl", rows({**A, "label": None}),
+         "a.jsonl: no usable row among the 1 read: label is empty (1: line 1); correct these rows",
+         "kto"),
+    data("no label", "a.jsonl", rows(A),
+         "a.jsonl: KTO needs the columns prompt, response, label; …; pairs do as well: …", "kto"),
+    data("nothing labelled true", "a.jsonl",
+         rows({**A, "label": False}, {**A, "prompt": "c", "label": False}),
+         "no row is labelled true, so a new model has no response to be fine-tuned on; give …",
+         "kto"),
+    Case("nothing labelled false", f"{KTO} --data a.jsonl",
+         "…warning: 18 responses are labelled true and 0 false, so KTO only raises what it is …",
+         rows(*({**x, "response": x["chosen"], "label": 1} for x in pairs(20))), 0),
+    Case("a row that is left over", f"{KTO} --batch_size 21",
+         "22 rows in batches of 21 leave a batch of one, and KTO's KL takes the response of …"),
+    Case("one row held out", f"{KTO} --data a.jsonl",
+         "KTO's KL takes the response of another row, and one row is held out; hold out two …",
+         rows(*({**A, "prompt": x, "label": x == "a"} for x in "abc"))),
+    Case("rows one by one", "train_kto --batch_size 1", "KTOConfig: batch_size is 1; it must be …"),
     Case("a prompt in each answer", f"{SFT}{BRIEF} --data a.jsonl",
          "warning: response begins with the prompt in 8 of 8 rows; it would be learned twice; …",
          rows(*({**x, "chosen": f"{x['prompt']} {x['chosen']}"} for x in pairs(8))), 0),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import small_policy, small_reward_model
 
-from rlhf_min.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_min.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import OnlineOptions, RunOptions, command, parse
 from rlhf_min.harness.models import make_codec, start_policy
@@ -39,6 +39,7 @@ COMMANDS = {
     "train_reward_model": [RunOptions, RewardConfig],
     "train_ppo": [OnlineOptions, PPOConfig],
     "train_dpo": [RunOptions, DPOConfig],
+    "train_kto": [RunOptions, KTOConfig],
     "quickstart": [example("quickstart").QuickstartOptions],
     "evaluate_models": [example("evaluate_models").EvaluateOptions],
     "chat": [example("chat").ChatOptions],
@@ -57,6 +58,7 @@ OF_OWN_ROWS = "data columns split limit heldout_data heldout_split "
 UNKNOWN = {
     "train_sft": "reward_model reward_device",
     "train_dpo": "reward_model",
+    "train_kto": "reward_model",
     "evaluate_models": f"{OF_TRAINING} model resume heldout_data heldout_split",
     "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
     "overoptimization": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
@@ -175,6 +177,14 @@ BOUNDS = {
         "label_smoothing": ([-0.1, 0.5, math.nan], [0, 0.49]),
         "simpo_gamma": AT_LEAST_0,
         "sft_coef": AT_LEAST_0,
+    },
+    KTOConfig: OPTIMIZER
+    | {
+        "batch_size": ([0, -1, 1], [2]),
+        "max_tokens": POSITIVE,
+        "beta": POSITIVE,
+        "desirable_weight": AT_LEAST_0,
+        "undesirable_weight": AT_LEAST_0,
     },
     PPOConfig: OPTIMIZER
     | {
@@ -360,7 +370,9 @@ def test_what_can_be_refused_is_refused_before_torch_is_imported(name, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
     of_all = {"unknown option --nonsense": ["--nonsense", "1"]}
-    of_training = name.startswith(("train_sft", "train_reward", "train_dpo", "quickstart"))
+    of_training = name.startswith(
+        ("train_sft", "train_reward", "train_dpo", "train_kto", "quickstart")
+    )
     cases = of_all | (REFUSED if of_training else {}) | OTHERS.get(name, {})
     if name == "train_reward_model":
         cases["no such folder"] = ["--reward_model", "/nowhere/at/all"]
@@ -420,7 +432,7 @@ def made_here(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig])
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig, KTOConfig])
 def test_a_pretrained_model_gets_the_published_settings(monkeypatch, tmp_path, config):
     name = "reward_model" if config is RewardConfig else "model"
     option = f"--{name}"
@@ -547,6 +559,7 @@ def test_each_trainer_leaves_a_model_and_curves(run, capsys, tmp_path, models):
     small = ("--epochs", "1", "--batch_size", "8")
     assert run("train_sft", *room, *sft, *small) == 0
     assert run("train_dpo", *room, *sft, *small) == 0
+    assert run("train_kto", *room, *sft, *small) == 0
     assert run("train_reward_model", *room, *sft, *reward_model, *small) == 0
     ppo = ("--steps", "2", "--minibatch_size", "4", "--max_new_tokens", "8")
     assert run("train_ppo", *room, *sft, *reward_model, *small, *ppo) == 0
@@ -556,6 +569,7 @@ def test_each_trainer_leaves_a_model_and_curves(run, capsys, tmp_path, models):
         ("sft", "sft", 2),
         ("sft-2", "sft", 2),
         ("dpo", "dpo", 2),
+        ("kto", "kto", 3),
         ("reward_model", "reward_model", 2),
         ("ppo", "ppo", 2),
     ):

@@ -175,6 +175,30 @@ def test_dpo_that_knows_its_own_pairs_only(tmp_path):
     assert lines(estimate(0.9, 0.02), estimate(0.85, 0.01)) == []  # apart, and by little
 
 
+def test_kto_that_knows_its_own_rows_only_or_that_most_are_of_one_label(tmp_path):
+    rows = rows_of("kto", desirable_rewards=[0.0, 0.5])
+
+    def lines(trained, held_out, one_label=0.5):
+        accuracy = {"trained on": trained, "held out": held_out | {"one_label": one_label}}
+        return found(tmp_path, metrics=rows, notes={"kto": {"accuracy": accuracy}})
+
+    by_heart, guess = lines(estimate(0.99, 0.01, 36), estimate(0.5, 0.3, 4))
+    both = (
+        "tells desirable from undesirable in 0.990 [0.980, 1.000] of 36 responses trained on and "
+        "0.500 [0.200, 0.800] of 4 responses held out"
+    )
+    assert by_heart.startswith(f"KTO: learns its responses by heart: {both}; take fewer --epochs")
+    assert guess.startswith(
+        "KTO: is not shown to know more than that one label is frequent (50% of 4 held-out rows): "
+        f"{both}; take more rows"
+    )
+    assert lines(estimate(0.85, 0.02), estimate(0.8, 0.04)) == []
+    # Four fifths of the rows have one label: who says nothing but that one is as good.
+    (line,) = lines(estimate(0.85, 0.02), estimate(0.82, 0.04), one_label=0.8)
+    assert "one label is frequent (80% of 100 held-out rows)" in line
+    assert found(tmp_path, metrics=rows, notes={"kto": {}}) == []
+
+
 # Data and the test
 
 

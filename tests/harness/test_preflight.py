@@ -17,6 +17,7 @@ from small import (
     PROMPTS,
     RED,
     TWO,
+    UNPAIRED,
     WORDS,
     ids,
     largest_difference,
@@ -29,7 +30,7 @@ from test_cli import example, our_line, pairs, write_rows
 from tolerances import EXACT
 from torch import nn
 
-from rlhf_min import dpo, ppo, reward, sft
+from rlhf_min import dpo, kto, ppo, reward, sft
 from rlhf_min import policy as policy_file
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
 from rlhf_min.encoding.cuts import CutReport
@@ -39,6 +40,7 @@ from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
 from rlhf_min.harness.run import folder
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import dpo as dpo_stage
+from rlhf_min.harness.stages import kto as kto_stage
 from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
 from rlhf_min.harness.stages import rollouts
@@ -70,7 +72,8 @@ class Stage:
     ref_policy = reward_model = None
 
     def __init__(self, name, *, precision="float64", examples=None, dropout=0.0, **options):
-        make = {"sft": self.sft, "dpo": self.dpo, "reward": self.reward, "ppo": self.ppo}[name]
+        make = {"sft": self.sft, "reward": self.reward, "ppo": self.ppo}
+        make = (make | {"dpo": self.dpo, "kto": self.kto})[name]
         self.dtype, self.dropout = dtype_of(precision), dropout
         make(examples, precision=autocast_of(precision), **options)
 
@@ -94,6 +97,14 @@ class Stage:
         self.state = dpo.new_state(self.model, self.ref_policy, examples, config)
         self.checks = lambda: dpo_stage.checks(self.model, self.ref_policy, config, self.state)
         self.train = lambda: dpo.train(self.model, self.ref_policy, config, self.state)
+
+    def kto(self, examples, **options):
+        self.model = small_policy(dtype=self.dtype, dropout=self.dropout)
+        self.ref_policy = self.model.reference()
+        config = kto.KTOConfig(batch_size=4, epochs=1, **options)
+        self.state = kto.new_state(self.model, self.ref_policy, examples or UNPAIRED, config)
+        self.checks = lambda: kto_stage.checks(self.model, self.ref_policy, config, self.state)
+        self.train = lambda: kto.train(self.model, self.ref_policy, config, self.state)
 
     def reward(self, examples, **options):
         self.model = small_reward_model(dtype=self.dtype, dropout=self.dropout)
@@ -154,6 +165,16 @@ LINES = {
         "head against the model's own logits",
         "a row alone against it in a batch",
         "first loss of sigmoid",
+    ],
+    "kto": [
+        "rows without a prompt or response token",
+        "EOS supervised",
+        "rows of the most frequent prompt",
+        "memory of cpu",
+        "two passes in train mode",
+        "head against the model's own logits",
+        "a row alone against it in a batch",
+        "first loss of kto",
     ],
     "ppo": [
         "rows without a prompt or response token",
@@ -217,6 +238,18 @@ def test_the_first_loss_leaves_out_what_sft_adds():
     assert check.words == "0.693147, within 1e-09 of 0.693147"
 
 
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_first_loss_of_kto_is_half_the_mean_weight(loss, cached):
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.6}
+    *_, check = Stage("kto", loss=loss, cache_reference=cached, **weights).checks()
+    assert check.name == f"first loss of {loss}"
+    assert check.words in (
+        "0.750000, within 1e-09 of 0.750000",  # of a desirable row
+        "0.300000, within 1e-09 of 0.300000",
+    )
+
+
 @pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo"])
 def test_two_probabilities_of_one_response(monkeypatch, loss):
     stage, logprobs = Stage("dpo", loss=loss), dpo.response_logprobs
@@ -245,7 +278,7 @@ def test_a_separate_critic_passes(capsys):
 # Each line fails for its own fault
 
 
-@pytest.mark.parametrize("name", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", ["ppo", "dpo", "kto"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_dropout_left_on(name, precision):
     stage = Stage(name, precision=precision, dropout=0.1)
@@ -287,6 +320,35 @@ def test_a_reference_of_other_weights_in_dpo(cached):
     assert "policy and reference differ before training" in found
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_reference_of_other_weights_in_kto(cached):
+    stage = Stage("kto", cache_reference=cached, beta=1.0)
+    perturb(stage.model if cached else stage.ref_policy)
+    found = refused(stage)
+    assert "first loss of kto" in found
+    assert "policy and reference differ before training" in found
+
+
+def test_a_wrong_cache_of_long_rows_in_kto(monkeypatch):
+    monkeypatch.setattr(kto_stage, "ROW_TOKENS", 1)  # every row is a long one
+    stage = Stage("kto", beta=1.0)
+    cursor = stage.state.cursor
+    cursor.examples = [replace(x, ref_logprob=x.ref_logprob + 5) for x in cursor.examples]
+    assert "first loss of kto" in refused(stage)
+
+
+def test_a_prompt_that_most_rows_have_is_warned_of_in_kto(capsys):
+    few = [replace(x, prompt_ids=UNPAIRED[0].prompt_ids) for x in UNPAIRED[:5]] + UNPAIRED[5:]
+    Stage("kto", examples=few).check()
+    told = capsys.readouterr().out
+    assert "warning  rows of the most frequent prompt          62.5% of 8, at most 50%" in told
+    assert "KTO's KL takes responses to other prompts, and there are few; give rows with" in told
+    assert all(
+        "most frequent" not in check.name
+        for check in Stage("kto", examples=few, loss="apo_zero_unpaired").checks()
+    )
+
+
 def test_a_wrong_cache_of_long_pairs_in_dpo(monkeypatch):
     monkeypatch.setattr(dpo_stage, "PAIR_TOKENS", 1)  # every pair is a long one
     stage = Stage("dpo", cache_reference=True, beta=1.0)
@@ -304,7 +366,7 @@ def test_values_that_are_not_numbers():
     assert "two passes in train mode" in refused(stage)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "ppo"])
 def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
     def padded_positions(_lm, batch):
         layout = padded(batch)
@@ -318,7 +380,7 @@ def test_positions_counted_from_padding_on_the_left(monkeypatch, name):
     assert "a row alone against it in a batch" in refused(stage)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "ppo"])
 def test_a_head_of_another_scale(monkeypatch, name):
     stage = Stage(name)
     right = policy_file.Policy.head.fget
@@ -724,7 +786,9 @@ def test_a_failed_check_ends_the_run_before_the_next(capsys):
     assert reached == []
 
 
-@pytest.mark.parametrize("name", ["train_sft", "train_reward_model", "train_ppo", "train_dpo"])
+@pytest.mark.parametrize(
+    "name", ["train_sft", "train_reward_model", "train_ppo", "train_dpo", "train_kto"]
+)
 def test_the_commands_stop_with_nothing_written_or_skip_it(monkeypatch, capsys, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(folder, "_held", {})  # no run is this process's own afterwards

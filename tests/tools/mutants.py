@@ -1141,7 +1141,7 @@ TABLE = [
      ("KTO's reference with dropout", "with evaluating(ref_policy):", "if True:")),
     ("kto._reference", "unit/test_kto.py::test_a_reference_that_is_cached_in_part_is_asked_for_all",
      ("a part of the cache is enough", "len(cached) == len(examples)", "cached")),
-    ("kto.train", "unit/test_kto.py::test_a_row_alone_has_no_mismatched_pair",
+    ("kto.check_heldout", "unit/test_kto.py::test_a_row_alone_has_no_mismatched_pair",
      ("one row is held out", 'len(heldout) != 1 or config.loss != "kto"', "True")),
     ("kto.train",
      "unit/test_kto.py::test_what_is_counted_on_the_way_and_when_held_out_rows_are_looked_at",

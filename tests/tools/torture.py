@@ -33,11 +33,11 @@ from rlhf_min.harness import models  # noqa: F401 (what a command imports late, 
 from rlhf_min.harness.report import finish  # noqa: F401
 from rlhf_min.harness.run import atomic, checkpoint
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
-from rlhf_min.harness.stages import dpo, ppo, reward, sft  # noqa: F401
+from rlhf_min.harness.stages import dpo, kto, ppo, reward, sft  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
-ALGORITHMS |= {"ppo": "train_ppo", "dpo": "train_dpo"}
+ALGORITHMS |= {"ppo": "train_ppo", "dpo": "train_dpo", "kto": "train_kto"}
 COMMON = ["--max_length", "16", "--max_response_tokens", "6"]
 COMMON += ["--threads", "1", "--save_every", "2", "--eval_every", "3"]
 OPTIONS = {
@@ -45,6 +45,7 @@ OPTIONS = {
     "reward_model": ["--epochs", "2", "--batch_size", "4"],
     "ppo": ["--steps", "10", "--batch_size", "8", "--minibatch_size", "4", "--max_new_tokens", "4"],
     "dpo": ["--epochs", "2", "--batch_size", "4"],
+    "kto": ["--epochs", "2", "--batch_size", "8"],  # of each pair two rows
 }
 OPTIONS["ppo"] += ["--kl_control", "adaptive", "--normalise_scores"]
 
