@@ -40,11 +40,13 @@ PAINS = {
     "5 accumulation changes the gradient": """
         test_invariance.py::test_micro_batches_of_every_size_give_the_gradient_of_the_whole
         test_ppo.py::test_micro_batches_leave_the_gradient_as_it_is
-        test_grpo.py::test_micro_batches_leave_the_gradient_as_it_is""",
+        test_grpo.py::test_micro_batches_leave_the_gradient_as_it_is
+        test_kto.py::test_micro_batches_leave_the_kl_and_the_gradient_as_they_are""",
     "6 which KL estimate, and where it is biased": """
         test_kl.py::test_kl_estimate_definition_gaussian
         test_kl.py::test_kl_estimate_definition_expectation
-        test_oracle.py::test_the_expected_update_is_the_gradient_of_the_objective""",
+        test_oracle.py::test_the_expected_update_is_the_gradient_of_the_objective
+        test_kto.py::test_no_prompt_meets_a_response_of_its_own""",
     "7 the reward model reads the policy's token ids": """
         test_rollout.py::test_rewards_see_the_rows_own_text_and_plain_responses
         test_rollout.py::test_the_same_text_typed_in_gets_the_same_scores""",
@@ -56,6 +58,7 @@ PAINS = {
         test_ppo.py::test_dropout_is_off
         test_grpo.py::test_dropout_is_off
         test_dpo.py::test_dropout_is_off
+        test_kto.py::test_dropout_is_off
         test_policy.py::test_without_dropout_train_mode_is_eval_mode
         test_preflight.py::test_dropout_left_on""",
     "10 truncation takes the response away": """
@@ -114,6 +117,7 @@ PAINS = {
         test_ppo.py::test_resume
         test_grpo.py::test_resume
         test_dpo.py::test_resume
+        test_kto.py::test_resume
         test_reward.py::test_resume
         test_sft.py::test_resume""",
     "24 a response template is not found": """
@@ -135,10 +139,12 @@ PAINS = {
         test_datafile.py::test_formats_read_the_same_rows
         test_datafile.py::test_named_columns_go_before_all_names
         test_datafile.py::test_file_is_refused
+        test_datafile.py::test_another_label_refuses_the_file_and_names_row_and_value
         test_formats.py::test_messages""",
     "30 the reference is scored again and again": """
         test_dpo.py::test_cached_and_live_reference_are_the_same
-        test_dpo.py::test_cache_holds_the_logprobs_of_each_pair_in_its_place""",
+        test_dpo.py::test_cache_holds_the_logprobs_of_each_pair_in_its_place
+        test_kto.py::test_cached_and_live_reference_are_the_same""",
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from small import (
     PREFERENCES,
     PROMPTS,
+    UNPAIRED,
     bert,
     bert_syllables,
     cohere,
@@ -26,7 +27,7 @@ from tolerances import FP32, FP64
 from torch import nn
 from transformers.activations import NewGELUActivation
 
-from rlhf_min import dpo, ppo
+from rlhf_min import dpo, kto, ppo
 from rlhf_min import policy as policy_file
 from rlhf_min.data import collate
 from rlhf_min.harness.cli import RunOptions
@@ -205,7 +206,16 @@ def run_dpo(policy):
     return second(dpo.train(policy, ref_policy, config, state))
 
 
-@pytest.mark.parametrize(("run", "critic"), [(run_ppo, "shared"), (run_dpo, "none")])
+def run_kto(policy):
+    config = kto.KTOConfig(batch_size=4, seed=1)
+    ref_policy = policy.reference()
+    state = kto.new_state(policy, ref_policy, UNPAIRED, config)
+    return second(kto.train(policy, ref_policy, config, state))
+
+
+@pytest.mark.parametrize(
+    ("run", "critic"), [(run_ppo, "shared"), (run_dpo, "none"), (run_kto, "none")]
+)
 def test_steps_are_the_same(run, critic):
     policies, metrics = [], []
     for plain in (True, False):
