@@ -335,6 +335,8 @@ class GroupConfig(RolloutConfig):
     """Options of GRPO and RLOO: several responses to each prompt take the place of a critic."""
 
     group_size: int = option(8, "Responses to each prompt.", at_least=2)
+    epochs: int = option(2, "Passes over one rollout.", above=0, pretrained=(1, "Shao et al. 2024"))
+    learning_rate: float = _rate(3e-4, pretrained=(1e-6, "Shao et al. 2024"))
     clip_high: float | None = option(
         None, "The ratio's upper limit is 1 + this. Default: as --clip.", above=0
     )
@@ -369,10 +371,22 @@ class GRPOConfig(GroupConfig):
         "loss", "The KL stands in the loss as k3, or in the reward as k1."
     )
     kl: RolloutKL = option("k1", "Estimate of the KL that is reported, and put into the rewards.")
-    kl_coef: float = option(0.05, "Weight of the KL, where kl_in says.", at_least=0)
+    kl_coef: float = option(
+        0.2,
+        "Weight of the KL, where kl_in says, beside advantages in deviations (advantage_scale).",
+        at_least=0,
+        pretrained=(0.04, "Shao et al. 2024"),
+    )
     mask_cut: bool = option(False, "Leave responses that were cut out of the loss (DAPO).")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOConfig(GroupConfig):
     """Options of RLOO."""
+
+    kl_coef: float = option(
+        0.05,
+        "Weight of the KL in the rewards, in score per nat.",
+        at_least=0,
+        pretrained=(0.03, "Ahmadian et al. 2024"),
+    )
