@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import BadInput, Diverged, NonFinite
     from .harness.run.saved_models import save_policy, save_reward_model
     from .kl import AdaptiveKL, FixedKL, exact_kl, kl_estimate, shape_rewards
+    from .loading.adapters import LoRA
     from .logprobs import entropy, lm_head_logits, lm_head_logprobs, token_logprobs
     from .losses import (
         grpo_loss,
@@ -60,6 +61,7 @@ __all__ = [
     "Codec",
     "Diverged",
     "FixedKL",
+    "LoRA",
     "NonFinite",
     "Policy",
     "PreferenceExample",
@@ -131,6 +133,7 @@ _NAMES = {
     "errors": "BadInput Diverged NonFinite",
     "harness.run.saved_models": "save_policy save_reward_model",
     "kl": "AdaptiveKL FixedKL exact_kl kl_estimate shape_rewards",
+    "loading.adapters": "LoRA",
     "logprobs": "entropy lm_head_logits lm_head_logprobs token_logprobs",
     "losses": "grpo_loss pairwise_reward_loss ppo_policy_loss ppo_value_loss rloo_loss sft_loss",
     "masking": "masked_mean masked_scale masked_var masked_whiten response_mask",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import check_quickstart
+import lora_memory
 import pytest
 import torch
 from small import bert, bert_syllables, gpt2, syllables
@@ -272,6 +273,16 @@ def test_the_bench_is_what_was_written():
     assert len(lines) > 8
     for line in lines:
         assert line in table.splitlines()
+
+
+def test_the_memory_of_adapters_is_what_was_written():
+    found = json.loads((ROOT / "examples/results/lora_memory.json").read_text("utf-8"))
+    told = " ".join(TEXTS["examples"].split())
+    assert f"({found['parameters']:,} parameters in float32" in told
+    assert f"its peak at {found['full_gb']:.2f} GB, and at {found['lora_gb']:.2f} GB" in told
+    assert f"rank {found['rank']} ({found['trained']:,} parameters): a third." in told
+    assert found["share"] == pytest.approx(found["lora_gb"] / found["full_gb"], abs=0.005)
+    assert round(found["share"], 2) == 0.33 <= lora_memory.SHARE
 
 
 def test_the_experiments_are_what_was_written():
