@@ -176,7 +176,7 @@ def test_dpo_that_knows_its_own_pairs_only(tmp_path):
 
 
 def test_kto_that_knows_its_own_rows_only_or_that_most_are_of_one_label(tmp_path):
-    rows = rows_of("kto", desirable_rewards=[0.0, 0.5])
+    rows = rows_of("kto", desirable_rewards=[0.0, 0.5], kl=[0.0, 0.25])
 
     def lines(trained, held_out, one_label=0.5):
         accuracy = {"trained on": trained, "held out": held_out | {"one_label": one_label}}
@@ -194,9 +194,21 @@ def test_kto_that_knows_its_own_rows_only_or_that_most_are_of_one_label(tmp_path
     )
     assert lines(estimate(0.85, 0.02), estimate(0.8, 0.04)) == []
     # Four fifths of the rows have one label: who says nothing but that one is as good.
-    (line,) = lines(estimate(0.85, 0.02), estimate(0.82, 0.04), one_label=0.8)
-    assert "one label is frequent (80% of 100 held-out rows)" in line
+    told = lines(estimate(0.85, 0.02), estimate(0.82, 0.04), one_label=0.8)
+    assert len(told) == 1
+    assert "one label is frequent (80% of 100 held-out rows)" in told[0]
     assert found(tmp_path, metrics=rows, notes={"kto": {}}) == []
+    of_each = estimate(0.8, 0.04) | {"one_label": 0.5}
+    accuracy = {"trained on": of_each, "held out": of_each}
+    run = write_run(
+        tmp_path / "run", metrics=rows, notes={"kto": {"accuracy": accuracy}}, **NO_MORE
+    )
+    (told,) = [line for line in summary(read_run(run))[0] if line.startswith("KTO")]
+    assert told == (
+        "KTO: tells desirable from undesirable in 0.800 [0.760, 0.840] of 100 responses trained on "
+        "and 0.800 [0.760, 0.840] of 100 responses held out. The reference point was above 0 in 1 "
+        "of 2 steps."
+    )
 
 
 # Data and the test

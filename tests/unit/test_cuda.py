@@ -7,13 +7,14 @@ from small import (
     PREFERENCES,
     PROMPTS,
     TEXT_PAIRS,
+    UNPAIRED,
     small_policy,
     small_reward_model,
     weights,
     without_time,
 )
 
-from rlhf_min import dpo, grpo, ppo, reward, rloo, sft
+from rlhf_min import dpo, grpo, kto, ppo, reward, rloo, sft
 from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.logprobs import lm_head_logprobs, token_logprobs
 from rlhf_min.sampling import sample
@@ -88,8 +89,16 @@ def dpo_steps(policy_on, others_on, precision):
     return policy, dpo.train(policy, reference, config, state)
 
 
+def kto_steps(policy_on, others_on, precision):
+    policy = small_policy(dtype=torch.float32).to(policy_on)
+    reference = policy.reference(torch.device(others_on))
+    config = kto.KTOConfig(batch_size=4, cache_reference=False, precision=precision)
+    state = kto.new_state(policy, reference, UNPAIRED, config)
+    return policy, kto.train(policy, reference, config, state)
+
+
 STAGES = pytest.mark.parametrize(
-    "steps", [sft_steps, reward_steps, ppo_steps, grpo_steps, rloo_steps, dpo_steps]
+    "steps", [sft_steps, reward_steps, ppo_steps, grpo_steps, rloo_steps, dpo_steps, kto_steps]
 )
 
 
@@ -106,7 +115,7 @@ def test_a_stage_runs_and_keeps_its_weights_in_float32(steps, precision, others_
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("steps", [sft_steps, reward_steps, dpo_steps])
+@pytest.mark.parametrize("steps", [sft_steps, reward_steps, dpo_steps, kto_steps])
 def test_a_gpu_gives_the_numbers_of_the_cpu(steps):
     _, there = steps("cuda:0", "cuda:0", "fp32")
     _, here = steps("cpu", "cpu", "fp32")

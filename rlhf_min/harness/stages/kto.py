@@ -265,8 +265,9 @@ CURVES = (
         "Reference point",
         "nats",
         (("eval/kl", "held out"), ("kl", "training")),
-        "An estimate of the KL that is cut off at 0. A response is good or bad beside it, so where "
-        "it is large, all rows are on one side.",
+        "The KL as estimated from responses to other prompts, cut off at 0. Where those are "
+        "improbable, as in the embedded world, it is 0 at nearly every step. A response is good or "
+        "bad beside it, so where it is large, all rows are on one side.",
         Range(high=20),
         "raise --beta or lower --learning_rate",
     ),
@@ -274,9 +275,13 @@ CURVES = (
 
 
 def headline(run: Run) -> str | None:
-    """How many responses are on their side of the reference point."""
-    rows = run.noted(STAGE, "accuracy")
-    return rows and f"{TITLE}: {accuracies_in_words(rows)}."
+    """How many responses are on their side of the reference point, and how often that is not 0."""
+    rows, (_, kls) = run.noted(STAGE, "accuracy"), run.series(STAGE, "kl")
+    if not rows:
+        return None
+    above = sum(kl > 0 for kl in kls)
+    point = f"The reference point was above 0 in {above} of {len(kls)} steps."
+    return f"{TITLE}: {accuracies_in_words(rows)}. {point}"
 
 
 def findings(run: Run) -> Iterator[Finding]:
