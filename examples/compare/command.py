@@ -14,8 +14,10 @@ from typing import Any
 from compare import options as words
 from rlhf_min.config import (
     DPOConfig,
+    GRPOConfig,
     PPOConfig,
     RewardConfig,
+    RLOOConfig,
     SFTConfig,
     check_options,
     option,
@@ -32,17 +34,21 @@ CONFIGS: dict[str, Any] = {
     "reward": RewardConfig,
     "dpo": DPOConfig,
     "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
 }
+SAMPLED = ("ppo", "grpo", "rloo")  # whose responses our side samples for both
 # What a run of a few steps has no use for; how long it is follows from --steps.
 UNUSED = ("steps", "eval_every", "normalise", "cache_reference")
-PASSES = ("epochs",)  # over all data; those of PPO are over one rollout
+PASSES = ("epochs",)  # over all data; those of the sampled are over one rollout
+LIMITS = ("stop_kl", "max_kl")  # which trl's GRPO and RLOO have not
 
 
 @dataclass(frozen=True)
 class Options:
     """What is compared, where and how. `ours` holds the options of the stage that were given."""
 
-    stage: str | None = option(None, "sft, reward, dpo or ppo; a script tells it by itself.")
+    stage: str | None = option(None, "sft, reward, dpo, ppo, grpo or rloo; a script tells it.")
     model: str | None = option(None, "Folder or name of the model that both start from.")
     data: str | None = option(None, "Your rows: a file, or a dataset on the Hub.")
     columns: str | None = option(None, "Your names of columns, like prompt=question,chosen=good.")
@@ -60,7 +66,9 @@ class Options:
     trl_data: str | None = option(None, "Rows for trl, if they are to be others.")
     trl_script: str | None = option(None, "A script of yours that trains with trl.")
     script_args: str | None = option(None, "Its command line, in quotes.")
-    reward: str | None = option(None, "PPO's reward: FILE.py:FUNCTION, or a classifier's folder.")
+    reward: str | None = option(
+        None, "Of PPO, GRPO, RLOO: FILE.py:FUNCTION, or a classifier's folder."
+    )
     trl_run: str | None = option(None, "A finished run of trl's: folder, CSV or JSONL.")
     run: str | None = option(None, "The finished run of ours beside it.")
     out: str | None = option(None, "Folder to write the comparison to.")
@@ -106,7 +114,9 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     parser.add_fields(Options, without=("ours",))
     stage = _stage(arguments)
     if stage in CONFIGS:
-        unused = UNUSED if stage == "ppo" else UNUSED + PASSES
+        unused = {"ppo": UNUSED, "grpo": UNUSED + LIMITS, "rloo": UNUSED + LIMITS}.get(
+            stage, UNUSED + PASSES
+        )
         parser.add_fields(CONFIGS[stage], without=(*unused, *map(_name, fields(Options))))
     _require_stage(arguments, stage)
     given = vars(parser.parse_args(arguments))
@@ -114,14 +124,19 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     ours = {name: value for name, value in given.items() if name not in names}
     options = Options(ours=ours, **{n: value for n, value in given.items() if n in names})
     if stage in CONFIGS:
-        CONFIGS[stage](**(of_ppo(ours) if stage == "ppo" else ours))  # says what is out of bounds
+        CONFIGS[stage](
+            **(of_rollouts(ours, stage) if stage in SAMPLED else ours)
+        )  # says what is out of bounds
     _check(options, set(given))
     return options
 
 
-def of_ppo(ours: dict[str, Any]) -> dict[str, Any]:
-    """Options of PPO: those given, and what a rollout of a comparison is without them."""
+def of_rollouts(ours: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Options of a stage that samples: those given, and what a rollout of a comparison is without
+    them."""
     given = {"batch_size": 8, "max_new_tokens": 32, "temperature": 1.0} | ours
+    if stage != "ppo":
+        given = {"group_size": 4} | given
     return {"minibatch_size": given["batch_size"]} | given
 
 
@@ -147,8 +162,8 @@ def _check(options: Options, given: set[str]) -> None:
     else:
         require(
             options.stage is not None,
-            "give --stage sft, reward, dpo or ppo with --model and --data; or --trl_script FILE; "
-            "or --trl_run DIR with --run DIR",
+            "give --stage sft, reward, dpo, ppo, grpo or rloo with --model and --data; or "
+            "--trl_script FILE; or --trl_run DIR with --run DIR",
         )
         require(options.model is not None, "give --model, the folder that both sides start from")
         require(options.data is not None, "give --data, the rows that both sides train on")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Stage = Literal["sft", "reward", "dpo", "ppo"]
+Stage = Literal["sft", "reward", "dpo", "ppo", "grpo", "rloo"]
 Row = dict[str, Any]
 Ids = dict[str, list[int]]  # of one row: by the names of `COLUMNS`
 
@@ -19,13 +19,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "sft": ("prompt_ids", "response_ids"),
     "reward": ("chosen_ids", "rejected_ids"),
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "ppo": ("prompt_ids", "response_ids"),
+    **dict.fromkeys(("ppo", "grpo", "rloo"), ("prompt_ids", "response_ids")),
 }
 
 
 @dataclass
 class Rollout:
-    """What both sides of PPO take as sampled in one step: ids and score of each row."""
+    """What both sides of PPO, GRPO and RLOO take as sampled in one step: ids and score of a row."""
 
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]  # with EOS where there is one

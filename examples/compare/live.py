@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from compare import group_causes, ppo_causes, show
 from compare import options as words
-from compare import ppo_causes, show
 from compare.causes import Sides, causes
-from compare.command import CONFIGS, Options, given_to_trl, of_ppo
+from compare.command import CONFIGS, SAMPLED, Options, given_to_trl, of_rollouts
 from compare.explain import (
     TOLERANCES,
     Followed,
@@ -27,7 +27,7 @@ from compare.explain import (
     up_to_gap,
 )
 from compare.job import START, WEIGHTS, Ids, Job, Record
-from compare.ours import ppo
+from compare.ours import groups, ppo
 from compare.ours.encode import Encoded, encode, encode_pairs
 from compare.ours.stages import Setup, Side
 from compare.result import Result, Weights
@@ -68,20 +68,22 @@ def compare(options: Options, folder: Path) -> bool:
     found = start.probe(python)
     require(found["trl"] is not None, f"no trl in {python}: {python} -m pip install trl")
     note(f"trl's side: {show.python(found)}")
-    result = (_ppo if options.stage == "ppo" else _trained)(options, folder, python, found["trl"])
+    sides = _sampled if options.stage in SAMPLED else _trained
+    result = sides(options, folder, python, found["trl"])
     print(show.page(result, options))
     if options.out is not None:
         _write(Path(options.out), result)
     return result.explained
 
 
-def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result:
+def _sampled(options: Options, folder: Path, python: str, trl: str | None) -> Result:
     """Both sides take the same responses, which our side samples from the start."""
-    rows = load_rows(str(options.data), "ppo", columns=options.parsed_columns, limit=options.limit)
+    stage: Any = options.stage
+    rows = load_rows(str(options.data), stage, columns=options.parsed_columns, limit=options.limit)
     note(rows.report())
-    given = of_ppo(options.ours)
-    config = CONFIGS["ppo"](**given, steps=options.steps)
-    require(options.reward is not None, f"PPO needs a --reward: {FORMS}")
+    given = of_rollouts(options.ours, stage)
+    config = CONFIGS[stage](**given, steps=options.steps)
+    require(options.reward is not None, f"{stage} needs a --reward: {FORMS}")
     reward = load_reward([str(options.reward)], RewardModel.from_pretrained)
     template = template_of(options, rows.rows)
     rollouts = ppo.make_rollouts(
@@ -89,9 +91,9 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     )
     note(rollouts.report)
     trainer = ppo_causes.STEP if (trl or "").startswith("0.") else "PPOTrainer"
-    told = words.in_trl_words("ppo", given, steps=options.steps, trainer=trainer)
+    told = words.in_trl_words(stage, given, steps=options.steps, trainer=trainer)
     job = Job(
-        "ppo",
+        stage,
         str(options.model),
         steps=options.steps,
         rows=[],
@@ -102,12 +104,20 @@ def _ppo(options: Options, folder: Path, python: str, trl: str | None) -> Result
     )
     their_side = TheirSide(job, folder, python)
     record = their_side.run()
-    note(f"ours: ppo, {len(record.steps)} steps")
-    critic: Any = "shared" if record.trainer == ppo_causes.STEP else "separate"
-    side = ppo.Side.load(job, critic)
-    setup = ppo_causes.setup_of(record, rollouts.rollouts, options.ours, options.trl_options)
+    note(f"ours: {stage}, {len(record.steps)} steps")
+    side: Any
+    if stage == "ppo":
+        side = ppo.Side.load(job, "shared" if record.trainer == ppo_causes.STEP else "separate")
+        setup: Any = ppo_causes.setup_of(
+            record, rollouts.rollouts, options.ours, options.trl_options
+        )
+        found: list[Any] = ppo_causes.causes(setup, record)
+    else:
+        side = groups.Side.load(job)
+        setup = group_causes.setup_of(record, rollouts.rollouts, options.ours, options.trl_options)
+        absolute = groups.counts_positions(side.policy)
+        found = group_causes.causes(setup, record, absolute=absolute)
     base = up_to_gap(side.run(setup), record.steps, tolerances(record))
-    found = ppo_causes.causes(setup, record)
     return _explained(side, setup, found, their_side, record, base)
 
 

@@ -52,6 +52,24 @@ PPO_OPTIONS: dict[str, dict[str, str]] = {
         "seed": "seed",
     },
 }
+# Of GRPO and RLOO.
+GROUPS = {
+    "epochs": "num_iterations",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "temperature": "temperature",
+    "clip": "epsilon",
+    "clip_high": "epsilon_high",
+    "kl_coef": "beta",
+    "adam_eps": "adam_epsilon",
+    **SHARED,
+}
+OF_GRPO = {
+    "advantage_scale": "scale_rewards",
+    "ratio_level": "importance_sampling_level",
+    "mask_cut": "mask_truncated_completions",
+}
+LOSS_MEANS = {"grpo": "sequence", "dr_grpo": "constant", "bnpo": "token", "dapo": "token"}
 KL_PENALTIES = {"kl": "k1", "abs": "abs", "mse": "k2", "full": "full"}  # of 0.11
 STOP_KL = 1.5  # 0.11 stops at so many times `target_kl`
 SCHEDULES = {"constant_with_warmup": "constant"}  # the others that we have are called alike
@@ -67,6 +85,8 @@ def in_our_words(stage: str, trl: dict[str, Any], *, total_steps: int) -> dict[s
     """
     if stage == "ppo":
         return _ppo_in_our_words(trl, total_steps)
+    if stage in ("grpo", "rloo"):
+        return _groups_in_our_words(stage, trl, total_steps)
     names = SHARED | SAME[stage]
     ours = {name: trl[theirs] for name, theirs in names.items() if theirs in trl}
     ours["batch_size"] = trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"]
@@ -74,6 +94,29 @@ def in_our_words(stage: str, trl: dict[str, Any], *, total_steps: int) -> dict[s
     ours["max_grad_norm"] = ours["max_grad_norm"] or None  # 0: not at all
     if stage == "reward":
         ours["center_coef"] = ours["center_coef"] or 0.0
+    return ours
+
+
+def _groups_in_our_words(stage: str, trl: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    names = GROUPS | (OF_GRPO if stage == "grpo" else {})
+    ours = {name: trl[theirs] for name, theirs in names.items() if theirs in trl}
+    ours.pop("adam_eps")
+    micro, steps = trl["per_device_train_batch_size"], trl["steps_per_generation"]
+    rollouts = total_steps * trl["gradient_accumulation_steps"] // (steps * trl["num_iterations"])
+    ours |= {
+        "steps": rollouts,
+        "batch_size": micro * steps,
+        "minibatch_size": micro * trl["gradient_accumulation_steps"],
+        "max_grad_norm": ours["max_grad_norm"] or None,
+        "eos_penalty": 0.0,
+        "score_clip": (trl.get("reward_clip_range") or (None, None))[1],
+        "clip_high": None if ours.get("clip_high") == ours["clip"] else ours.get("clip_high"),
+        **_schedule(trl, total_steps),
+    }
+    if stage == "grpo":
+        ours |= {"kl_in": "loss", "advantage_scale": str(ours["advantage_scale"]).lower()}
+        if trl["loss_type"] in LOSS_MEANS:  # else it stays among the causes
+            ours["loss_mean"] = LOSS_MEANS[trl["loss_type"]]
     return ours
 
 
@@ -149,6 +192,8 @@ def in_trl_words(
     """
     if stage == "ppo" and trainer == "PPOTrainer.step":
         return _in_words_of_step(ours)
+    if stage in ("grpo", "rloo"):
+        return _in_words_of_groups(stage, ours, steps)
     names = PPO_OPTIONS[trainer] if stage == "ppo" else SHARED | SAME[stage]
     trl = {theirs: ours[name] for name, theirs in names.items() if name in ours}
     if "max_grad_norm" in ours:
@@ -167,6 +212,32 @@ def in_trl_words(
         trl["missing_eos_penalty"] = ours["eos_penalty"]
     if "minibatch_size" in ours:
         trl["num_mini_batches"] = ours["batch_size"] // ours["minibatch_size"]
+    return trl
+
+
+def _in_words_of_groups(stage: str, ours: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Those of GRPO and RLOO, of which `batch_size` and `minibatch_size` are always given."""
+    names = GROUPS | (OF_GRPO if stage == "grpo" else {})
+    trl = {theirs: ours[name] for name, theirs in names.items() if name in ours}
+    minibatches = ours["batch_size"] // ours["minibatch_size"]
+    trl |= {
+        "per_device_train_batch_size": ours["minibatch_size"],
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": minibatches,
+    }
+    if "max_grad_norm" in ours:
+        trl["max_grad_norm"] = ours["max_grad_norm"] or 0.0
+    if "schedule" in ours:
+        back = {mine: theirs for theirs, mine in SCHEDULES.items()}
+        trl["lr_scheduler_type"] = back.get(ours["schedule"], ours["schedule"])
+    if "warmup_share" in ours:
+        total = steps * ours.get("epochs", 1) * minibatches
+        trl["warmup_steps"] = round(ours["warmup_share"] * total)
+    if "loss_mean" in ours:
+        back = {"sequence": "grpo", "constant": "dr_grpo", "token": "dapo"}
+        trl["loss_type"] = back[ours["loss_mean"]]
+    if stage == "rloo" and ours.get("score_clip"):
+        trl["reward_clip_range"] = (-ours["score_clip"], ours["score_clip"])
     return trl
 
 

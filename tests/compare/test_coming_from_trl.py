@@ -195,7 +195,7 @@ class StubOptimizer:
 def causes() -> set[str]:
     """What the comparison of a run may name as a cause, but for options."""
     found = set()
-    for file in ("causes.py", "ppo_causes.py", "tokens.py"):
+    for file in ("causes.py", "ppo_causes.py", "group_causes.py", "tokens.py"):
         for node in ast.walk(ast.parse((PAGE.parent / file).read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):

@@ -27,7 +27,7 @@ DPO = "--stage dpo --model model --data rows.jsonl"
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("", "give --stage sft, reward, dpo or ppo with --model and --data; or --trl_script"),
+        ("", "give --stage sft, reward, dpo, ppo, grpo or rloo with --model and --data; or --trl"),
         ("--stage foo", "give --model"),
         ("--stage foo --model model --data rows.jsonl", "--stage foo is not known; there are sft"),
         ("--stage dpo --data rows.jsonl", "give --model, the folder that both sides start from"),
@@ -39,7 +39,7 @@ DPO = "--stage dpo --model model --data rows.jsonl"
         (f"{DPO} --steps 0", "Options: steps is 0; it must be above 0 and finite"),
         (f"{DPO} --max_length 0", "Options: max_length is 0; it must be above 0 and finite"),
         (f"{DPO} --beta 0", "DPOConfig: beta is 0.0; it must be above 0 and finite"),
-        (f"{DPO} --clip 0.3", "--clip is an option of ppo; give --stage ppo with it"),
+        (f"{DPO} --value_clip 0.3", "--value_clip is an option of ppo; give --stage ppo with it"),
         (f"{DPO} --columns prompt", "prompt"),
         (f"{DPO} --trl_python none/python", "--trl_python none/python: no such Python"),
         (f"{DPO} --script_args x", "--script_args is for a --trl_script; leave it out"),

@@ -20,7 +20,7 @@ from compare.names import in_our_names
 from compare.ours import ppo_conventions as conventions
 from compare.theirs.float64 import float64
 from rlhf_min import ppo
-from rlhf_min.config import PPOConfig
+from rlhf_min.config import PPOConfig, RolloutConfig
 from rlhf_min.data import Cursor, PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness.rows.encoding_report import describe
@@ -328,7 +328,7 @@ def make_rollouts(
     folder: str | Path,
     rows: Sequence[Mapping[str, Any]],
     reward: RewardFunction,
-    config: PPOConfig,
+    config: RolloutConfig,
     *,
     steps: int,
     template: str,
@@ -355,7 +355,12 @@ def make_rollouts(
     rng = torch.Generator().manual_seed(config.seed + 10**6)
     rollouts = []
     for _ in range(steps):
-        batch = cursor.take_across(config.batch_size)
+        group = getattr(config, "group_size", 1)
+        batch = [
+            prompt
+            for prompt in cursor.take_across(config.batch_size // group)
+            for _ in range(group)
+        ]
         prompt_ids = [prompt.ids for prompt in batch]
         response_ids = sample(
             policy,

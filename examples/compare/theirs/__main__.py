@@ -39,7 +39,8 @@ def main(argument: str) -> int:
 
 def run(job: Job, folder: Path) -> None:
     """By the user's script, or by the driver of the stage."""
-    module = "script" if job.script is not None else "ppo" if job.stage == "ppo" else "trainers"
+    drivers = {"ppo": "ppo", "grpo": "groups", "rloo": "groups"}
+    module = "script" if job.script is not None else drivers.get(job.stage, "trainers")
     import_module(f".{module}", __package__).run(job, folder)
 
 

@@ -18,6 +18,8 @@ TRAINERS = {
     "reward": "RewardTrainer",
     "dpo": "DPOTrainer",
     "ppo": "PPOTrainer",
+    "grpo": "GRPOTrainer",
+    "rloo": "RLOOTrainer",
 }
 # The versions that have a stage in a form that is known here.
 STAGES = {
@@ -25,6 +27,8 @@ STAGES = {
     "reward": "0.11.3, or 1.0 or newer",
     "dpo": "0.11.3, or 1.0 or newer",
     "ppo": "0.11.3, or 1.0 to 1.12.0",
+    "grpo": "1.12.0 or newer",
+    "rloo": "1.12.0 or newer",
 }
 
 
@@ -87,6 +91,8 @@ def has(stage: str, found: dict[str, Any]) -> bool:
     """Whether the trl of a `probe` has the stage in a form that is known here."""
     major, minor = (int(part) for part in found["trl"].split(".")[:2])
     known = major > 0 or (minor == 11 and stage != "sft")
+    if stage in ("grpo", "rloo"):
+        known = (major, minor) >= (1, 12)
     return known and TRAINERS[stage] in found["trainers"]
 
 
