@@ -114,9 +114,9 @@ class RunOptions:
     )
     lora_rank: int | None = option(
         None,
-        "Train adapters of this rank beside frozen weights (LoRA; needs peft). Where the model is "
-        "an adapter, that one is trained further; without this option it is merged and all of it "
-        "is trained.",
+        "Train adapters of this rank beside frozen weights (LoRA; needs peft, and about ten times "
+        "the learning rate). Where the model is an adapter, that one is trained further; without "
+        "this option it is merged and all of it is trained.",
         above=0,
     )
     lora_alpha: int | None = option(
