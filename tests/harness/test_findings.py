@@ -96,6 +96,23 @@ def test_what_goes_wrong_in_ppo(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_groups_that_say_nothing_are_told_with_what_to_do(tmp_path, stage, share):
+    rows = rows_of(stage, score=[1.0] * 9, equal_groups=[share] * 9, ratio_max=[1.0] * 9)
+    lines = found(tmp_path, metrics=rows)
+    assert lines == (
+        []
+        if share < 0.5
+        else [
+            f"{stage.upper()}: the curve of groups of equal rewards left its range from step 1 to "
+            "the end: 0.750 at first, where at most 0.5 is healthy; give a reward that tells "
+            "responses apart, prompts that are neither too easy nor too hard, or a larger "
+            "--group_size"
+        ]
+    )
+
+
 def test_the_kl_that_ended_the_run_is_told_with_its_step(tmp_path):
     run = {"config": {"PPOConfig": {"steps": 40, "max_kl": 1.7}}}
     rows = [*(ppo_row(step) for step in range(1, 18)), ppo_row(18, k1=1.75)]

@@ -34,6 +34,7 @@ VOID = {"meta", "br"}
 NO_MORE = dict.fromkeys(("results", "samples", "tokens", "reward_model"))
 SCRIPT = "<script>alert('x')</script>&amp;"
 CURVES = [curve for module in stage_modules().values() for curve in module.CURVES]
+SHOWN = [curve for curve in CURVES if curve.stage in ("sft", "reward_model", "ppo", "dpo")]
 ESCAPED = "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;amp;"
 
 
@@ -234,7 +235,7 @@ def test_curves_lie_between_the_margins_and_use_the_room(text):
     left, right = figures.LEFT, figures.WIDTH - figures.RIGHT
     top, bottom = figures.TOP, figures.HEIGHT - figures.BOTTOM
     curves = [svg for svg in svgs(text) if "step" in words(svg)]
-    assert len(curves) == len(CURVES)
+    assert len(curves) == len(SHOWN)
     for svg in curves:
         numbers = [number for path in paths(svg, "line") for number in path]
         assert min(numbers[::2]) == pytest.approx(left, abs=0.1)
@@ -507,7 +508,7 @@ def test_every_curve_of_ppo_can_be_healthy_and_ill(tmp_path, title, metric, heal
 
 def test_an_adaptive_kl_may_go_to_twice_its_target(tmp_path):
     rows = [ppo_row(step, k1=17.0) for step in range(1, 41)]
-    (curve,) = [c for c in CURVES if c.title == "KL to the reference"]
+    (curve,) = [c for c in CURVES if c.stage == "ppo" and c.title == "KL to the reference"]
     for control, left in (("fixed", True), ("adaptive", False)):
         config = {"config": {"PPOConfig": {"kl_control": control, "kl_target": 9.0}}}
         run = read_run(write_run(tmp_path / control, metrics=rows, run=config))
@@ -519,22 +520,25 @@ def test_every_curve_says_what_is_healthy_in_one_sentence(text):
     for curve in CURVES:
         assert curve.healthy.endswith(".")
         assert ". " not in curve.healthy
+    for curve in SHOWN:
         assert f"Healthy: {curve.healthy}" in unescape(text)
 
 
 def test_another_stage_is_shown_as_its_file_says(tmp_path, monkeypatch):
     """Without a headline and findings of its own, which it may leave out."""
-    healthy = Curve("grpo", "Spread", "nats", (("spread", "spread"),), "Low.", Range(high=1), "do")
-    module = SimpleNamespace(STAGE="grpo", TITLE="GRPO", ROWS="prompts", CURVES=[healthy])
-    modules = stage_modules() | {"grpo": module}
+    healthy = Curve(
+        "another", "Spread", "nats", (("spread", "spread"),), "Low.", Range(high=1), "do"
+    )
+    module = SimpleNamespace(STAGE="another", TITLE="ANOTHER", ROWS="prompts", CURVES=[healthy])
+    modules = stage_modules() | {"another": module}
     monkeypatch.setattr(curves, "stage_modules", lambda: modules)
-    rows = [{"stage": "grpo", "step": step, "spread": float(step)} for step in range(1, 6)]
+    rows = [{"stage": "another", "step": step, "spread": float(step)} for step in range(1, 6)]
     run = read_run(write_run(tmp_path / "r", metrics=rows, **NO_MORE))
     text = page([run])
     (svg,) = svgs(text)
-    assert svg.find("title").text == "GRPO: spread"
-    assert "<h2>GRPO, step by step</h2>" in text
-    assert "GRPO: the curve of spread left its range from step 2 to the end: 2.000" in text
+    assert svg.find("title").text == "ANOTHER: spread"
+    assert "<h2>ANOTHER, step by step</h2>" in text
+    assert "ANOTHER: the curve of spread left its range from step 2 to the end: 2.000" in text
 
 
 # Parts
@@ -631,8 +635,8 @@ def test_a_page_has_room_for_a_few_steps_and_responses(tmp_path):
     many = [token_record(row, step, rows=9) for step in range(10, 130, 10) for row in range(9)]
     text = page([read_run(write_run(tmp_path / "many", metrics=None, tokens=many))])
     # 12 steps: the places 0, 2.75, 5.5, 8.25 and 11 are the nearest whole ones
-    assert re.findall(r"<summary>(Step \d+)", text) == ["Step 90", "Step 70", "Step 40", "Step 10"]
-    assert "<h3>Step 120</h3>" in text
+    assert re.findall(r"<summary>PPO, step (\d+)", text) == ["90", "70", "40", "10"]
+    assert "<h3>PPO, step 120</h3>" in text
     assert text.count("its 2 tokens") == 5 * 4
     long = [token_record(row, tokens=[token("a")] * 250) for row in range(4)]
     text = page([read_run(write_run(tmp_path / "long", metrics=None, tokens=long))])
@@ -649,6 +653,64 @@ def test_one_advantage_is_computed_before_the_readers_eyes(tmp_path):
     assert delta.endswith("-0.1000 + 1 * 0.5000 - 0.3000 = 0.1000")
     assert advantage.endswith("0.1000 + 0.95 * 0.4000 = 0.4800")
     assert total == "return = A + value = 0.7800; the table has 0.7800"
+
+
+def group_record(row, scale, **changes):
+    """Of a group with rewards 3, 0 and 1.5: mean 1.5, of the others 0.75, deviation 1.5."""
+    record = token_record(row, stage="grpo", group=[3.0, 0.0, 1.5], place=row, scale=scale)
+    for name in ("gamma", "lam", "whitened"):
+        del record[name]
+    made = {"leave_one_out": 2.25, "none": 1.5, "group": 1.5 / 1.5001, "batch": 1.25}[scale]
+    record["tokens"] = [token("yes", advantage=made), token("<end>", advantage=made)]
+    for x in record["tokens"]:
+        del x["value"]
+    return record | changes
+
+
+@pytest.mark.parametrize(
+    ("scale", "last"),
+    [
+        ("leave_one_out", "advantage = R - mean = 3.0000 - 0.7500 = 2.2500; the table has 2.2500"),
+        ("none", "advantage = R - mean = 3.0000 - 1.5000 = 1.5000; the table has 1.5000"),
+        (
+            "group",
+            "advantage = (R - mean) / (deviation + 0.0001) = (3.0000 - 1.5000) / 1.5001 = 0.9999; "
+            "the table has 0.9999",
+        ),
+        (
+            "batch",
+            "advantage = (R - mean) / (deviation of all R of the rollout + 0.0001), of 1.5000; "
+            "the table has 1.2500",
+        ),
+    ],
+)
+def test_an_advantage_in_a_group_is_computed_before_the_readers_eyes(tmp_path, scale, last):
+    records = [group_record(row, scale) for row in (0, 1)]
+    text = page([read_run(write_run(tmp_path / "r", metrics=None, tokens=records))])
+    said = "By hand, the first response, of a group of 3 to the same prompt; R is the sum of its re"
+    assert len(paragraphs(text, said)) == 1
+    lines = re.findall("<li><code>(.*?)</code>", text)
+    assert lines[0] == (
+        "mean of the others = (0.0000 + 1.5000) / 2 = 0.7500"
+        if scale == "leave_one_out"
+        else "mean of the group = (3.0000 + 0.0000 + 1.5000) / 3 = 1.5000"
+    )
+    assert lines[-1] == last
+    part = text[text.index("Token by token") :]
+    assert ">return<" in part
+    assert ">value<" not in part
+    assert Parsed(text).wrong == []
+
+
+def test_each_stage_that_samples_is_shown_token_by_token(tmp_path):
+    records = [token_record(0), group_record(0, "none"), group_record(1, "none", step=10)]
+    folder = write_run(tmp_path / "r", metrics=None, tokens=records)
+    text = page([read_run(folder)])
+    part = text[text.index("Token by token") :]
+    assert re.findall("<h3>(.*?, step .*?)</h3>", part) == ["PPO, step 40", "GRPO, step 40"]
+    assert re.findall("<summary>(.*?, step .*?)</summary>", part) == ["GRPO, step 10"]
+    assert part.count("By hand, ") == 2
+    assert part.count(">value<") == part[: part.index("GRPO, step 40")].count(">value<") > 0
 
 
 def test_the_metrics_of_the_last_step_are_computed_again_from_its_tokens(text):

@@ -30,8 +30,9 @@ from test_cli import example, our_line, pairs, write_rows
 from tolerances import EXACT
 from torch import nn
 
-from rlhf_min import dpo, kto, ppo, reward, sft
+from rlhf_min import dpo, grpo, kto, ppo, reward, rloo, sft
 from rlhf_min import policy as policy_file
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.data import PreferenceExample, PromptExample, SFTExample
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.errors import BadInput
@@ -40,9 +41,11 @@ from rlhf_min.harness.preflight import Check, available_bytes, kept_bytes
 from rlhf_min.harness.run import folder
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.stages import dpo as dpo_stage
+from rlhf_min.harness.stages import grpo as grpo_stage
 from rlhf_min.harness.stages import kto as kto_stage
 from rlhf_min.harness.stages import ppo as ppo_stage
 from rlhf_min.harness.stages import reward as reward_stage
+from rlhf_min.harness.stages import rloo as rloo_stage
 from rlhf_min.harness.stages import rollouts
 from rlhf_min.harness.stages import sft as sft_stage
 from rlhf_min.reward_model import RewardModel
@@ -72,10 +75,8 @@ class Stage:
     ref_policy = reward_model = None
 
     def __init__(self, name, *, precision="float64", examples=None, dropout=0.0, **options):
-        make = {"sft": self.sft, "reward": self.reward, "ppo": self.ppo}
-        make = (make | {"dpo": self.dpo, "kto": self.kto})[name]
         self.dtype, self.dropout = dtype_of(precision), dropout
-        make(examples, precision=autocast_of(precision), **options)
+        getattr(self, name)(examples, precision=autocast_of(precision), **options)
 
     def check(self):
         models = [self.model, self.ref_policy, self.reward_model]
@@ -115,18 +116,27 @@ class Stage:
         self.train = lambda: reward.train(self.model, config, self.state)
 
     def ppo(self, examples, **options):
-        critic = options.setdefault("critic", "shared")
+        options.setdefault("critic", "shared")
+        self.rollouts(ppo, ppo.PPOConfig, ppo_stage, examples, **options)
+
+    def grpo(self, examples, **options):
+        self.rollouts(grpo, GRPOConfig, grpo_stage, examples, group_size=2, **options)
+
+    def rloo(self, examples, **options):
+        self.rollouts(rloo, RLOOConfig, rloo_stage, examples, group_size=2, **options)
+
+    def rollouts(self, algorithm, make, stage, examples, **options):
+        critic = options.get("critic", "none")
         self.model = small_policy(critic=critic, dtype=self.dtype, dropout=self.dropout)
         self.ref_policy = self.model.reference()
         self.reward_model = small_reward_model(dtype=self.dtype)
-        config = ppo.PPOConfig(
-            steps=2, batch_size=4, minibatch_size=2, max_new_tokens=4, eval_every=9, **options
-        )
-        self.state = ppo.new_state(self.model, examples or PROMPTS, config)
-        self.checks = lambda: ppo_stage.checks(
+        sizes = {"steps": 2, "batch_size": 4, "minibatch_size": 2, "max_new_tokens": 4}
+        config = make(**sizes, eval_every=9, **options)
+        self.state = algorithm.new_state(self.model, examples or PROMPTS, config)
+        self.checks = lambda: stage.checks(
             self.model, self.ref_policy, self.reward_model, config, self.state
         )
-        self.train = lambda: ppo.train(
+        self.train = lambda: algorithm.train(
             self.model, self.ref_policy, self.reward_model.score, config, self.state
         )
 
@@ -189,6 +199,7 @@ LINES = {
         "constant reward",
     ],
 }
+LINES |= {"grpo": LINES["ppo"], "rloo": LINES["ppo"]}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -278,7 +289,7 @@ def test_a_separate_critic_passes(capsys):
 # Each line fails for its own fault
 
 
-@pytest.mark.parametrize("name", ["ppo", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo", "dpo", "kto"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_dropout_left_on(name, precision):
     stage = Stage(name, precision=precision, dropout=0.1)
@@ -663,7 +674,7 @@ def test_available_memory_is_some_of_what_there_is():
 def test_the_run_has_the_bits_of_one_without_preflight(name):
     found = []
     for checked in (True, False):
-        stage = Stage(name, dropout=0.0 if name in ("dpo", "ppo") else 0.2)
+        stage = Stage(name, dropout=0.2 if name in ("sft", "reward") else 0.0)
         torch.manual_seed(5)
         if checked:
             before = weights(stage.model)
@@ -786,8 +797,11 @@ def test_a_failed_check_ends_the_run_before_the_next(capsys):
     assert reached == []
 
 
+SAMPLING = ["train_ppo", "train_grpo", "train_rloo"]
+
+
 @pytest.mark.parametrize(
-    "name", ["train_sft", "train_reward_model", "train_ppo", "train_dpo", "train_kto"]
+    "name", ["train_sft", "train_reward_model", *SAMPLING, "train_dpo", "train_kto"]
 )
 def test_the_commands_stop_with_nothing_written_or_skip_it(monkeypatch, capsys, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -797,10 +811,12 @@ def test_the_commands_stop_with_nothing_written_or_skip_it(monkeypatch, capsys, 
     write_rows(tmp_path / "pairs.jsonl", pairs(12))
     options = "--data pairs.jsonl --model sft --max_length 16 --max_response_tokens 8 "
     options += "--batch_size 4 "
-    if name in ("train_reward_model", "train_ppo"):
+    if name == "train_reward_model" or name in SAMPLING:
         options += "--reward_model reward_model "
-    steps = {"train_ppo": "--steps 1 --minibatch_size 4 --max_new_tokens 4"}
-    options += steps.get(name, "--epochs 1")
+    if name in ("train_grpo", "train_rloo"):
+        options += "--group_size 2 "
+    sampled = "--steps 1 --minibatch_size 4 --max_new_tokens 4"
+    options += sampled if name in SAMPLING else "--epochs 1"
     monkeypatch.setattr(sys, "argv", [name, *options.split()])
     monkeypatch.setattr(preflight, "available_bytes", lambda _device: 1.0)
     before = sorted(tmp_path.iterdir())

@@ -23,7 +23,7 @@ import torch
 import torture
 from counting import counted, counting_stage, log_in
 from small import llama, small_policy, small_reward_model, word_tokenizer
-from torture import ALGORITHMS, MODULES, command_line, prepare, result
+from torture import ALGORITHMS, MODULES, SAMPLING, command_line, prepare, result
 
 from rlhf_min.data import PreferenceExample, PromptExample
 from rlhf_min.dpo import DPOConfig
@@ -133,7 +133,7 @@ def rows_of(out):
 def test_a_stopped_run_ends_like_the_whole_one(algorithm, work, whole, tmp_path, capsys):
     out = tmp_path / "run"
     assert start(algorithm, work, out, stop_at=5) == 143
-    assert f"stopped by a signal after step 5 of {10 if algorithm == 'ppo' else 14} of " in (
+    assert f"stopped by a signal after step 5 of {10 if algorithm in SAMPLING else 14} of " in (
         told := capsys.readouterr().err
     )
     assert f"--resume {out}" in told
@@ -722,13 +722,13 @@ def test_a_digest_is_of_all_bytes_of_any_type(dtype):
 
 HUGE = ["--learning_rate", "1e38", "--warmup_share", "0", "--skip_preflight"]
 ONE_STEP = {name: ["--epochs", "1", "--batch_size", "64"] for name in ALGORITHMS}
-ONE_STEP["ppo"] = ["--steps", "1", "--epochs", "1", "--minibatch_size", "8"]
+ONE_STEP |= {x: ["--steps", "1", "--epochs", "1", "--minibatch_size", "8"] for x in SAMPLING}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_model_that_the_last_step_breaks_is_not_published(algorithm, work, tmp_path, capsys):
     options = [*ONE_STEP[algorithm], *HUGE]
-    options += ["--keep_best", "eval/score" if algorithm == "ppo" else "eval/loss"]
+    options += ["--keep_best", "eval/score" if algorithm in SAMPLING else "eval/loss"]
     out = tmp_path / "run"
     assert start(algorithm, work, out, *options) == 1
     told = capsys.readouterr().err.splitlines()[-1]

@@ -120,7 +120,7 @@ def test_another_stage_is_known_where_its_file_is_put(another, tmp_path):
 
 def test_every_stage_says_what_is_asked_of_it():
     modules = stage_modules()
-    assert set(modules) >= {"sft", "reward_model", "ppo", "dpo"}
+    assert set(modules) >= {"sft", "reward_model", "ppo", "grpo", "rloo", "dpo"}
     for stage, module in modules.items():
         assert stage == module.STAGE
         assert module.TITLE

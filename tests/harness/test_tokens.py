@@ -23,7 +23,8 @@ from small import (
 )
 from tolerances import FP64
 
-from rlhf_min import ppo
+from rlhf_min import grpo, ppo, rloo
+from rlhf_min.config import GRPOConfig, RLOOConfig
 from rlhf_min.harness.report import tokens
 from rlhf_min.harness.report.tokens import token_records, token_rows
 from rlhf_min.harness.run.log import MetricsLog
@@ -38,6 +39,7 @@ CONFIG = ppo.PPOConfig(
     schedule="constant", warmup_share=0.0, temperature=0.7, max_new_tokens=5,
 )  # fmt: skip
 KL_COEF = 0.3
+GROUPS = {"batch_size": 4, "minibatch_size": 2, "group_size": 2, "temperature": 0.7}
 
 
 def text(row):
@@ -177,3 +179,48 @@ def test_a_number_that_is_not_finite_does_not_break_the_json(tmp_path, updated):
     records = written(tmp_path / "tokens.jsonl", (policy, buffer, ref_policy))
     found = [row["ref_logprob"] for row in records[1]["tokens"]]
     assert [x is None for x in found] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "config"),
+    [
+        (grpo, GRPOConfig(kl_in="reward", advantage_scale="none", **GROUPS)),
+        (grpo, GRPOConfig(ratio_level="sequence", **GROUPS)),
+        (rloo, RLOOConfig(**GROUPS)),
+    ],
+    ids=["Dr. GRPO", "GSPO", "RLOO"],
+)
+def test_the_advantage_of_a_group_can_be_computed_by_hand(algorithm, config):
+    policy, rollout = small_policy(), rollout_of_two_groups()
+    buffer = algorithm.judge(rollout, config)
+    records = token_records(policy, buffer, config, step=1, kl_coef=config.kl_coef)
+    assert [record["place"] for record in records] == [0, 1, 0, 1]
+    for record, score in zip(records, rollout.scores.tolist(), strict=True):
+        rows, reward = record["tokens"], record["group"][record["place"]]
+        assert not any("value" in row for row in rows)
+        kl = sum(row["kl"] for row in rows)
+        assert reward == pytest.approx(score - record["kl_coef"] * kl, abs=FP64)
+        assert sum(row["reward"] for row in rows) == pytest.approx(reward, abs=FP64)
+        (other,) = {*record["group"]} - {reward}
+        expected = {
+            "leave_one_out": reward - other,
+            "none": (reward - other) / 2,
+            # The deviation of two is their distance by the root of 2.
+            "group": (reward - other) / 2 / (abs(reward - other) / 2**0.5 + 1e-4),
+        }[record["scale"]]
+        for row in rows:
+            assert row["advantage"] == pytest.approx(expected, abs=FP64)
+        ratios = [row["new_logprob"] - row["logprob"] for row in rows]
+        log = {"leave_one_out": sum(ratios), "group": sum(ratios) / len(ratios)}
+        for row, own in zip(rows, ratios, strict=True):
+            assert math.log(row["ratio"]) == pytest.approx(log.get(record["scale"], own), abs=FP64)
+
+
+def rollout_of_two_groups():
+    prompts, responses = PROMPT_IDS[:2], [*RESPONSE_IDS, ids(TWO, END)]
+    rollout = score_rollout(
+        small_policy(seed=2), small_policy(seed=5), [p for p in prompts for _ in range(2)],
+        responses, torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64), temperature=0.7,
+        kl="k1", max_tokens=1024,
+    )  # fmt: skip
+    return replace(rollout, prompts=[""] * 4, responses=[""] * 4)

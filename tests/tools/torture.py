@@ -33,11 +33,12 @@ from rlhf_min.harness import models  # noqa: F401 (what a command imports late, 
 from rlhf_min.harness.report import finish  # noqa: F401
 from rlhf_min.harness.run import atomic, checkpoint
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
-from rlhf_min.harness.stages import dpo, kto, ppo, reward, sft  # noqa: F401
+from rlhf_min.harness.stages import dpo, grpo, kto, ppo, reward, rloo, sft  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALGORITHMS = {"sft": "train_sft", "reward_model": "train_reward_model"}
-ALGORITHMS |= {"ppo": "train_ppo", "dpo": "train_dpo", "kto": "train_kto"}
+ALGORITHMS |= {"ppo": "train_ppo", "grpo": "train_grpo", "rloo": "train_rloo"}
+ALGORITHMS |= {"dpo": "train_dpo", "kto": "train_kto"}
 COMMON = ["--max_length", "16", "--max_response_tokens", "6"]
 COMMON += ["--threads", "1", "--save_every", "2", "--eval_every", "3"]
 OPTIONS = {
@@ -47,7 +48,10 @@ OPTIONS = {
     "dpo": ["--epochs", "2", "--batch_size", "4"],
     "kto": ["--epochs", "2", "--batch_size", "8"],  # of each pair two rows
 }
-OPTIONS["ppo"] += ["--kl_control", "adaptive", "--normalise_scores"]
+OPTIONS["grpo"] = [*OPTIONS["ppo"], "--group_size", "2"]
+OPTIONS["rloo"] = OPTIONS["grpo"]
+OPTIONS["ppo"] = [*OPTIONS["ppo"], "--kl_control", "adaptive", "--normalise_scores"]
+SAMPLING = {"ppo", "grpo", "rloo"}
 
 
 def die() -> NoReturn:
@@ -113,7 +117,7 @@ def command_line(algorithm: str, work: Path) -> list[str]:
     options = [*COMMON, *OPTIONS[algorithm], "--data", str(work / "rows.jsonl")]
     if algorithm != "reward_model":
         options += ["--model", str(work / "sft")]
-    if algorithm in ("reward_model", "ppo"):
+    if algorithm == "reward_model" or algorithm in SAMPLING:
         options += ["--reward_model", str(work / "reward_model")]
     return options
 
@@ -198,13 +202,13 @@ def kill_once(
     return code == -signal.SIGKILL
 
 
-def torture(kills: int, seed: int, work: Path) -> Counter[str]:
+def torture(kills: int, seed: int, work: Path, algorithms: list[str]) -> Counter[str]:
     """Kill and resume until there were so many kills; what happened how often."""
     rng, counts = random.Random(seed), Counter[str]()
     wanted: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     prepare(work)
-    for algorithm in ALGORITHMS:
+    for algorithm in algorithms:
         run, started = work / f"whole-{algorithm}", time.perf_counter()
         log = work / f"whole-{algorithm}.log"
         code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
@@ -213,11 +217,11 @@ def torture(kills: int, seed: int, work: Path) -> Counter[str]:
         wanted[algorithm] = result(run)
     names, number = list(POINTS), 0
     while counts["kills"] < kills:
-        algorithm = list(ALGORITHMS)[number % len(ALGORITHMS)]
+        algorithm = algorithms[number % len(algorithms)]
         run, log = work / f"run-{number}", work / f"run-{number}.log"
         for again in range(2 if rng.random() < 0.2 else 1):  # now and then the resumed run too
-            named = (number // len(ALGORITHMS) + again) % 2 == 0
-            name = names[(number // (2 * len(ALGORITHMS))) % len(names)] if named else "any moment"
+            named = (number // len(algorithms) + again) % 2 == 0
+            name = names[(number // (2 * len(algorithms))) % len(names)] if named else "any moment"
             if kill_once(algorithm, work, run, log, (name, rng.random()), seconds[algorithm]):
                 counts.update(["kills", f"kills of {algorithm}", f"kills {name}"])
         code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
@@ -272,13 +276,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     options = parser.parse_args(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        counts = torture(options.kills, options.seed, Path(work))
+        counts = torture(options.kills, options.seed, Path(work), options.only)
     for what, count in sorted(counts.items()):
         print(f"{count:5} {what}")
     print(

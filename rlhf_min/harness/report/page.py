@@ -61,7 +61,7 @@ def page(runs: Sequence[Run]) -> str:
         "pairs": alone.results.get("reward_model") if alone else None,
         "margins": _margins(alone.reward_model) if alone else None,
         "samples": list(texts.samples(alone)) if alone else [],
-        "tokens": texts.tokens(alone) if alone else None,
+        "tokens": list(texts.tokens(alone)) if alone else [],
         "data": _data(alone) if alone else [],
         "costs": _costs(runs),
         "names": [run.name for run in runs],

@@ -100,32 +100,32 @@ def _marked(mark: str, text: str) -> Pieces:
 # Tokens
 
 
-def tokens(run: Run) -> Record | None:
-    """A few responses token by token, and how their numbers come about."""
-    steps: dict[int, list[Record]] = {}
+def tokens(run: Run) -> Iterator[Record]:
+    """Of each stage that samples: a few responses token by token, and how their numbers come
+    about."""
+    stages: dict[str, dict[int, list[Record]]] = {}
     for record in run.tokens:
-        if record["stage"] != run.tokens[0]["stage"]:
-            continue
-        steps.setdefault(record["step"], []).append(record)
-    if not steps:
-        return None
-    places = sorted(steps)
-    apart = (len(places) - 1) / (STEPS_SHOWN - 1)
-    spread = places if apart <= 1 else [places[round(i * apart)] for i in range(STEPS_SHOWN)]
-    last, *earlier = [
-        (step, [_response(record) for record in _few(steps[step])]) for step in reversed(spread)
-    ]
-    records = steps[last[0]]
-    return {
-        "columns": COLUMNS,
-        "last": last,
-        "earlier": earlier,
-        "first": records[0],
-        "by_hand": _by_hand(records[0]),
-        "file": TOKENS,
-        "n": len(records),
-        "means": _means(run, records),
-    }
+        stages.setdefault(record["stage"], {}).setdefault(record["step"], []).append(record)
+    for stage, steps in stages.items():
+        places = sorted(steps)
+        apart = (len(places) - 1) / (STEPS_SHOWN - 1)
+        spread = places if apart <= 1 else [places[round(i * apart)] for i in range(STEPS_SHOWN)]
+        last, *earlier = [
+            (step, [_response(record) for record in _few(steps[step])]) for step in reversed(spread)
+        ]
+        records = steps[last[0]]
+        shown = [token for record in records for token in record["tokens"]]
+        yield {
+            "title": title(stage),
+            "columns": {k: head for k, head in COLUMNS.items() if any(k in t for t in shown)},
+            "last": last,
+            "earlier": earlier,
+            "by_hand": _by_hand(records[0]),
+            "file": TOKENS,
+            "n": len(records),
+            "total": records[0]["rows"],
+            "means": _means(run, records),
+        }
 
 
 def _few(records: Sequence[Record]) -> Sequence[Record]:
@@ -148,25 +148,70 @@ def _response(record: Record) -> Record:
     return record | {"tokens": list(zip(record["tokens"], shades, strict=True))}
 
 
-def _by_hand(record: Record) -> Record | None:
-    """What PPO's advantage of one token is made of, so that anyone can compute it by hand."""
-    if "gamma" not in record:
-        return None
+def _by_hand(record: Record) -> tuple[str, list[str]] | None:
+    """What an advantage of the first response is made of, so that anyone can compute it by hand:
+    a sentence, and the lines of the calculation."""
     found = record["tokens"]
+    if any(None in token.values() for token in found[-2:]) or None in record.get("group", ()):
+        return None
+    if "gamma" in record:
+        return _gae_by_hand(record)
+    return _group_by_hand(record) if "group" in record else None
+
+
+def _gae_by_hand(record: Record) -> tuple[str, list[str]]:
+    """PPO's, of the token before the last one."""
+    gamma, lam, found = record["gamma"], record["lam"], record["tokens"]
     place = max(len(found) - 2, 0)
     token, after = [*found, {"value": 0.0, "return": 0.0}][place : place + 2]
-    if None in (*token.values(), *after.values()):
-        return None
-    delta = token["reward"] + record["gamma"] * after["value"] - token["value"]
-    following = after["return"] - after["value"]
-    return {
-        "place": place + 1,
-        "token": token,
-        "next": after,
-        "delta": delta,
-        "following": following,
-        "advantage": delta + record["gamma"] * record["lam"] * following,
-    }
+    reward, value, next_value = token["reward"], token["value"], after["value"]
+    delta, following = reward + gamma * next_value - value, after["return"] - next_value
+    advantage = delta + gamma * lam * following
+    return (
+        f"By hand, token {place + 1} of the first response, with gamma {gamma:g} and lambda "
+        f"{lam:g}; A of the next token is its return less its value:",
+        [
+            f"delta = reward + gamma * next value - value = {reward:.4f} + {gamma:g} * "
+            f"{next_value:.4f} - {value:.4f} = {delta:.4f}",
+            f"A = delta + gamma * lambda * next A = {delta:.4f} + {gamma * lam:g} * "
+            f"{following:.4f} = {advantage:.4f}",
+            f"return = A + value = {advantage + value:.4f}; the table has {token['return']:.4f}",
+            "advantage = (A - mean of all A of the rollout) / their standard deviation"
+            if record["whitened"]
+            else f"advantage = A; the table has {token['advantage']:.4f}",
+        ],
+    )
+
+
+def _group_by_hand(record: Record) -> tuple[str, list[str]]:
+    """GRPO's and RLOO's, which all tokens of the response share."""
+    group, place, scale = record["group"], record["place"], record["scale"]
+    own, others = group[place], [*group[:place], *group[place + 1 :]]
+    beside, named = (others, "the others") if scale == "leave_one_out" else (group, "the group")
+    mean = sum(beside) / len(beside)
+    summed = " + ".join(f"{reward:.4f}" for reward in beside).replace("+ -", "- ")
+    lines = [f"mean of {named} = ({summed}) / {len(beside)} = {mean:.4f}"]
+    table = f"the table has {record['tokens'][0]['advantage']:.4f}"
+    if scale == "group":
+        deviation = (sum((x - mean) ** 2 for x in group) / (len(group) - 1)) ** 0.5
+        advantage = (own - mean) / (deviation + 1e-4)
+        lines += [
+            f"deviation = the root of the sum of (R - mean)^2 / {len(group) - 1} = {deviation:.4f}",
+            f"advantage = (R - mean) / (deviation + 0.0001) = ({own:.4f} - {mean:.4f}) / "
+            f"{deviation + 1e-4:.4f} = {advantage:.4f}; {table}",
+        ]
+    elif scale == "batch":
+        lines.append(
+            f"advantage = (R - mean) / (deviation of all R of the rollout + 0.0001), of "
+            f"{own - mean:.4f}; {table}"
+        )
+    else:
+        lines.append(f"advantage = R - mean = {own:.4f} - {mean:.4f} = {own - mean:.4f}; {table}")
+    return (
+        f"By hand, the first response, of a group of {len(group)} to the same prompt; R is the sum "
+        f"of its rewards, {own:.4f}:",
+        lines,
+    )
 
 
 def _means(run: Run, records: Sequence[Record]) -> list[tuple[str, str, str]] | None:
@@ -176,9 +221,7 @@ def _means(run: Run, records: Sequence[Record]) -> list[tuple[str, str, str]] | 
     found = [token for record in records for token in record["tokens"]]
     if len(records) < total or row is None or any(None in token.values() for token in found):
         return None
-    sums = {
-        name: sum(token[name] for token in found) for name in ("kl", "reward", "value", "return")
-    }
+    sums = {name: sum(token.get(name, 0) for token in found) for name in COLUMNS}
     again = {
         "score": sum(record["score"] for record in records) / total,
         "kl": sums["kl"] / total,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_min.config import GRPOConfig, PPOConfig, RLOOConfig, RolloutConfig
+from rlhf_min.config import GroupConfig, GRPOConfig, PPOConfig, RLOOConfig, RolloutConfig
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.policy import Policy, evaluating
 from rlhf_min.rollout import RolloutBuffer
@@ -25,9 +25,9 @@ def token_rows(
 
     Returns:
         For each token ``token``, ``id``, ``logprob``, ``ref_logprob``, ``kl``, ``reward``,
-        ``value``, ``advantage`` and ``return`` as in the buffer; ``new_logprob``; ``ratio``, new
-        to old, of the token or of the response, as the algorithm takes it; and ``clipped``, whether
-        that ratio has no gradient any more.
+        ``value`` (if there is a critic), ``advantage`` and ``return`` as in the buffer;
+        ``new_logprob``; ``ratio``, new to old, of the token or of the response, as the algorithm
+        takes it; and ``clipped``, whether that ratio has no gradient any more.
     """
     rollout = buffer.rollout
     with evaluating(policy):
@@ -42,6 +42,8 @@ def token_rows(
         "advantage": buffer.advantages,
         "return": buffer.returns,
     }
+    if policy.value_head is None:
+        del columns["value"]
     real = rollout.mask[row]
     lists = {name: column[row][real].tolist() for name, column in columns.items()}
     lists["new_logprob"] = new.logprobs[0].tolist()
@@ -83,7 +85,7 @@ def token_records(
     Args:
         policy, buffer, config: as in `token_rows`.
         step: that this was.
-        kl_coef: that the rewards were made with.
+        kl_coef: that the rewards were made with, or would have been, were the KL not in the loss.
         rows: how many responses; None for all, as long as they have `MOST_TOKENS` together.
         gold: the true reward, where there is one.
     """
@@ -105,9 +107,9 @@ def token_records(
                 "response": rollout.responses[row],
                 "score": float(rollout.scores[row]),
                 **({"gold_reward": truths[row]} if truths else {}),
-                "kl_coef": kl_coef,
+                "kl_coef": 0.0 if getattr(config, "kl_in", "reward") == "loss" else kl_coef,
                 "clip": config.clip,
-                **_of_gae(config),
+                **_made_with(config, buffer, row),
                 "tokens": token_rows(policy, buffer, row, config),
             }
         )
@@ -115,11 +117,16 @@ def token_records(
     ]
 
 
-def _of_gae(config: RolloutConfig) -> dict[str, Any]:
-    """What the advantages of PPO were made with."""
-    if not isinstance(config, PPOConfig):
+def _made_with(config: RolloutConfig, buffer: RolloutBuffer, row: int) -> dict[str, Any]:
+    """What the advantages of a response were made with: GAE's options, or its group."""
+    if isinstance(config, PPOConfig):
+        return {"gamma": config.gamma, "lam": config.lam, "whitened": config.whiten_advantages}
+    if not isinstance(config, GroupConfig):
         return {}
-    return {"gamma": config.gamma, "lam": config.lam, "whitened": config.whiten_advantages}
+    first = row - row % config.group_size
+    rewards = buffer.returns[first : first + config.group_size, 0]
+    scale = config.advantage_scale if isinstance(config, GRPOConfig) else "leave_one_out"
+    return {"group": rewards.tolist(), "place": row - first, "scale": scale}
 
 
 def _finite(value: Any) -> Any:

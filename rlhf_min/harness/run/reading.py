@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
     contents = {name: list(_records(folder / name, left_out)) for name in _CONTENTS}
     # A run that was continued may have repeated some steps: the last word counts.
     rows = list({(row["stage"], row["step"]): row for row in contents[METRICS]}.values())
-    tokens = list({(record["step"], record["row"]): record for record in contents[TOKENS]}.values())
+    tokens = list({(x["stage"], x["step"], x["row"]): x for x in contents[TOKENS]}.values())
     modules = [stage_modules()[x] for x in {row["stage"] for row in rows} & stage_modules().keys()]
     of_stages = {name for module in modules for name in (NOTES, *module.WRITES)}
     for name, holds in _CONTENTS.items():

@@ -265,8 +265,8 @@ CURVES = (
         "Reference point",
         "nats",
         (("eval/kl", "held out"), ("kl", "training")),
-        "The KL as estimated from responses to other prompts, cut off at 0. Where those are "
-        "improbable, as in the embedded world, it is 0 at nearly every step. A response is good or "
+        "The KL as estimated from responses to other prompts, cut off at 0: where those are "
+        "improbable, as in the embedded world, nearly every step has 0; a response is good or "
         "bad beside it, so where it is large, all rows are on one side.",
         Range(high=20),
         "raise --beta or lower --learning_rate",
