@@ -9,6 +9,7 @@ from itertools import islice
 import peft
 import pytest
 import torch
+from devices import PretendedDevices
 from safetensors.torch import load_file, save_file
 from small import (
     DEMONSTRATIONS,
@@ -305,6 +306,21 @@ def test_on_another_device_the_reference_has_all_weights_for_itself(bases):
     # Moving a weight may move it for all that have it.
     copied = adapters.copied(policy.lm, torch.device("meta"))
     assert not addresses(copied) & addresses(policy)
+
+
+@pytest.mark.parametrize("other", ["cuda:0", "cuda:1"])
+def test_dpo_with_the_reference_beside_it_or_on_another_device(other, bases):
+    def losses(policy_on, ref_on):
+        start = moved(adapted(bases / "policy")).to(policy_on)
+        policy, reference = copy_policy(start, critic="none"), start.reference(torch.device(ref_on))
+        assert addresses(reference).isdisjoint(addresses(policy)) == (policy_on != ref_on)
+        config = dpo.DPOConfig(batch_size=4, learning_rate=0.05, cache_reference=False)
+        state = dpo.new_state(policy, reference, PREFERENCES, config)
+        return [metrics["loss"] for metrics in dpo.train(policy, reference, config, state)]
+
+    expected = losses("cpu", "cpu")
+    with PretendedDevices():
+        assert losses("cuda:0", other) == pytest.approx(expected, abs=FP64)
 
 
 def test_a_whole_model_is_copied_whole(bases):
