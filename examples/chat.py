@@ -24,7 +24,7 @@ class ChatOptions(RunOptions):
     """Which models answer, and how freely."""
 
     run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
-    models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
+    models: str = option("sft,ppo,dpo,rloo", "Names in --run, or folders, between commas.")
     temperature: float = option(1.0, "Lower is safer, higher is bolder.", above=0)
     seed: int = option(0, "Of all samples of this conversation.", at_least=0, at_most=MAX_SEED)
 

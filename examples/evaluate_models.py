@@ -1,7 +1,7 @@
 """Compare trained policies on the same prompts: scores, win rates, KL, BLEU, ROUGE, diversity.
 
-The models are the folders sft, ppo, dpo and reward_model of --run, or any folders or names. The
-first of --models is the baseline of the win rates and the reference of the KL. A file given by
+The models are the folders sft, ppo, dpo, rloo and reward_model of --run, or any folders or names.
+The first of --models is the baseline of the win rates and the reference of the KL. A file given by
 --data is used whole: give rows that the models were not trained on.
 """
 
@@ -27,7 +27,7 @@ class EvaluateOptions(RunOptions):
     """Which models to compare, and on how many prompts."""
 
     run: str = option("runs/quickstart", "Folder of a run, where the models are looked for first.")
-    models: str = option("sft,ppo,dpo", "Names in --run, or folders, with commas between them.")
+    models: str = option("sft,ppo,dpo,rloo", "Names in --run, or folders, between commas.")
     test_prompts: int = option(1000, "Test prompts, at most.", above=0)
     seed: int | None = option(
         None, "Of all that is drawn. Default: the run's.", at_least=0, at_most=MAX_SEED

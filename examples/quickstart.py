@@ -1,4 +1,4 @@
-"""The whole of RLHF in one command: SFT, reward model, PPO, DPO, and what they are worth.
+"""The whole of RLHF in one command: SFT, reward model, PPO, DPO, RLOO, and what they are worth.
 
 Without options it runs on the embedded question-answer world, offline, in a few minutes.
 """
@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from rlhf_min.config import MAX_SEED, DPOConfig, PPOConfig, RewardConfig, SFTConfig, option
-from rlhf_min.harness.cli import RunOptions, command, configured, parse
+from rlhf_min.harness.cli import RunOptions, command, configured, in_groups, parse
 from rlhf_min.harness.inputs import load_inputs
 from rlhf_min.harness.run.folder import check_out, start_log
 
@@ -28,6 +28,7 @@ class QuickstartOptions(RunOptions):
         None, "Prompts in one rollout. Default: PPOConfig's.", above=0
     )
     dpo_epochs: int | None = option(None, "Passes of DPO. Default: DPOConfig's.", above=0)
+    rloo_steps: int | None = option(None, "Rollouts of RLOO. Default: as PPO.", above=0)
     test_prompts: int = option(600, "Test prompts that the models are compared on.", above=0)
 
 
@@ -50,15 +51,16 @@ def main() -> None:
         max_new_tokens=options.max_response_tokens,
     )
     dpo_config = configured(DPOConfig, options, epochs=options.dpo_epochs)
+    rloo_config = in_groups(ppo_config, options, steps=options.rloo_steps)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness.models import make_codec, start_policy, start_reward_model
     from rlhf_min.harness.report import finish
-    from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, sft
+    from rlhf_min.harness.stages import dpo, evaluation, ppo, reward, rloo, sft
 
     sft_policy = start_policy(options, inputs.texts, critic="none", seed=options.seed)
     reward_model = start_reward_model(options, inputs.texts, seed=options.seed)
     codec = make_codec(sft_policy, options)
-    configs = (sft_config, reward_config, ppo_config, dpo_config)
+    configs = (sft_config, reward_config, ppo_config, dpo_config, rloo_config)
     log = start_log(out, options, *configs, monitors=inputs.monitors)
 
     sft.run(sft_policy, codec, inputs, sft_config, log)
@@ -73,8 +75,10 @@ def main() -> None:
     device = reward_model.device
     dpo_policy = dpo.run(sft_policy, codec, inputs, dpo_config, log, ref_device=device)
 
+    rloo_policy = rloo.run(sft_policy, codec, reward_model, inputs, rloo_config, log)
+
     evaluation.run(
-        {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy},
+        {"sft": sft_policy, "ppo": ppo_policy, "dpo": dpo_policy, "rloo": rloo_policy},
         reward_model,
         codec,
         inputs,

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rlhf_min.config import MAX_SEED, PPOConfig, check_options, option
+from rlhf_min.config import MAX_SEED, PPOConfig, RLOOConfig, check_options, option
 from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.parser import Parser, fail
@@ -365,6 +365,20 @@ def configured(
     values = {name: value for name, value in given.items() if value is not None}
     values = published(config_class, getattr(options, started_from), values) | values
     return config_class(seed=options.seed, **values)
+
+
+def in_groups(ppo_config: PPOConfig, options: Any, *, steps: int | None) -> RLOOConfig:
+    """RLOO's own defaults, or those for a pretrained model, with PPO's rollouts in whole groups."""
+    group_size = RLOOConfig.group_size
+    batch_size = max(group_size, ppo_config.batch_size // group_size * group_size)
+    return configured(
+        RLOOConfig,
+        options,
+        steps=steps or ppo_config.steps,
+        batch_size=batch_size,
+        minibatch_size=min(batch_size, ppo_config.minibatch_size),
+        max_new_tokens=ppo_config.max_new_tokens,
+    )
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What the experiments share: runs that are measured on the way, several of them at once."""
+"""What the experiments share: runs measured on the way, several at once; best-of-n and pass@k."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min import dpo, estimates, ppo
+from rlhf_min import dpo, estimates, ppo, rloo
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.estimates import Estimate, mean_estimate
@@ -29,7 +29,7 @@ from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.stages import reward, sft
 from rlhf_min.harness.stages.run_stage import copy_policy, sample_texts
-from rlhf_min.loading.reward_function import call_reward
+from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.policy import Policy
 from rlhf_min.reward import RewardConfig
 from rlhf_min.reward_model import RewardModel
@@ -40,7 +40,7 @@ LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
 Columns = dict[str, np.ndarray]  # kl, score, gold_reward, ...: (N,) each, for N test prompts
 Looks = dict[str, list[dict[int, Columns]]]  # by setting, seed and steps so far
 Point = dict[str, Any]  # seed, step and what the columns' means are then, as JSON values
-Config = ppo.PPOConfig | dpo.DPOConfig
+Config = ppo.PPOConfig | dpo.DPOConfig | rloo.RLOOConfig
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -109,14 +109,14 @@ def run_all(options: ExperimentOptions, out: Path, runs: Mapping[str, Sequence[C
 
 
 def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Columns]:
-    """Train a copy of the SFT model by PPO or DPO, and look at it before, now and then, and after.
+    """Train a copy of the SFT model by PPO, DPO or RLOO; look at it now and then.
 
     A look samples the test prompts, with the same random numbers each time, and measures the
     responses. ``kl`` adds up the exact KL at each token: as unbiased as adding the log-ratios, but
     less noisy and never negative.
 
     Returns:
-        The looks, by the number of steps before each (PPO: rollouts).
+        The looks, by the number of steps before each (PPO and RLOO: rollouts).
     """
     inputs = load_world(options)
     sft_options = replace(options, model=str(out / "sft"), threads=None)  # each job has one
@@ -128,6 +128,11 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
         policy = copy_policy(start, critic=config.critic)
         ppo_state = ppo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
         steps = ppo.train(policy, ref_policy, reward_model.score, config, ppo_state)
+        total = config.steps
+    elif isinstance(config, rloo.RLOOConfig):
+        policy = copy_policy(start, critic="none")
+        rloo_state = rloo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
+        steps = rloo.train(policy, ref_policy, reward_model.score, config, rloo_state)
         total = config.steps
     else:
         policy = copy_policy(start, critic="none")
@@ -186,6 +191,78 @@ def best_of_n(
         }
         for n in [2**i for i in range(samples.bit_length() - 1)]
     }
+
+
+# pass@k ---------------------------------------------------------------------------------------
+
+
+def only_kinds(inputs: Inputs, kinds: Sequence[str]) -> None:
+    """Leave of the embedded world's prompts and demonstrations only those of these kinds."""
+    inputs.prompts, inputs.eval_prompts, inputs.test = (
+        [row for row in rows if row["kind"] in kinds]
+        for rows in (inputs.prompts, inputs.eval_prompts, inputs.test)
+    )
+    asked = {row["prompt"] for row in (*inputs.prompts, *inputs.eval_prompts)}
+    inputs.demonstrations, inputs.heldout_demonstrations = (
+        [row for row in rows if row["prompt"] in asked]
+        for rows in (inputs.demonstrations, inputs.heldout_demonstrations)
+    )
+
+
+def passes(
+    policies: Mapping[str, Policy],
+    codec: Codec,
+    rows: Sequence[dict[str, Any]],
+    reward: RewardFunction,
+    *,
+    samples: int,
+    seed: int,
+) -> dict[str, dict[str, Estimate]]:
+    """pass@k of each policy for k = 1, 2, 4, ..., and what the last gained over the first.
+
+    Args:
+        rows: with a prompt, and the columns that the reward names.
+        reward: 1 for a response that is right.
+        samples: responses to each prompt at temperature 1; k goes up to half of them.
+        seed: of the samples, the same for all, and of the bootstrap over prompts.
+    """
+    each = [row for row in rows for _ in range(samples)]
+    right = {}  # (P, samples) each
+    for name, policy in policies.items():
+        prompts, responses = sample_texts(policy, codec, each, seed=seed)
+        rewards = call_reward(reward, prompts, responses, each).numpy()
+        right[name] = rewards.reshape(-1, samples) == 1
+    return pass_estimates(right, seed=seed)
+
+
+def pass_estimates(right: Mapping[str, np.ndarray], *, seed: int) -> dict[str, dict[str, Estimate]]:
+    """The same of what is known to be right, ``(P, N)`` each. The gain is that of each prompt."""
+    first, *_, last = right
+    found: dict[str, dict[str, Estimate]] = {name: {} for name in (*right, "gain")}
+    for k in [2**i for i in range(right[first].shape[1].bit_length() - 1)]:
+        columns = {name: estimates.pass_at_k(correct, k) for name, correct in right.items()}
+        columns["gain"] = columns[last] - columns[first]
+        for name, column in columns.items():
+            found[name][f"pass@{k}"] = mean_estimate(column, seed=seed)
+    return found
+
+
+def pass_table(found: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """A line for each k, a column for each policy and one for the gain."""
+    lines = [" " * 8 + "".join(f"{name:>25}" for name in found)]
+    rows = next(iter(found.values()))
+    for name in rows:
+        lines.append(f"{name:<8}" + "".join(f"{of[name]!s:>25}" for of in found.values()))
+    told = "held-out questions, temperature 1; 95% bootstrap intervals over them"
+    return "\n".join([*lines, f"{rows['pass@1'].n} {told}"])
+
+
+def save_passes(
+    out: Path, name: str, found: Mapping[str, Mapping[str, Estimate]], *, seconds: float
+) -> None:
+    """Write the table as JSON, after the run's configuration."""
+    values = {of: {k: x.as_json() for k, x in column.items()} for of, column in found.items()}
+    results.write_json(out / f"{name}.json", read_record(out) | values | {"seconds": seconds})
 
 
 # Several at once -------------------------------------------------------------------------------

@@ -12,7 +12,14 @@ import pytest
 import torch
 from small import small_policy, small_reward_model
 
-from rlhf_min.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_min.config import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.cli import OnlineOptions, RunOptions, command, parse
 from rlhf_min.harness.models import make_codec, start_policy
@@ -45,6 +52,7 @@ COMMANDS = {
     "chat": [example("chat").ChatOptions],
     "overoptimization": [example("overoptimization").OveroptimizationOptions],
     "frontier": [example("frontier").FrontierOptions],
+    "arithmetic": [example("arithmetic").ArithmeticOptions, GRPOConfig],
     "rejection_sampling": [
         example("rejection_sampling").RejectionOptions,
         example("rejection_sampling").RoundConfig,
@@ -59,6 +67,7 @@ UNKNOWN = {
     "train_sft": "reward_model reward_device",
     "train_dpo": "reward_model",
     "train_kto": "reward_model",
+    "arithmetic": "reward_model",
     "evaluate_models": f"{OF_TRAINING} model resume heldout_data heldout_split",
     "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
     "overoptimization": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
@@ -219,11 +228,18 @@ BOUNDS = {
         "ppo_steps": POSITIVE,
         "ppo_batch_size": POSITIVE,
         "dpo_epochs": POSITIVE,
+        "rloo_steps": POSITIVE,
         "test_prompts": POSITIVE,
     },
     example("evaluate_models").EvaluateOptions: RUN
     | {"seed": AT_LEAST_0, "test_prompts": POSITIVE},
     example("chat").ChatOptions: RUN | {"seed": AT_LEAST_0, "temperature": POSITIVE},
+    example("arithmetic").ArithmeticOptions: RUN
+    | {
+        "max_response_tokens": ([0, -1, 128, 200], [1, 127]),
+        "samples": ([1, 0, -1], [2, 8]),
+        "test_prompts": ([1, 0, -1], [2, 8]),
+    },
     example("rejection_sampling").RejectionOptions: RUN
     | {
         "max_response_tokens": ([0, -1, 128, 200], [1, 127]),
@@ -352,6 +368,10 @@ OTHERS = {
     "chat": {"no model 'sft' in runs/quickstart": [], "temperature is 0": ["--temperature", "0"]},
     "make_report": {"holds no run.json": ["mine"], ".html": ["mine", "--out", "report.txt"]},
     "overoptimization": {"seeds is 0": ["--seeds", "0"]},
+    "arithmetic": {
+        "give --model": ["--data", "rows.csv"],
+        "max_new_tokens 9 exceeds": ["--max_new_tokens", "9", "--max_response_tokens", "8"],
+    },
     "rejection_sampling": {
         "give --model": ["--data", "rows.csv"],
         "n is 1": ["--n", "1"],

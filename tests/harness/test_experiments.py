@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 from itertools import combinations, product
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from test_cli import example
 from tolerances import EXACT, FP32, FP64
 
 from rlhf_min.config import PPOConfig
@@ -372,16 +374,22 @@ def test_the_frontier(start):
     assert code == 0, errors
     results = json.loads(Path("runs/frontier/frontier.json").read_text("utf-8"))
     assert results["config"]["FrontierOptions"]["betas"] == [0.5]
-    ppo, dpo = (results["points"][name] for name in ("PPO, kl_coef 0.1", "DPO, beta 0.5"))
+    names = ("PPO, kl_coef 0.1", "DPO, beta 0.5", "RLOO, kl_coef 0.1")
+    ppo, dpo, rloo = (results["points"][name] for name in names)
     # DPO's steps are two batches of 64; the last two pairs wait for an epoch that never comes.
-    assert [p["step"] for p in ppo] == [p["step"] for p in dpo] == [0, 1, 2]
-    for points in (ppo, dpo):
+    assert (
+        [p["step"] for p in ppo]
+        == [p["step"] for p in dpo]
+        == [p["step"] for p in rloo]
+        == [0, 1, 2]
+    )
+    for points in (ppo, dpo, rloo):
         assert points[0] == ppo[0]  # all start from the same model
         kl = means(points, "kl")
         assert kl[0] == EXACT
         assert all(x > 0 for x in kl[1:])
         assert means(points, "kl") != means(ppo, "kl") or points is ppo
-    assert {point["gold_reward"]["n"] for point in ppo + dpo} == {8}
+    assert {point["gold_reward"]["n"] for point in ppo + dpo + rloo} == {8}
     assert 0 < results["seconds"]["prepare"] < results["seconds"]["total"]
     rows = {line[:18].strip(): line for line in out.splitlines() if "(" in line}
     end = ppo[-1]["kl"]["mean"]
@@ -462,3 +470,70 @@ def test_rejection_sampling(start):
         assert len(rounds) == 2
         assert Policy.from_pretrained(run / name, critic="none").positions == 64
     assert layout.clear(run) == [run / ".lock"]  # --overwrite knows all the rest of it
+
+
+# pass@k and arithmetic
+
+
+def test_the_last_number_must_be_the_answer():
+    responses = ["It is 7.", "3 plus 4 is 8", "7 or 8?", "8, no: 7", "none", "1,007 of them", "-7"]
+    answers = ["7", "7", 7, 7, "7", "#### 1007", 7]
+    exact_match = example("arithmetic").exact_match
+    assert exact_match([""] * 7, responses, answers) == [1, 0, 0, 1, 0, 1, 0]
+    assert exact_match([""], ["nothing"], ["no number"]) == [0]
+
+
+def test_pass_at_k_before_and_after():
+    # question by question: of 4 responses 1 and 2 are right before, 4 and 0 after
+    before = np.array([[1, 0, 0, 0], [0, 1, 1, 0]]) == 1
+    after = np.array([[1, 1, 1, 1], [0, 0, 0, 0]]) == 1
+    found = experiments.pass_estimates({"before": before, "after": after}, seed=0)
+    means = {name: {k: x.mean for k, x in of.items()} for name, of in found.items()}
+    # pass@2 is 1 - C(3, 2) / C(4, 2) = 1/2 and 1 - C(2, 2) / C(4, 2) = 5/6
+    expected = {
+        "before": {"pass@1": 3 / 8, "pass@2": 2 / 3},
+        "after": {"pass@1": 1 / 2, "pass@2": 1 / 2},
+        "gain": {"pass@1": 1 / 8, "pass@2": -1 / 6},
+    }
+    for name, of in expected.items():
+        assert means[name] == pytest.approx(of, abs=FP64)
+    header, *lines, told = experiments.pass_table(found).splitlines()
+    assert header.split() == ["before", "after", "gain"]
+    assert [line.split()[0] for line in lines] == ["pass@1", "pass@2"]
+    assert {len(line) for line in (header, *lines)} == {8 + 3 * 25}
+    assert told.startswith("2 held-out questions")
+
+
+def test_the_questions_of_the_world_have_their_answers():
+    inputs = experiments.load_world(ExperimentOptions())
+    experiments.only_kinds(inputs, ("sum", "count"))
+    assert len(inputs.prompts) == 2 * 2300
+    assert len(inputs.test) == 2 * 150
+    of_training = {row["prompt"] for row in inputs.prompts}
+    assert not of_training & {row["prompt"] for row in (*inputs.test, *inputs.eval_prompts)}
+    assert of_training >= {row["prompt"] for row in inputs.demonstrations}
+    assert len(inputs.demonstrations) > 2500
+    sums = [row for row in inputs.test if row["kind"] == "sum"]
+    for row in sums:
+        assert int(row["answer"]) == sum(map(int, re.findall(r"[0-9]+", row["prompt"])))
+    assert len(sums) == 150
+
+
+def test_arithmetic(start):
+    """What is wanted is written at times by noise: nothing but the plumbing is shown here."""
+    rows = [json.dumps({"prompt": f"Add {i} and 1.", "answer": i + 1}) for i in range(40)]
+    Path("a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = (
+        "--data a.jsonl --steps 2 --batch_size 8 --minibatch_size 8 --group_size 4 --samples 4"
+    )
+    options += " --max_new_tokens 4 --skip_preflight --heldout_share 0.2"
+    code, out, errors, _ = start("arithmetic", *options.split())
+    assert code == 0, errors
+    run = Path("runs/arithmetic")
+    found = json.loads((run / "arithmetic.json").read_text("utf-8"))
+    assert found["config"]["GRPOConfig"]["group_size"] == 4
+    assert found["before"]["pass@2"]["n"] == 8
+    assert list(found["gain"]) == ["pass@1", "pass@2"]
+    assert "8 held-out questions" in out
+    assert Policy.from_pretrained(run / "grpo", critic="none").positions == 64
+    assert layout.clear(run) == [run / ".lock"]

@@ -16,7 +16,9 @@ import torch
 from small import bert, bert_syllables, gpt2, syllables
 from test_house import EXAMPLES, SOURCES, definitions, imports, module_name, tree
 
+from rlhf_min.estimates import Estimate
 from rlhf_min.harness import experiments
+from rlhf_min.harness.report.results import MEASURES
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
@@ -231,14 +233,15 @@ def test_the_table_is_what_the_quickstart_wrote():
         "ROUGE-L": "rougeL",
         "length, tokens": "response_length",
     }
-    shown = {}
+    models, shown = table.splitlines()[0].split(), {}
+    assert models == [name for name in results if name in ("sft", "ppo", "dpo", "rloo")]
     for line in table.splitlines():
         figures = re.findall(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", line)
-        if len(figures) == 3:
+        if len(figures) == len(models):
             title = line[: line.index(figures[0][0])].strip()
             shown[title] = [tuple(map(float, figure)) for figure in figures]
     for title, name in names.items():
-        for model, (mean, lo, hi) in zip(("sft", "ppo", "dpo"), shown[title], strict=True):
+        for model, (mean, lo, hi) in zip(models, shown[title], strict=True):
             found = results[model][name]
             wanted = [found["mean"], *found["ci95"]]
             digits = 1 if name in ("bleu", "response_length") else 3
@@ -252,6 +255,22 @@ def test_the_figures_of_three_seeds_are_what_the_check_prints(capsys):
     files = sorted((ROOT / "examples/results").glob("quickstart-seed-*.json"))
     assert check_quickstart.main([str(file) for file in files]) == 0
     assert capsys.readouterr().out == told
+
+
+def test_rejection_sampling_is_what_was_written():
+    results = json.loads((ROOT / "examples/results/rejection_sampling.json").read_text("utf-8"))
+    (table,) = [text for text in blocks("examples") if "random_of_n" in text]
+    models, *lines = table.splitlines()
+    assert len(lines) > 6
+    for line in lines:
+        title = line[:20].strip()
+        (name,) = [key for key, shown in MEASURES.items() if shown.strip() == title]
+        digits = 1 if name == "response_length" else 3
+        found = [results[model][name] for model in models.split()]
+        cells = [[f"{x:.{digits}f}" for x in (one["mean"], *one["ci95"])] for one in found]
+        assert line[20:].split() == [
+            cell for mean, lo, hi in cells for cell in (mean, f"[{lo},", f"{hi}]")
+        ]
 
 
 def test_the_bench_is_what_was_written():
@@ -294,6 +313,12 @@ def test_the_experiments_are_what_was_written():
     tables.append(experiments.table(points, overoptimization.SHOWN))
     by_n = {f"best of {point['step']}": [point] for point in points["best of n"]}
     tables.append(experiments.table(by_n, {"kl_bound": "KL at most"} | overoptimization.SHOWN))
+    found = json.loads((results / "arithmetic.json").read_text("utf-8"))
+    columns = {
+        name: {k: Estimate(x["mean"], *x["ci95"], x["n"]) for k, x in found[name].items()}
+        for name in ("before", "after", "gain")
+    }
+    tables.append(experiments.pass_table(columns))
     shown = "".join(blocks("examples"))
     assert all(f"{table}\n" in shown for table in tables)
     files = sorted(results.glob("overoptimization*.json"))

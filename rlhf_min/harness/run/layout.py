@@ -26,7 +26,7 @@ _INSIDE = (
 _HALF = rf"(?:-\d+(?:{OLD})?)?"
 _IN_A_RUN = (
     r"\.?(?:run|results|reward_model|notes|findings|wandb)\.json",
-    r"\.?(?:frontier|overoptimization)\.json",
+    r"\.?(?:frontier|overoptimization|arithmetic)\.json",
     r"\.?(?:metrics|samples|tokens)\.jsonl|\.?samples\.md|\.?report\.html",
     r"\.?(?:curves|frontier|overoptimization)\.(?:png|svg)",
     r"\.?nonfinite-step-\d+\.(?:json|safetensors)(?:-\d+)?",
