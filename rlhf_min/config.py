@@ -365,10 +365,12 @@ class GRPOConfig(GroupConfig):
         "(DAPO), or over a constant, responses times max_new_tokens (Dr. GRPO).",
     )
     ratio_level: RatioLevel = option(
-        "token", "The ratio is of each token, or the geometric mean over a response (GSPO)."
+        "token",
+        "The ratio is of each token, or the geometric mean over a response (GSPO), so near 1 that "
+        "the paper clips at 3e-4 and 4e-4.",
     )
     kl_in: Literal["loss", "reward"] = option(
-        "loss", "The KL stands in the loss as k3, or in the reward as k1."
+        "loss", "The KL stands in the loss as k3, or in the reward as --kl says."
     )
     kl: RolloutKL = option("k1", "Estimate of the KL that is reported, and put into the rewards.")
     kl_coef: float = option(

@@ -201,6 +201,7 @@ def test_the_advantage_of_a_group_can_be_computed_by_hand(algorithm, config):
         kl = sum(row["kl"] for row in rows)
         assert reward == pytest.approx(score - record["kl_coef"] * kl, abs=FP64)
         assert sum(row["reward"] for row in rows) == pytest.approx(reward, abs=FP64)
+        assert "-0.0" not in [str(row["reward"]) for row in rows]
         (other,) = {*record["group"]} - {reward}
         expected = {
             "leave_one_out": reward - other,

@@ -37,7 +37,7 @@ def token_rows(
         "logprob": rollout.logprobs,
         "ref_logprob": rollout.ref_logprobs,
         "kl": rollout.kl,
-        "reward": buffer.rewards,
+        "reward": buffer.rewards + 0.0,  # no -0, which a KL times 0 leaves
         "value": rollout.values,
         "advantage": buffer.advantages,
         "return": buffer.returns,
