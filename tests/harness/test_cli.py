@@ -57,6 +57,7 @@ COMMANDS = {
         example("rejection_sampling").RejectionOptions,
         example("rejection_sampling").RoundConfig,
     ],
+    "preference_losses": [example("preference_losses").PreferenceOptions],
 }
 # What a command has no use for, and so does not know.
 OF_TRAINING = "allow_config_change save_every keep_last keep_best heldout_share "
@@ -72,6 +73,7 @@ UNKNOWN = {
     "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
     "overoptimization": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
     "frontier": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
+    "preference_losses": f"{OF_OWN_ROWS} {OF_LORA} heldout_share reward_model reward_device",
 }
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import find_helpers  # noqa: F401
+import preference_tables
 import trl_tables
 from test_conventions import CONVENTIONS, Convention, case
 from test_house import FLOORS, PACKAGE, ROOT, SOURCES, TAG, TESTS, definitions, module_name, tree
@@ -147,6 +148,9 @@ PLACES = {
     "is GRPO's loss averaged, over each response first": (
         *("losses.py", "loss = (sums / lengths"),
     ),
+    "is the loss of a pair chosen": ("dpo.py", "match config.loss:"),
+    "does a pair's loss see means per token (SimPO, ORPO)": ("dpo.py", "x / lengths[i % 2]"),
+    "does the chosen response's SFT loss come in (off in DPO)": ("dpo.py", "config.sft_coef * sft"),
     "is DPO's loss": ("preference_losses.py", "loss = -(1 - label_smoothing)"),
     "is KTO's loss": ("preference_losses.py", "loss = torch.where(labels, desirable"),
     "does a prompt of KTO meet another one's response": (
@@ -212,6 +216,7 @@ SECTIONS = {
     "beside": (README, lambda: files("encoding", "loading", "speed", "world")),
     "files": (HARNESS, lambda: files(*(f"harness/{room}" for room in ROOMS))),
     **{name: (trl_tables.PAGE, make) for name, make in trl_tables.MADE.items()},
+    **{name: (preference_tables.PAGE, make) for name, make in preference_tables.MADE.items()},
 }
 
 

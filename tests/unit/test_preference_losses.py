@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from strategies import (
 )
 from tolerances import EXACT, FP64
 
+from rlhf_min import preference_losses
 from rlhf_min.preference_losses import (
     apo_down_loss,
     apo_zero_loss,
@@ -462,3 +465,18 @@ def test_cpo_loss_definition(chosen, rejected, ref):
     """DPO with a reference that finds both responses equally probable."""
     expected = dpo_loss(chosen, rejected, ref, ref, beta=0.3, label_smoothing=0.0)
     assert_close(cpo_loss(chosen, rejected, beta=0.3).loss, expected.loss, FP64)
+
+
+# One more, as the README for developers adds it
+
+
+def test_the_loss_that_the_readme_adds():
+    # beta = 1/2: margins 1/2 and 2, so (1/2)^2 and 0
+    readme = (Path(__file__).parents[2] / "rlhf_min/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(def squared_hinge_loss.*?)```", readme, re.DOTALL)
+    names = dict(vars(preference_losses))
+    exec(compile(code, "README.md", "exec"), names)
+    zero = f64(0, 0)
+    found = names["squared_hinge_loss"](f64(1, 4), zero, zero, zero, beta=0.5)
+    assert_close(found.loss, 0.125, FP64)
+    assert_close(found.chosen_rewards, [0.5, 2.0], FP64)
