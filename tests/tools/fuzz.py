@@ -43,7 +43,7 @@ from rlhf_min.encoding.conversation import Conversation
 from rlhf_min.encoding.cuts import CutReport
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import BadInput
-from rlhf_min.harness.rows.columns import Stage, parse_columns
+from rlhf_min.harness.rows.columns import SAMPLING, Stage, parse_columns
 from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.harness.run import checkpoint
 from rlhf_min.harness.run.checkpoint import Snapshot
@@ -69,7 +69,9 @@ class Target:
 # What inputs are made of
 
 SUFFIXES = st.sampled_from([".csv", ".json", ".jsonl", ".parquet"])
-NAMES = st.sampled_from("prompt question response chosen rejected messages input margin".split())
+NAMES = st.sampled_from(
+    "prompt question response chosen rejected messages input margin label".split()
+)
 ODD_TEXTS = st.sampled_from(
     "\0 \ud800 \udfff \u200b \u0301 \u202e \x1b[2J \ufeff <eos> <pad> {prompt} {{x}} ../../x".split(
         " "
@@ -189,8 +191,9 @@ def read_data(given: tuple[str, bytes]) -> None:
         codec = tiny_codec("{prompt}\n")
         for row in loaded.rows:
             codec.encode_prompt(row["prompt"], CutReport())
-            for name in {"response", "chosen", "rejected"} & row.keys() if stage != "ppo" else ():
-                codec.encode_response(row[name], CutReport())
+            if stage not in SAMPLING:  # whose further columns may be anything
+                for name in {"response", "chosen", "rejected"} & row.keys():
+                    codec.encode_response(row[name], CutReport())
     if refused == len(get_args(Stage)):
         raise BadInput("no stage can use it")
 
