@@ -7,15 +7,18 @@ from itertools import islice
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import PREFERENCES, largest_difference, without_time
-from test_lora import ALGORITHMS, adapted, bases, runs, trained  # noqa: F401 (bases is a fixture)
+from small import DEMONSTRATIONS, PREFERENCES, largest_difference, without_time
+from test_lora import ALGORITHMS, adapted, bases, runs, scorer, trained  # noqa: F401 (a fixture)
+from test_quiet import nothing_shown, talkative  # noqa: F401 (a fixture)
 from test_resume import resume, run, start
 from torture import command_line, prepare, result
 
+from rlhf_min import sft
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.report import finish
 from rlhf_min.harness.run.checkpoint import WEIGHTS, Checkpoint, Snapshot, begin, checkpoints
+from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.loading import adapters
 from rlhf_min.loading.adapters import LoRA
 from rlhf_min.policy import Policy
@@ -124,6 +127,22 @@ def test_without_peft_it_says_what_to_install(work, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(
         "error: --lora_rank needs one more package: pip install peft\n"
     )
+
+
+@pytest.mark.usefixtures("talkative")
+def test_adapters_are_loaded_saved_and_trained_in_silence(bases, tmp_path):  # noqa: F811
+    with nothing_shown():
+        policy = adapted(bases / "policy", critic="shared", targets=["c_attn", "c_fc"])
+        policy.checkpoint_gradients()
+        config = sft.SFTConfig(batch_size=4, precision="bf16")
+        next(sft.train(policy, config, sft.new_state(policy, DEMONSTRATIONS, config)))
+        save_policy(policy, tmp_path / "policy")
+        again = adapted(tmp_path / "policy", critic="shared", merge=True)
+        save_policy(again, tmp_path / "merged")
+        Policy.from_pretrained(tmp_path / "policy", critic="shared").reference()
+        model = scorer(bases / "masked")
+        save_reward_model(model, tmp_path / "reward_model")
+        RewardModel.from_pretrained(tmp_path / "reward_model").score(["ba"], ["be"])
 
 
 # Checkpoints
