@@ -76,11 +76,7 @@ def add_adapter(
     """
     import peft
 
-    trunk = model.base_model_prefix
-    heads = {name.partition(".")[0] for name, _ in model.named_parameters()} - {trunk}
-    whole = sorted(heads) if _is_classifier(model) else []
-    drawn = {name.rpartition(".")[0] for name in new_weights}
-    whole += sorted(name for name in drawn if not any(_within(name, head) for head in heads))
+    trunk, whole = model.base_model_prefix, _to_train_whole(model, new_weights)
     linear = {
         name: layer
         for name, layer in model.named_modules()
@@ -161,8 +157,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> set[str]
     return own
 
 
-def continue_adapter(model: PreTrainedModel, lora: LoRA, *, folder: str | Path) -> None:
-    """Prepare a model whose adapter was loaded for its further training.
+def continue_adapter(
+    model: PreTrainedModel, lora: LoRA, *, folder: str | Path, new_weights: Sequence[str] = ()
+) -> None:
+    """Prepare a model whose adapter was loaded for its further training. What `add_adapter` trains
+    whole is trained whole here too, also where the adapter came without it.
+
+    Args:
+        new_weights: names of what was drawn anew.
 
     Raises:
         BadInput: if it is not what was asked for.
@@ -191,6 +193,7 @@ def continue_adapter(model: PreTrainedModel, lora: LoRA, *, folder: str | Path) 
             f"{folder}: an adapter of {name}, for {config.task_type}, cannot be trained further "
             "here; leave --lora_rank out to merge it and train the model whole",
         )
+    _train_whole(model, {*(config.modules_to_save or ()), *_to_train_whole(model, new_weights)})
     _note_merge(model, lora)
 
 
@@ -201,6 +204,21 @@ def _inject(model: Any, config: Any, whole: Iterable[str], *, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, ADAPTER)
+    _train_whole(model, whole)
+
+
+def _to_train_whole(model: PreTrainedModel, new_weights: Iterable[str]) -> list[str]:
+    """The layers to train whole: the head of a classifier, and what was drawn anew."""
+    heads = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    heads -= {model.base_model_prefix}
+    drawn = {name.rpartition(".")[0] for name in new_weights}
+    return [
+        *(sorted(heads) if _is_classifier(model) else []),
+        *sorted(name for name in drawn if not any(_within(name, head) for head in heads)),
+    ]
+
+
+def _train_whole(model: Any, whole: Iterable[str]) -> None:
     # peft would keep each of these layers twice, as it was and as it is trained, to be able to turn
     # the adapter off. Here they are trained in place, and only saved as peft saves them.
     config_of(model).modules_to_save = sorted(whole) or None

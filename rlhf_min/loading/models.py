@@ -389,7 +389,7 @@ def _adapt(
             merge_adapter(model)
             model.requires_grad_(True)
         else:
-            continue_adapter(model, lora, folder=name_or_path)
+            continue_adapter(model, lora, folder=name_or_path, new_weights=sorted(missing))
     elif lora is not None:
         require(
             Path(name_or_path).suffix != ".gguf",

@@ -551,6 +551,25 @@ def test_plain_peft_reads_the_adapter_of_a_reward_model_with_its_head(name, whol
     assert_close(found, scores, 100 * FP64)
 
 
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("bert", ["classifier"]), ("masked", ["bert.pooler.dense", "classifier"])],
+)
+def test_an_adapter_that_came_without_a_head_is_saved_with_one(name, whole, bases, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["query"])
+    made = moved(peft.get_peft_model(bert(), config))
+    made.peft_config["default"].base_model_name_or_path = str(bases / name)
+    made.save_pretrained(tmp_path / "without")
+    model = scorer(tmp_path / "without")
+    assert adapters.config_of(model.model).modules_to_save == whole
+    moved(model)
+    model.rescale(gain=-2.0, bias=0.5)
+    scores = model.score(*TEXTS)
+    save_reward_model(model, tmp_path / "out")
+    loaded = scorer(tmp_path / "out", new_head=False)
+    assert_close(loaded.score(*TEXTS), scores, EXACT)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 def test_an_adapter_that_peft_made_is_merged(options, bases, tmp_path):
     base = gpt2(vocabulary=KNOWN)
