@@ -93,14 +93,18 @@ def preference_loss(config: DPOConfig, *logprobs: Tensor) -> PreferenceLoss:
             return cpo_loss(*logprobs, beta=beta)
 
 
-def first_loss(config: DPOConfig) -> float:
+def first_loss(config: DPOConfig, *, off: float = 0.0) -> float:
     """What `preference_loss` is before the first step, whatever the pairs are.
 
     Policy and reference are the same then. Without a reference it is so for a response beside
     itself.
+
+    Args:
+        off: nats by which the log-probability of the chosen response is too low.
     """
     equal = torch.full((1,), -1.0, dtype=torch.float64)
-    return float(preference_loss(config, *[equal] * (2 if config.reference_free else 4)).loss)
+    others = [equal] * (1 if config.reference_free else 3)
+    return float(preference_loss(config, equal - off, *others).loss)
 
 
 def response_logprobs(

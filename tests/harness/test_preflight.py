@@ -225,7 +225,7 @@ def test_the_first_loss_of_dpo_is_ln_2_with_label_smoothing(capsys, cached):
 
 
 FAMILY = {
-    "ipo": ({"beta": 0.5}, "1.000000"),  # 1/(4 beta^2)
+    "ipo": ({"beta": 2.0}, "0.062500"),  # 1/(4 beta^2)
     "hinge": ({}, "1.000000"),
     "robust": ({"label_smoothing": 0.1}, "0.693147"),
     "apo_zero": ({}, "1.000000"),
@@ -242,6 +242,13 @@ def test_the_first_loss_of_the_family_is_known(loss):
     check = list(Stage("dpo", loss=loss, **options).checks())[-1]
     assert check.name == f"first loss of {loss}"
     assert check.words == f"{known}, within 1e-09 of {known}"
+
+
+def test_the_first_loss_of_a_steep_one_may_differ_more():
+    """IPO's slope is 1/beta: a thousandth of a nat is a tenth of its loss of 2500."""
+    check = list(Stage("dpo", loss="ipo", beta=0.01, precision="fp32").checks())[-1]
+    assert check.limit == pytest.approx(0.1, abs=1e-5)
+    assert check.passed
 
 
 def test_the_first_loss_leaves_out_what_sft_adds():
