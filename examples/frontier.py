@@ -1,4 +1,4 @@
-"""Gold reward against KL to the SFT model: PPO and RLOO with KL coefficients, DPO with betas.
+"""Gold reward against KL to the SFT model: PPO, GRPO, RLOO with KL coefficients, DPO with betas.
 
 Figure 2 of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290) in miniature, on the embedded
 world, where the true reward is known. All runs start from one SFT model; the reward model learns
@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_min.config import DPOConfig, RLOOConfig
+from rlhf_min.config import DPOConfig, GRPOConfig, PPOConfig, RLOOConfig
 from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 SHOWN |= {name: name for name in ("correct", "polite", "brief")}
 
+INKS = {"PPO": "Reds", "GRPO": "Purples", "RLOO": "Blues", "DPO": "Greens"}
 INSTEAD = {"data": "--data has no true reward; the embedded world has"}
 
 
@@ -27,9 +28,13 @@ class FrontierOptions(ExperimentOptions):
     betas: list[float] = field(
         default_factory=lambda: [1.0, 0.3, 0.1], metadata={"help": "Of DPO, a curve for each."}
     )
+    grpo_kl_coefs: list[float] = field(
+        default_factory=lambda: [0.2],
+        metadata={"help": "Of GRPO, with as many responses as PPO, a curve for each."},
+    )
     rloo_kl_coefs: list[float] = field(
         default_factory=lambda: [0.1],
-        metadata={"help": "Of RLOO, with PPO's rollouts, a curve for each."},
+        metadata={"help": "Of RLOO, with as many responses as PPO, a curve for each."},
     )
 
 
@@ -41,21 +46,14 @@ def main() -> None:
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness import experiments
 
-    runs = experiments.ppo_runs(options)
+    runs = {
+        **experiments.sampling_runs(options, "PPO", PPOConfig, options.kl_coefs),
+        **experiments.sampling_runs(options, "GRPO", GRPOConfig, options.grpo_kl_coefs),
+        **experiments.sampling_runs(options, "RLOO", RLOOConfig, options.rloo_kl_coefs),
+    }
     for beta in options.betas:
         configs = [DPOConfig(beta=beta, seed=seed) for seed in range(options.seeds)]
         runs[f"DPO, beta {beta:g}"] = configs
-
-    for kl_coef in options.rloo_kl_coefs:
-        runs[f"RLOO, kl_coef {kl_coef:g}"] = [
-            RLOOConfig(
-                steps=options.ppo_steps,
-                max_new_tokens=options.max_response_tokens,
-                kl_coef=kl_coef,
-                seed=seed,
-            )
-            for seed in range(options.seeds)
-        ]
 
     inputs = experiments.load_world(options)
     experiments.prepare(options, out, inputs)
@@ -80,7 +78,7 @@ def draw(points: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for method, colours in (("PPO", "Reds"), ("DPO", "Greens"), ("RLOO", "Blues")):
+    for method, colours in INKS.items():
         names = [name for name in points if name.startswith(method)]
         inks = colormaps[colours](np.linspace(0.9, 0.45, len(names)))
         for name, ink in zip(names, inks, strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_min.config import option
+from rlhf_min.config import PPOConfig, option
 from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
@@ -49,7 +49,9 @@ def main() -> None:
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from rlhf_min.harness import experiments
 
-    runs = experiments.ppo_runs(options, learning_rate=options.learning_rate)
+    runs = experiments.sampling_runs(
+        options, "PPO", PPOConfig, options.kl_coefs, learning_rate=options.learning_rate
+    )
     inputs = experiments.load_world(options)
     for pair in inputs.pairs:
         if rng.random() < options.label_noise:

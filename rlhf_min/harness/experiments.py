@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min import dpo, estimates, ppo, rloo
+from rlhf_min import dpo, estimates, grpo, ppo, rloo
+from rlhf_min.config import DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, RolloutConfig
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite
 from rlhf_min.estimates import Estimate, mean_estimate
@@ -28,6 +30,7 @@ from rlhf_min.harness.run.folder import read_record, start_log
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.stages import reward, sft
+from rlhf_min.harness.stages.rollouts import critic_of
 from rlhf_min.harness.stages.run_stage import copy_policy, sample_texts
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.policy import Policy
@@ -40,7 +43,8 @@ LOOK_TOKENS = 8192  # padded tokens in one forward pass of a look; memory only
 Columns = dict[str, np.ndarray]  # kl, score, gold_reward, ...: (N,) each, for N test prompts
 Looks = dict[str, list[dict[int, Columns]]]  # by setting, seed and steps so far
 Point = dict[str, Any]  # seed, step and what the columns' means are then, as JSON values
-Config = ppo.PPOConfig | dpo.DPOConfig | rloo.RLOOConfig
+Config = RolloutConfig | DPOConfig
+SAMPLING: dict[type, ModuleType] = {PPOConfig: ppo, GRPOConfig: grpo, RLOOConfig: rloo}
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -52,11 +56,18 @@ def load_world(options: ExperimentOptions) -> Inputs:
     return inputs
 
 
-def ppo_runs(options: ExperimentOptions, **settings: Any) -> dict[str, Sequence[Config]]:
-    """The runs of PPO: a config for each KL coefficient and seed."""
+def sampling_runs(
+    options: ExperimentOptions,
+    title: str,
+    config_class: type[RolloutConfig],
+    kl_coefs: Sequence[float],
+    **settings: Any,
+) -> dict[str, Sequence[Config]]:
+    """The runs of PPO, or of what samples as many responses: a config for each KL coefficient and
+    seed."""
     return {
-        f"PPO, kl_coef {kl_coef:g}": [
-            ppo.PPOConfig(
+        f"{title}, kl_coef {kl_coef:g}": [
+            config_class(
                 steps=options.ppo_steps,
                 max_new_tokens=options.max_response_tokens,
                 kl_coef=kl_coef,
@@ -65,7 +76,7 @@ def ppo_runs(options: ExperimentOptions, **settings: Any) -> dict[str, Sequence[
             )
             for seed in range(options.seeds)
         ]
-        for kl_coef in options.kl_coefs
+        for kl_coef in kl_coefs
     }
 
 
@@ -109,14 +120,14 @@ def run_all(options: ExperimentOptions, out: Path, runs: Mapping[str, Sequence[C
 
 
 def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Columns]:
-    """Train a copy of the SFT model by PPO, DPO or RLOO; look at it now and then.
+    """Train a copy of the SFT model on rollouts or by DPO; look at it now and then.
 
     A look samples the test prompts, with the same random numbers each time, and measures the
     responses. ``kl`` adds up the exact KL at each token: as unbiased as adding the log-ratios, but
     less noisy and never negative.
 
     Returns:
-        The looks, by the number of steps before each (PPO and RLOO: rollouts).
+        The looks, by the number of steps before each (of DPO: optimizer steps, else rollouts).
     """
     inputs = load_world(options)
     sft_options = replace(options, model=str(out / "sft"), threads=None)  # each job has one
@@ -124,15 +135,11 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
     reward_model = RewardModel.from_pretrained(out / "reward_model", plain=options.plain)
     reward_model.to(options.torch_device("reward_device"))
     codec, ref_policy = make_codec(start, options), start.reference(reward_model.device)
-    if isinstance(config, ppo.PPOConfig):
-        policy = copy_policy(start, critic=config.critic)
-        ppo_state = ppo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
-        steps = ppo.train(policy, ref_policy, reward_model.score, config, ppo_state)
-        total = config.steps
-    elif isinstance(config, rloo.RLOOConfig):
-        policy = copy_policy(start, critic="none")
-        rloo_state = rloo.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
-        steps = rloo.train(policy, ref_policy, reward_model.score, config, rloo_state)
+    if isinstance(config, RolloutConfig):
+        algorithm = SAMPLING[type(config)]
+        policy = copy_policy(start, critic=critic_of(config))
+        rollouts = algorithm.new_state(policy, codec.encode_prompts(inputs.prompts)[0], config)
+        steps = algorithm.train(policy, ref_policy, reward_model.score, config, rollouts)
         total = config.steps
     else:
         policy = copy_policy(start, critic="none")
@@ -140,9 +147,7 @@ def run(options: ExperimentOptions, out: Path, config: Config) -> dict[int, Colu
         steps = dpo.train(policy, ref_policy, config, state)
         total = dpo.total(state.cursor, config)
     prompts = codec.encode_prompts(inputs.test[: options.test_prompts])[0]
-    exact = ppo.PPOConfig(
-        max_new_tokens=options.max_response_tokens, kl="full", max_tokens=LOOK_TOKENS
-    )
+    exact = PPOConfig(max_new_tokens=options.max_response_tokens, kl="full", max_tokens=LOOK_TOKENS)
 
     def look() -> Columns:
         rng = torch.Generator().manual_seed(config.seed)
