@@ -30,6 +30,7 @@ from rlhf_min.harness.run.reading import read_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples/results/quickstart-seed-0.json"
+MODELS = json.loads(RESULTS.read_text("utf-8")).keys() - {"seed", "reward_model"}
 VOID = {"meta", "br"}
 NO_MORE = dict.fromkeys(("results", "samples", "tokens", "reward_model"))
 SCRIPT = "<script>alert('x')</script>&amp;"
@@ -354,7 +355,7 @@ def test_the_first_sentences_say_what_matters(tmp_path):
     )
     text = page([read_run(write_run(tmp_path / "r", results=results))])
     first = text[: text.index("<h2>Results")]
-    ppo, _, sft, reward_model, verdict = paragraphs(first, "")[:5]
+    ppo, *_, sft, reward_model, verdict = paragraphs(first, "")[: len(MODELS) + 2]
     assert ppo == (
         "ppo: score 1.159, above sft's 0.025; gold reward 4.625, above sft's 2.876; 2.615 nats "
         "from the reference."
@@ -388,7 +389,7 @@ def test_intervals_that_overlap_are_called_so(tmp_path):
 def test_gold_is_named_only_where_it_was_measured(tmp_path, text):
     assert "gold" in text.lower()
     own = json.loads(RESULTS.read_text("utf-8"))
-    for name in ("sft", "ppo", "dpo", "reward_model"):
+    for name in (*MODELS, "reward_model"):
         own[name] = {k: v for k, v in own[name].items() if "gold" not in k}
     rows = [{k: v for k, v in ppo_row(step).items() if "gold" not in k} for step in range(1, 41)]
     plain = write_run(
