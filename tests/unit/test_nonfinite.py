@@ -330,6 +330,23 @@ def test_a_minibatch_names_the_rows_of_the_rollout(where, bad):
     assert_untouched(policy, before)
 
 
+def test_a_ratio_of_a_response_overflows_where_no_token_does():
+    policy = small_policy(dtype=torch.float32)
+    sizes = {"batch_size": 8, "minibatch_size": 4, "group_size": 2, "max_new_tokens": 3}
+    config = RLOOConfig(**sizes, max_tokens=1000)
+    rng = torch.Generator().manual_seed(0)
+    state = rloo.new_state(policy, PROMPTS, config)
+    rollout = collect(policy, policy.reference(), lengths, PROMPTS, config, rng=rng)
+    row = int(rollout.lengths.argmax())
+    rollout.logprobs[row, : rollout.lengths[row]] -= 60.0  # exp(60) is in float32, exp(180) not
+    buffer = rloo.judge(rollout, config)
+    before = weights(policy)
+    with pytest.raises(NonFinite, match="is not finite"):
+        rloo.minibatch_step(policy, state.optimizer, buffer, [row, (row + 1) % 8], config)
+    assert first_nonfinite(rollouts.alone(policy, config, buffer)) == ("ratio", [row])
+    assert_untouched(policy, before)
+
+
 # In one row of the data
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_min import online
-from rlhf_min.config import RewardConfig, RolloutConfig, SFTConfig
+from rlhf_min.config import RewardConfig, RLOOConfig, RolloutConfig, SFTConfig
 from rlhf_min.data import PromptExample
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.harness import preflight
@@ -331,11 +331,16 @@ def alone(
             row,
             {
                 **parts,
-                "ratio": (new.logprobs - rollout.logprobs[[row], :width]).exp(),
+                "ratio": _ratio(new.logprobs - rollout.logprobs[[row], :width], config),
                 "advantages": buffer.advantages[[row], :width],
                 "returns": buffer.returns[[row], :width],
             },
         )
+
+
+def _ratio(log_ratio: Tensor, config: RolloutConfig) -> Tensor:
+    """Of each token, or, in RLOO, of the whole response, which overflows where no token's does."""
+    return (log_ratio.sum(1) if isinstance(config, RLOOConfig) else log_ratio).exp()
 
 
 def too_far(
