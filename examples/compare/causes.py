@@ -38,7 +38,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
         "f_divergence_type": ("reverse_kl", "FDivergenceType.REVERSE_KL"),
         "label_smoothing_factor": 0.0,
         "ld_alpha": None,
-        "loss_type": ("sigmoid", ["sigmoid"]),
+        "loss_type": (*options.LOSSES, *([loss] for loss in options.LOSSES)),
         "loss_weights": (None, [1.0]),
         "neftune_noise_alpha": None,
         "reference_free": False,
@@ -84,9 +84,12 @@ def _options(sides: Sides) -> list[Cause[Setup]]:
     """Options that both sides have, with other values."""
     setup, record = sides.setup, sides.record
     theirs = options.in_our_words(record.stage, record.options, total_steps=setup.total_steps)
-    found: list[Cause[Setup]] = []
+    loss = _loss(setup, theirs, record)
+    found = [*loss]
     for name, value in theirs.items():
         here = getattr(setup.config, name)
+        if name in ("loss", "label_smoothing") and loss:  # which come together
+            continue
         if name == "label_smoothing" and options.ignores_label_smoothing(record):
             if here:
                 says = "trl's loss 'sigmoid' ignores label_smoothing, here it is heeded: {here}"
@@ -94,6 +97,21 @@ def _options(sides: Sides) -> list[Cause[Setup]]:
         elif value != here:
             found.append(_option(name, value, _says(name, value, here, record)))
     return found
+
+
+def _loss(setup: Setup, theirs: Mapping[str, Any], record: Record) -> list[Cause[Setup]]:
+    """Another loss of pairs, with the label smoothing that belongs to it."""
+    here = getattr(setup.config, "loss", None)
+    if theirs.get("loss", here) == here:
+        return []
+    wanted = {"loss": theirs["loss"], "label_smoothing": theirs["label_smoothing"]}
+    if options.ignores_label_smoothing(record):
+        wanted["label_smoothing"] = 0.0
+
+    def follow(setup: Setup) -> Setup:
+        return replace(setup, config=replace(setup.config, **wanted))
+
+    return [Cause("loss", f"the loss is {wanted['loss']} in trl and {here} here", follow)]
 
 
 def _option(name: str, value: Any, says: str, title: str = "") -> Cause[Setup]:

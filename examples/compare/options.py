@@ -72,6 +72,9 @@ OF_GRPO = {
 LOSS_MEANS = {"grpo": "sequence", "dr_grpo": "constant", "bnpo": "token", "dapo": "token"}
 KL_PENALTIES = {"kl": "k1", "abs": "abs", "mse": "k2", "full": "full"}  # of 0.11
 STOP_KL = 1.5  # 0.11 stops at so many times `target_kl`
+# trl's losses of pairs that are followed. Not those of means per token, whose rewards are sums in
+# trl all the same.
+LOSSES = ("sigmoid", "hinge", "robust", "apo_zero", "apo_down")
 SCHEDULES = {"constant_with_warmup": "constant"}  # the others that we have are called alike
 
 
@@ -94,6 +97,9 @@ def in_our_words(stage: str, trl: dict[str, Any], *, total_steps: int) -> dict[s
     ours["max_grad_norm"] = ours["max_grad_norm"] or None  # 0: not at all
     if stage == "reward":
         ours["center_coef"] = ours["center_coef"] or 0.0
+    if (loss := loss_of_pairs(trl)) in LOSSES:
+        same = loss == "robust" and not ours["label_smoothing"]
+        ours["loss"] = "sigmoid" if same else loss
     return ours
 
 
@@ -173,10 +179,17 @@ def without(trl: dict[str, Any], defaults: dict[str, Any], names: Iterable[str])
     return trl | {name: defaults[name] for name in names if name in defaults}
 
 
+def loss_of_pairs(trl: dict[str, Any]) -> str:
+    """The name of DPO's loss by trl's options; empty if it is none or several."""
+    loss = trl.get("loss_type")
+    one = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    return one if isinstance(one, str) else ""
+
+
 def ignores_label_smoothing(record: Any) -> bool:
     """Whether trl's loss takes no notice of that option: 'sigmoid' does so from 1.0 on."""
-    new = not record.versions["trl"].startswith("0.")
-    return new and record.options.get("loss_type") in ("sigmoid", ["sigmoid"])
+    loss, new = loss_of_pairs(record.options), not record.versions["trl"].startswith("0.")
+    return loss in LOSSES and loss != "robust" and (new or loss != "sigmoid")
 
 
 def in_trl_words(
@@ -208,6 +221,8 @@ def in_trl_words(
         trl["lr_scheduler_type"] = back.get(ours["schedule"], ours["schedule"])
     if "warmup_share" in ours:
         trl["warmup_steps"] = round(ours["warmup_share"] * steps)
+    if ours.get("loss") in LOSSES:
+        trl["loss_type"] = [ours["loss"]]
     if ours.get("eos_penalty"):
         trl["missing_eos_penalty"] = ours["eos_penalty"]
     if "minibatch_size" in ours:

@@ -67,6 +67,13 @@ def test_an_open_quote_of_the_scripts_arguments_is_refused():
 
 
 @pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(("given", "theirs"), [("hinge", ["hinge"]), ("simpo", None)])
+def test_a_loss_that_trl_has_goes_to_trl(given, theirs):
+    options = parse_options("", [*DPO.split(), "--loss", given])
+    assert given_to_trl(options, "dpo").get("loss_type") == theirs
+
+
+@pytest.mark.usefixtures("files")
 def test_what_is_given_here_goes_to_trl_in_its_words_and_its_own_go_before():
     line = f"{DPO} --beta 0.2 --batch_size 6 --warmup_share 0.5 --max_length 9 --steps 4"
     theirs = ["beta=0.3", "loss_type=['ipo']", "bf16=True", "ld_alpha=null", "pad_token=<pad>"]

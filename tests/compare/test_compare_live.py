@@ -263,10 +263,23 @@ def test_two_faults_are_both_named(beside):
 
 def test_an_option_that_nothing_here_follows_is_told(beside):
     said = beside(
-        "dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", "--trl", "loss_type=hinge"
+        "dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", "--trl", "loss_type=nca_pair"
     )
-    assert "loss_type is ['hinge'] in trl, which is not here" in head(said)
+    assert "loss_type is ['nca_pair'] in trl, which is not here" in head(said)
     assert not beside.explained
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (["loss_type=hinge"], "the loss is hinge in trl and sigmoid here"),
+        (["loss_type=robust", "label_smoothing=0.2"], "the loss is robust in trl and sigmoid here"),
+    ],
+)
+def test_another_loss_of_pairs_is_followed(beside, loss, told):
+    said = beside("dpo", beside.model("gpt2"), pairs(), "--batch_size", "4", "--trl", *loss)
+    assert told in head(said)
+    assert beside.explained
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
