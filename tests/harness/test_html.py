@@ -1009,7 +1009,7 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(tmp_pa
     folder = write_run(
         tmp_path / ("long-name-" * 12),
         samples=[sample(0, texts["response"], prompt=texts["prompt"]), sample(40, "y")],
-        tokens=[token_record(0, **texts)],
+        tokens=[token_record(0, **texts), group_record(0, "group", **texts)],
     )
     # In a frame of that width, since a window cannot be as narrow as a phone.
     report = json.dumps(page([read_run(folder)])).replace("</", "<\\/")
