@@ -2,8 +2,7 @@
 
 After Gao, Schulman and Hilton 2022, arXiv:2210.10760, on the embedded world, where the true reward
 is known: PPO without and with a KL penalty, and best-of-n, against a reward model that has seen few
-preference pairs. SFT model and reward model are trained first, unless --model and --reward_model
-give them.
+preference pairs. A --model or --reward_model that is not given is trained first.
 """
 
 import random
@@ -18,6 +17,7 @@ from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats
+UNUSED = (*OF_OWN_ROWS, *OF_LORA)
 INSTEAD = {"data": "--data has no true reward; the embedded world has"}
 
 
@@ -41,9 +41,7 @@ class OveroptimizationOptions(ExperimentOptions):
 
 @command
 def main() -> None:
-    options = parse(
-        __doc__, OveroptimizationOptions, without=(*OF_OWN_ROWS, *OF_LORA), instead=INSTEAD
-    )
+    options = parse(__doc__, OveroptimizationOptions, without=UNUSED, instead=INSTEAD)
     started = time.perf_counter()
     out, rng = check_out(options, "overoptimization"), random.Random(options.seed)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.

@@ -7,6 +7,9 @@ With --data give --model and --reward_model or --reward, as to train_ppo.py. The
     DAPO         --loss_mean token --clip_high 0.28 --kl_coef 0 --mask_cut
     Dr. GRPO     --loss_mean constant --advantage_scale none --kl_coef 0
     GSPO         --ratio_level sequence --clip 3e-4 --clip_high 4e-4 --kl_coef 0
+
+Of DAPO two parts are not here: groups of equal rewards are not sampled again, and a long response
+is not charged before it is cut.
 """
 
 from rlhf_min.config import GRPOConfig

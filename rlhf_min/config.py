@@ -370,7 +370,9 @@ class GRPOConfig(GroupConfig):
         "the paper clips at 3e-4 and 4e-4.",
     )
     kl_in: Literal["loss", "reward"] = option(
-        "loss", "The KL stands in the loss as k3, or in the reward as --kl says."
+        "loss",
+        "The KL stands in the loss as k3, or in the reward as --kl says: there it alone tells "
+        "equal scores apart, and advantage_scale group divides its weight out.",
     )
     kl: RolloutKL = option("k1", "Estimate of the KL that is reported, and put into the rewards.")
     kl_coef: float = option(

@@ -92,6 +92,17 @@ def test_judge_by_hand():
     assert buffer.advantages[1].tolist() == [-3.5, 0, 0]
 
 
+@pytest.mark.parametrize("kl_coef", [0.05, 5.0])
+def test_of_equal_scores_a_deviation_divides_the_weight_of_the_kl_out(kl_coef):
+    rollout = judged([4, 4, 0, 0], logprobs=LOGPROBS)
+    config = GRPOConfig(**CONFIG | {"kl_coef": kl_coef}, kl_in="reward")
+    # Rewards of 4 - 3c and 4 - 4c, 0 and 2c: 1 / sqrt 2 each, but for the 1e-4.
+    expected = 0.5**0.5 * f64(1, -1, -1, 1)
+    assert_close(grpo.judge(rollout, config).advantages[:, 0], expected, 0.003)
+    found = grpo.judge(rollout, replace(config, advantage_scale="none")).advantages[:, 0]
+    assert_close(found, kl_coef * f64(0.5, -0.5, -1, 1), FP64)
+
+
 @pytest.mark.parametrize("algorithm", [grpo, rloo])
 def test_scores_are_clipped_and_then_charged_for_a_missing_eos(algorithm):
     config = {grpo: GRPOConfig, rloo: RLOOConfig}[algorithm]
