@@ -106,6 +106,14 @@ def test_clipped_tokens_are_those_of_the_policy_loss(updated):
         assert row["clipped"] == (better if row["advantage"] > 0 else worse)
 
 
+def test_a_ratio_of_a_response_that_no_float_holds_is_infinite(updated):
+    policy, buffer, _ = updated
+    rollout = replace(buffer.rollout, logprobs=buffer.rollout.logprobs - 400)
+    rows = token_rows(policy, replace(buffer, rollout=rollout), 0, RLOOConfig(**GROUPS))
+    assert [row["ratio"] for row in rows] == [math.inf, math.inf]
+    assert [row["clipped"] for row in rows] == [row["advantage"] > 0 for row in rows]
+
+
 def written(file, updated, **options):
     policy, buffer, _ = updated
     records = token_records(policy, buffer, CONFIG, step=7, kl_coef=KL_COEF, **options)

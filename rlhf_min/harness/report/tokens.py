@@ -1,6 +1,7 @@
 """A rollout token by token: what everyone believed of each, and what the update made of it."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def _ratios(new: Sequence[float], old: Sequence[float], config: RolloutConfig) -
         logs = [sum(logs)] * len(logs)
     elif isinstance(config, GRPOConfig) and config.ratio_level == "sequence":
         logs = [sum(logs) / len(logs)] * len(logs)
-    return [math.exp(x) for x in logs]
+    # Of a response it may exceed all floats, which is an error to `math.exp`.
+    return [math.inf if x > math.log(sys.float_info.max) else math.exp(x) for x in logs]
 
 
 def token_records(
