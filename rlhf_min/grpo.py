@@ -96,9 +96,9 @@ def minibatch_step(
     """One optimizer step on these rows, in micro-batches that leave the gradient as it is."""
     rollout = buffer.rollout
     lengths = rollout.sequences.attention_mask.sum(1).tolist()
-    total = len(rows)
-    if config.loss_mean == "token":
-        total = int(rollout.lengths[rows][learned_from(rollout, config)[rows]].sum())
+    learned = learned_from(rollout, config)[rows]  # (b,)
+    per_token = config.loss_mean == "token"
+    total = int(rollout.lengths[rows][learned].sum()) if per_token else len(rows)
     stats = accumulate(
         partial(batch_loss, policy, buffer, config),
         rows,
@@ -107,6 +107,9 @@ def minibatch_step(
         max_tokens=config.max_tokens,
         optimizer=optimizer,
     )
+    if not per_token:  # responses that are left out count in the loss, but they have no ratio
+        for name in ("clip_fraction", "update_k1", "update_k3", "ratio"):
+            stats[name] *= len(rows) / max(int(learned.sum()), 1)
     stats["grad_norm"] = optimizer.step(buffer, stats)
     return stats
 

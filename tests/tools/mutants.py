@@ -1199,9 +1199,11 @@ TABLE = [
     ("grpo.minibatch_step",
      "parity/test_grpo_1_16.py::test_a_whole_run_ends_at_the_weights_of_trl[dapo]",
      ("a mean over tokens by the number of responses",
-      'if config.loss_mean == "token":', "if False:"),
+      'config.loss_mean == "token"', "False"),
      ("cut responses in the number of tokens",
-      "rollout.lengths[rows][learned_from(rollout, config)[rows]]", "rollout.lengths[rows]")),
+      "rollout.lengths[rows][learned]", "rollout.lengths[rows]")),
+    ("grpo.minibatch_step", "unit/test_grpo.py::test_cut_responses_have_no_ratio[sequence]",
+     ("cut responses count as unmoved", "len(rows) / max(int(learned.sum()), 1)", "1")),
     ("grpo.judge", "unit/test_oracle_of_groups.py::"
      "test_one_step_on_every_pair_is_the_gradient_of_the_objective[grpo]",
      ("the KL in the loss alone",

@@ -256,7 +256,6 @@ def plain_groups(policy, ref_policy, reward, config):
                 for i in rows:
                     if getattr(config, "mask_cut", False) and responses[i][-1] != END:
                         losses.append([])
-                        reported.append({})
                         continue
                     new = taken(policy, prompts[i], responses[i], 0.7)
                     row = plain_row(new, old[i], ref[i], advantages[i], config)
@@ -266,10 +265,12 @@ def plain_groups(policy, ref_policy, reward, config):
                 if constant:
                     loss = sum(sum(row) for row in losses) / (len(rows) * 5)
                 names = ("clip_fraction", "update_k1", "update_k3", "ratio")
-                means = {k: plain_mean([row.get(k, []) for row in reported], config) for k in names}
+                means = dict.fromkeys(names, 0.0)
+                if reported:
+                    means = {k: plain_mean([row[k] for row in reported], config) for k in names}
                 means |= {
                     "loss": torch.as_tensor(loss).item(),
-                    "ratio_max": max((max(row["ratio"]) for row in reported if row), default=0.0),
+                    "ratio_max": max((max(row["ratio"]) for row in reported), default=0.0),
                 }
                 optimizer.zero_grad()
                 (loss + 0 * sum(p.sum() for p in policy.parameters())).backward()
@@ -354,6 +355,17 @@ def test_micro_batches_leave_the_gradient_as_it_is(config, moved_rollout):
         assert len(batches) > 2
         assert largest_difference(policy, whole) < FP64
         assert found == pytest.approx(expected, rel=FP64, abs=FP64)
+
+
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "constant"])
+def test_cut_responses_have_no_ratio(loss_mean, moved_rollout):
+    config = replace(ALL_LOSSES[1], loss_mean=loss_mean)
+    found, among_ended = (
+        step_of(config, moved_rollout, rows)[1] for rows in ((3, 1, 0, 2, 4, 7, 5), (3, 0, 2, 5))
+    )
+    for name in ("clip_fraction", "update_k1", "update_k3", "ratio", "ratio_max"):
+        assert found[name] == pytest.approx(among_ended[name], rel=FP64)
+        assert found[name] != 0
 
 
 @pytest.mark.parametrize("max_tokens", [1, 1000])
