@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from rlhf_min.harness.parser import Parser, fail
 from rlhf_min.harness.rows.columns import parse_columns
 from rlhf_min.harness.run import system_errors
 from rlhf_min.harness.run.atomic import NotWritten
-from rlhf_min.harness.run.folder import continued, how_to_go_on
+from rlhf_min.harness.run.folder import how_to_go_on, recorded
 from rlhf_min.harness.run.signals import Stopped, raising_signals
 from rlhf_min.harness.run.terminal import outlive_terminal
 from rlhf_min.harness.trackers import check_trackers
@@ -299,11 +299,15 @@ def parse(
     configs: list[Any] = []
     for config_class in config_classes:
         values = {f.name: given[f.name] for f in fields(config_class) if f.name in given}
-        if configs and configs[0].resume is None:
+        if configs and configs[0].resume is not None:
+            # At once, since what is given may only be right beside what the run started with.
+            values |= recorded(config_class, given, Path(configs[0].resume))
+        elif configs:
             values = published(config_class, getattr(configs[0], started_from), values) | values
         configs.append(config_class(**values))
     if configs and configs[0].resume is not None:
-        configs = continued(configs, set(given), Path(configs[0].resume))
+        run = Path(configs[0].resume)
+        configs[0] = replace(configs[0], **recorded(type(configs[0]), given, run))
     if configs:
         configs[0].check_models()
         _check_lora(configs, started_from)

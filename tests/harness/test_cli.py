@@ -621,3 +621,24 @@ def test_the_template_stays_with_the_model(tmp_path):
     loaded = Policy.from_pretrained(tmp_path / "sft", critic="none")
     assert make_codec(loaded, RunOptions()).template == "Q: {prompt}\nA:"
     assert make_codec(loaded, RunOptions(template="{prompt}")).template == "{prompt}"
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        (DPOConfig(loss="simpo"), {"simpo_gamma": 0.5}),
+        (DPOConfig(loss="robust", label_smoothing=0.1), {"loss": "sigmoid"}),
+        (GRPOConfig(batch_size=14, minibatch_size=14, group_size=2), {"group_size": 7}),
+        (PPOConfig(batch_size=512, minibatch_size=128), {"minibatch_size": 256}),
+    ],
+    ids=["margin", "loss", "groups", "minibatches"],
+)
+def test_an_option_given_on_resuming_stands_beside_those_of_the_run(
+    config, given, tmp_path, monkeypatch
+):
+    name = type(config).__name__
+    record = {"config": {"RunOptions": {}, name: dataclasses.asdict(config)}}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    options = [x for option, value in given.items() for x in (f"--{option}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train", "--resume", str(tmp_path), *options])
+    assert parse("", RunOptions, type(config))[1] == dataclasses.replace(config, **given)

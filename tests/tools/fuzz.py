@@ -47,7 +47,7 @@ from rlhf_min.harness.rows.columns import SAMPLING, Stage, parse_columns
 from rlhf_min.harness.rows.load import load_rows
 from rlhf_min.harness.run import checkpoint
 from rlhf_min.harness.run.checkpoint import Snapshot
-from rlhf_min.harness.run.folder import continued, run_seed
+from rlhf_min.harness.run.folder import recorded, run_seed
 from rlhf_min.harness.run.saved_models import save_policy, save_reward_model
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
@@ -363,7 +363,7 @@ def read_run(given: bytes) -> None:
     """What a run was started with, and its seed."""
     Path("run.json").write_bytes(given)
     run_seed(Path())
-    continued([SFTConfig()], {"epochs"}, Path())
+    recorded(SFTConfig, {"epochs"}, Path())
 
 
 RUN = {"config": {"SFTConfig": asdict(SFTConfig())}, "versions": {}, "threads": 1}

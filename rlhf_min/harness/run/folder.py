@@ -8,8 +8,8 @@ import shlex
 import shutil
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -235,33 +235,27 @@ def read_record(run: Path) -> dict[str, Any]:
         raise BadInput(f"{file} cannot be read; put it back as the run wrote it") from error
 
 
-def continued(configs: list[Any], given: set[str], run: Path) -> list[Any]:
-    """The configs with what a run was started with, but for what the command line gives.
+def recorded(config_class: type, given: Collection[str], run: Path) -> dict[str, Any]:
+    """What a run was started with of this class, but for what the command line gives.
 
     Raises:
         BadInput: if another command made the run, or its record has a value that no option takes.
     """
-    recorded = read_record(run)["config"]
-    new = []
-    for config in configs:
-        name = type(config).__name__
-        require(
-            name in recorded,
-            f"--resume {run} was started by another command: it has no {name} but "
-            f"{', '.join(recorded)}",
-        )
-        hints = typing.get_type_hints(type(config))
-        values = {}
-        for field in fields(config):
-            if field.name in recorded[name].keys() - given - OF_THE_START:
-                value = _from_json(recorded[name][field.name], hints[field.name])
-                require(
-                    _fits(value, hints[field.name]),
-                    f"{run / RUN}: {name}.{field.name} cannot be {value!r}",
-                )
-                values[field.name] = value
-        new.append(replace(config, **values))
-    return new
+    of_all, name = read_record(run)["config"], config_class.__name__
+    require(
+        name in of_all,
+        f"--resume {run} was started by another command: it has no {name} but {', '.join(of_all)}",
+    )
+    hints, values = typing.get_type_hints(config_class), {}
+    for field in fields(config_class):
+        if field.name in of_all[name].keys() - set(given) - OF_THE_START:
+            value = _from_json(of_all[name][field.name], hints[field.name])
+            require(
+                _fits(value, hints[field.name]),
+                f"{run / RUN}: {name}.{field.name} cannot be {value!r}",
+            )
+            values[field.name] = value
+    return values
 
 
 def run_seed(run: Path) -> int:
