@@ -22,7 +22,7 @@ from rlhf_min.harness.inputs import load_inputs
 from rlhf_min.harness.run.folder import check_out, start_log
 
 KINDS = ("sum", "difference", "count")
-NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:[.,]\d+)*")  # in 10-7 there is no -7
 
 
 @dataclass(frozen=True)

@@ -366,8 +366,8 @@ class GRPOConfig(GroupConfig):
     )
     ratio_level: RatioLevel = option(
         "token",
-        "The ratio is of each token, or the geometric mean over a response (GSPO), so near 1 that "
-        "the paper clips at 3e-4 and 4e-4.",
+        "The ratio is of each token, or the geometric mean over a response (with loss_mean "
+        "sequence: GSPO), so near 1 that the paper clips at 3e-4 and 4e-4.",
     )
     kl_in: Literal["loss", "reward"] = option(
         "loss",

@@ -481,6 +481,7 @@ def test_the_last_number_must_be_the_answer():
     exact_match = example("arithmetic").exact_match
     assert exact_match([""] * 7, responses, answers) == [1, 0, 0, 1, 0, 1, 0]
     assert exact_match([""], ["nothing"], ["no number"]) == [0]
+    assert exact_match([""] * 2, ["it is 10-7", "it is -7"], ["7", "-7"]) == [1, 1]
 
 
 def test_pass_at_k_before_and_after():
