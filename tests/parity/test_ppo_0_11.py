@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer_harness import SHIMMED, Parity, largest, largest_gap, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_min import ppo
+from rlhf_min import online, ppo
 from rlhf_min.data import PromptExample
 from rlhf_min.optim import Optimizer
 from rlhf_min.policy import Policy
@@ -142,7 +142,7 @@ def replay(name: str, *, by_micro_batch: bool = False, **own: Any) -> Replay:
             return learn(policy, optimizer, buffer, torch.tensor(orders.pop(0)), config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "collect", given)
+        patch.setattr(online, "collect", given)
         patch.setattr(ppo, "ppo_epoch", in_their_order)
         for metrics in ppo.train(policy, ref_policy, lambda *_: [], config, state):
             assert not orders  # as many epochs as trl made
