@@ -97,8 +97,8 @@ def sft_term(chosen_logprobs: Tensor, chosen_lengths: Tensor) -> Tensor:  # (B,)
     Raises:
         ValueError: if the shapes differ or there is no pair.
 
-    Source: Pang et al. 2024, arXiv:2404.19733, eq. 1; ORPO's L_SFT. (CPO's paper sums over the
-    tokens; trl ``loss_type=["sigmoid", "sft"]`` takes the mean over all tokens of a micro-batch.)
+    Source: Pang et al. 2024, arXiv:2404.19733, eq. 1; ORPO's L_SFT, where CPO's paper sums over the
+    tokens; trl ``loss_type=["sigmoid", "sft"]`` takes the mean over all tokens of a micro-batch.
 
     Example: four tokens of probability 1/e each.
         >>> sft_term(torch.tensor([-4.0]), torch.tensor([4]))

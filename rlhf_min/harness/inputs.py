@@ -108,7 +108,9 @@ def load_inputs(options: RunOptions, stage: Stage | None, *, seed: int) -> Input
                 "  each pair is two rows: chosen, label true; rejected, label false"
             )
         train, heldout = _unpaired(train), _unpaired(heldout)
-    report += print_report(f"{len(train)} rows to train on, {len(heldout)} held out ({told})")
+    report += print_report(
+        f"{plural(len(train), 'row')} to train on, {len(heldout)} held out ({told})"
+    )
     inputs = _inputs(train, heldout, stage)
     inputs.report = report
     require(

@@ -179,6 +179,10 @@ def load_reward(
     for spec in specs:
         weight, name = _split_weight(spec)
         require(bool(name), f"--reward {spec!r} names nothing; {FORMS}")
+        require(
+            ":" in name or not name.endswith(".py"),
+            f"--reward {spec}: no function of the file is named; give {spec}:FUNCTION",
+        )
         require(name not in parts, f"--reward names {name} twice; add up the weights instead")
         if ":" in name:
             parts[name] = (weight, _function(name, timeout, warn))

@@ -113,6 +113,17 @@ def test_groups_that_say_nothing_are_told_with_what_to_do(tmp_path, stage, share
     )
 
 
+@pytest.mark.parametrize(("level", "most"), [("token", 0.3), ("sequence", 0.9)])
+def test_a_clip_as_narrow_as_gspos_holds_many_back(tmp_path, level, most):
+    run = {"config": {"GRPOConfig": {"ratio_level": level}}}
+    rows = rows_of("grpo", score=[1.0] * 9, clip_fraction=[0.5] * 9, ratio_max=[1.0] * 9)
+    lines = found(tmp_path, metrics=rows, run=run)
+    assert lines == [
+        f"GRPO: the curve of clipped left its range from step 1 to the end: 0.500 at first, where "
+        f"at most {most} is healthy; lower --learning_rate or take fewer --epochs"
+    ] * (most < 0.5)
+
+
 def test_the_kl_that_ended_the_run_is_told_with_its_step(tmp_path):
     run = {"config": {"PPOConfig": {"steps": 40, "max_kl": 1.7}}}
     rows = [*(ppo_row(step) for step in range(1, 18)), ppo_row(18, k1=1.75)]

@@ -40,8 +40,9 @@ def test_labels_that_are_balanced_are_counted():
 def test_weights_that_are_recommended_are_in_the_range_that_is_recommended(desirable, undesirable):
     (line, *_) = told(desirable, undesirable, desirable_weight=1.5, undesirable_weight=0.5)
     ratio = 1.5 * desirable / (0.5 * undesirable)
+    of_true = "1 response is" if desirable == 1 else f"{desirable} responses are"
     start = (
-        f"  warning: {desirable} responses are labelled true and {undesirable} false, so the true "
+        f"  warning: {of_true} labelled true and {undesirable} false, so the true "
         f"ones weigh {ratio:.3g} times as much together, beside the recommended 1 to 1.33; give "
     )
     assert line.startswith(start)

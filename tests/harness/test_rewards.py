@@ -160,6 +160,7 @@ def test_a_tensor_sums_like_a_list():
     [
         (["nowhere:f"], "--reward nowhere: cannot be imported (No module named 'nowhere')"),
         (["nowhere.py:f"], "--reward nowhere.py: no such file"),
+        (["2*mine.py"], "--reward 2*mine.py: no function of the file is named; give 2*mine.py:F"),
         (["my_rewards:missing"], "my_rewards has no function 'missing'"),
         (["my_rewards:number"], "my_rewards has no function 'number'"),
         (["x*my_rewards:length"], "'x' is not a weight"),

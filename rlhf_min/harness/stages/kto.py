@@ -199,7 +199,8 @@ def balance(examples: Sequence[UnpairedExample], config: kto.KTOConfig) -> Itera
     n = len(examples)
     desirable = sum(x.label for x in examples)
     undesirable = n - desirable
-    counts = f"{desirable} responses are labelled true and {undesirable} false"
+    are = "is" if desirable == 1 else "are"
+    counts = f"{plural(desirable, 'response')} {are} labelled true and {undesirable} false"
     if n == 0 or 0 in (desirable, undesirable):
         does = "raises what it is shown, like SFT" if desirable else "lowers what it is shown"
         yield f"  warning: {counts}, so KTO only {does}; give responses of both kinds"

@@ -567,17 +567,22 @@ def curves(
     )
 
 
+def clipped_range(config: Mapping[str, Any]) -> Range:
+    """Of the clipped share: GSPO's clip is narrow on purpose, and holds back half of all."""
+    return Range(high=0.9 if config.get("ratio_level") == "sequence" else 0.3)
+
+
 def group_curves(stage: str) -> tuple[Curve, ...]:
     """What groups of responses have beside them."""
     return (
         Curve(
             stage,
-            "Clipped tokens",
+            "Clipped",
             "share of the update",
             (("clip_fraction", "policy"),),
-            "A few in a hundred tokens; many mean that an update goes far from the rollout it "
-            "learns from.",
-            Range(high=0.3),
+            "A few in a hundred; many mean that an update goes far from the rollout it learns "
+            "from, or that the clip is as narrow as GSPO's.",
+            clipped_range,
             "lower --learning_rate or take fewer --epochs",
         ),
         Curve(
