@@ -1,0 +1,177 @@
+"""Several processes at one run: how its work is dealt out, and how all of them get the results.
+
+Every process runs the same program on the same data and draws the same random numbers. Only what is
+heavy is dealt out, micro-batch by micro-batch; its results are gathered, so that all else is whole
+and equal everywhere, as with one process. Losses divide by the counts of the whole minibatch, so
+gradients are summed, once for each optimizer step. With one process nothing here does anything.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+BUCKET_BYTES = 2**26  # of gradients that are summed at once; memory and messages only
+# Whoever waits is ended with the process that fails, see the harness. A reward may take hours.
+PATIENCE = timedelta(days=30)
+
+
+@dataclass
+class _World:
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False
+    idle: bool = False  # in a round that only keeps the others company
+
+
+_world = _World()
+
+
+def start() -> None:
+    """Join the processes that ``torchrun`` has started, as its environment variables say; nothing
+    where there is one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    _world.rank, _world.size = dist.get_rank(), dist.get_world_size()
+
+
+def end() -> None:
+    """Leave the others, at the end of all work; they need not be there any more."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _world.rank, _world.size, _world.sharded = 0, 1, False
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return _world.rank
+
+
+def size() -> int:
+    """How many processes there are."""
+    return _world.size
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes: the first."""
+    return _world.rank == 0
+
+
+def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """What `work` makes of each part, in their order, on every process.
+
+    Each process does every `size`-th part. What it raises is raised everywhere.
+
+    Args:
+        work: its result can be pickled, and holds tensors on the CPU only.
+        parts: the same on every process.
+    """
+    if _world.size == 1:
+        return [work(part) for part in parts]
+    mine, error = [], None
+    try:
+        mine = [work(part) for part in parts[_world.rank :: _world.size]]
+        if _world.sharded and len(mine) < -(-len(parts) // _world.size):
+            _keep_company(work, parts[0])
+    except Exception as raised:  # of any kind: the others wait for this process
+        if _world.sharded:  # in a forward pass of theirs
+            raise
+        error = raised
+    gathered: list[Any] = [None] * _world.size
+    dist.all_gather_object(gathered, (mine, error))
+    errors = [raised for _, raised in gathered if raised is not None]
+    if errors:
+        raise errors[0] if error is None else error
+    return [gathered[i % _world.size][0][i // _world.size] for i in range(len(parts))]
+
+
+def _keep_company(work: Callable[[Part], Result], part: Part) -> None:
+    """Sharded weights are gathered by all processes at once, so all make as many passes."""
+    _world.idle = True
+    try:
+        work(part)
+    finally:
+        _world.idle = False
+
+
+def is_idle() -> bool:
+    """Whether what is computed now belongs to another process, so that its gradient is not ours."""
+    return _world.idle
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What `work` returns, or raises, on the first process, which alone does it."""
+    found: list[Any] = [None, None]
+    if _world.size == 1:
+        return work()
+    if is_main():
+        try:
+            found[0] = work()
+        except Exception as raised:  # of any kind: the others wait for this process
+            found[1] = raised
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process says so."""
+    if _world.size == 1:
+        return flag
+    said = torch.tensor(int(flag))
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
+def barrier() -> None:
+    """Until all are here."""
+    agree(False)
+
+
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Sum the gradients of all processes, in place.
+
+    A process that had no part has no gradient; a parameter without one anywhere keeps none.
+    """
+    if _world.size == 1 or _world.sharded:  # which sums them in the backward pass
+        return
+    known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(known, dist.ReduceOp.MAX)
+    bucket: list[Tensor] = []
+    for p in (p for p, there in zip(parameters, known.tolist(), strict=True) if there):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if bucket and (p.grad.dtype, p.grad.device) != (bucket[0].dtype, bucket[0].device):
+            _sum(bucket)
+            bucket = []
+        bucket.append(p.grad)
+        if sum(g.numel() * g.element_size() for g in bucket) >= BUCKET_BYTES:
+            _sum(bucket)
+            bucket = []
+    if bucket:
+        _sum(bucket)
+
+
+def _sum(tensors: Sequence[Tensor]) -> None:
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(summed.view_as(x))
