@@ -11,7 +11,8 @@ A row is [prompt, response, padding]. All that belongs to the response is (B, T)
 How texts become ids is in `encoding.codec`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
@@ -148,16 +149,31 @@ class UnpairedExample:
     ref_logprob: float | None = None
 
 
-def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], *, max_tokens: int, among: int = 1) -> list[list[int]]:
     """Group rows of similar length so that no padded group holds more than `max_tokens`.
 
     Memory then depends on `max_tokens` alone, however many rows there are, and little of it is
     padding. A row longer than `max_tokens` gets a group of its own.
 
+    Args:
+        lengths: of the rows, in tokens.
+        max_tokens: padded tokens of a group, at most.
+        among: how many share the groups. Each gets as many, and the largest group is as small as it
+            can be then.
+
     Example:
         >>> micro_batches([3, 9, 3, 8], max_tokens=18)
         [[1, 3], [0, 2]]
+        >>> micro_batches([3, 9, 3, 8], max_tokens=100, among=2)
+        [[1, 3], [0, 2]]
     """
+    if among > 1:
+        n = -(-len(micro_batches(lengths, max_tokens=max_tokens)) // among) * among
+        max_tokens = bisect_left(
+            range(max_tokens),
+            True,
+            key=lambda tokens: len(micro_batches(lengths, max_tokens=tokens)) <= n,
+        )
     groups: list[list[int]] = []
     width = 0  # of the current group: its first row is its longest
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -219,8 +235,12 @@ class Cursor(Generic[Example]):
 
 
 def in_groups(
-    examples: Sequence[Example], length: Callable[[Example], int], *, max_tokens: int
-) -> Iterator[list[Example]]:
+    examples: Sequence[Example],
+    length: Callable[[Example], int],
+    *,
+    max_tokens: int,
+    among: int = 1,
+) -> list[list[Example]]:
     """The examples in `micro_batches` by their length."""
-    for rows in micro_batches([length(x) for x in examples], max_tokens=max_tokens):
-        yield [examples[i] for i in rows]
+    groups = micro_batches([length(x) for x in examples], max_tokens=max_tokens, among=among)
+    return [[examples[i] for i in rows] for rows in groups]

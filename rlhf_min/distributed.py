@@ -6,8 +6,9 @@ and equal everywhere, as with one process. Losses divide by the counts of the wh
 gradients are summed, once for each optimizer step. With one process nothing here does anything.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ class _World:
     rank: int = 0
     size: int = 1
     sharded: bool = False
+    alone: bool = False  # at a part of its own: what is called there is not dealt out again
     idle: bool = False  # in a round that only keeps the others company
 
 
@@ -61,8 +63,8 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many processes there are."""
-    return _world.size
+    """How many processes share what is done now."""
+    return 1 if _world.alone else _world.size
 
 
 def local_rank() -> int:
@@ -81,16 +83,20 @@ def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     Each process does every `size`-th part. What it raises is raised everywhere.
 
     Args:
-        work: its result can be pickled, and holds tensors on the CPU only.
+        work: returns what can be pickled.
         parts: the same on every process.
+
+    Returns:
+        The results; if there are several processes, their tensors are on the CPU.
     """
-    if _world.size == 1:
+    if size() == 1:
         return [work(part) for part in parts]
     mine, error = [], None
     try:
-        mine = [work(part) for part in parts[_world.rank :: _world.size]]
-        if _world.sharded and len(mine) < -(-len(parts) // _world.size):
-            _keep_company(work, parts[0])
+        with _on_its_own():
+            mine = [_on_cpu(work(part)) for part in parts[rank() :: _world.size]]
+            if _world.sharded and len(mine) < -(-len(parts) // _world.size):
+                _keep_company(work, parts[0])
     except Exception as raised:  # of any kind: the others wait for this process
         if _world.sharded:  # in a forward pass of theirs
             raise
@@ -103,6 +109,15 @@ def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     return [gathered[i % _world.size][0][i // _world.size] for i in range(len(parts))]
 
 
+@contextlib.contextmanager
+def _on_its_own() -> Iterator[None]:
+    _world.alone = True
+    try:
+        yield
+    finally:
+        _world.alone = False
+
+
 def _keep_company(work: Callable[[Part], Result], part: Part) -> None:
     """Sharded weights are gathered by all processes at once, so all make as many passes."""
     _world.idle = True
@@ -110,6 +125,12 @@ def _keep_company(work: Callable[[Part], Result], part: Part) -> None:
         work(part)
     finally:
         _world.idle = False
+
+
+def _on_cpu(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.detach().cpu()
+    return tuple(map(_on_cpu, result)) if isinstance(result, tuple) else result
 
 
 def is_idle() -> bool:
@@ -120,11 +141,12 @@ def is_idle() -> bool:
 def on_main(work: Callable[[], Result]) -> Result:
     """What `work` returns, or raises, on the first process, which alone does it."""
     found: list[Any] = [None, None]
-    if _world.size == 1:
+    if size() == 1:
         return work()
     if is_main():
         try:
-            found[0] = work()
+            with _on_its_own():
+                found[0] = work()
         except Exception as raised:  # of any kind: the others wait for this process
             found[1] = raised
     dist.broadcast_object_list(found)
@@ -135,7 +157,7 @@ def on_main(work: Callable[[], Result]) -> Result:
 
 def agree(flag: bool) -> bool:
     """Whether any process says so."""
-    if _world.size == 1:
+    if size() == 1:
         return flag
     said = torch.tensor(int(flag))
     dist.all_reduce(said, dist.ReduceOp.MAX)
@@ -152,7 +174,7 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 
     A process that had no part has no gradient; a parameter without one anywhere keeps none.
     """
-    if _world.size == 1 or _world.sharded:  # which sums them in the backward pass
+    if size() == 1 or _world.sharded:  # which sums them in the backward pass
         return
     known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
     dist.all_reduce(known, dist.ReduceOp.MAX)

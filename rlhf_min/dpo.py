@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import distributed
 from .config import DPOConfig
-from .data import Cursor, PreferenceExample, collate, in_groups
+from .data import Cursor, PreferenceExample, collate, micro_batches
 from .errors import require
 from .optim import Optimizer, State, accumulate, adamw
 from .policy import Policy, disable_dropout, evaluating
@@ -253,15 +254,17 @@ def cache_reference(
     ref_policy: Policy, examples: Sequence[PreferenceExample], *, max_tokens: int
 ) -> list[PreferenceExample]:
     """The same pairs with the reference's log-probabilities, which never change, written in."""
-    cached: dict[int, PreferenceExample] = {}
-    for part in in_groups(
-        list(enumerate(examples)), lambda x: _length(x[1]), max_tokens=max_tokens
-    ):
-        with evaluating(ref_policy):
-            chosen, rejected = response_logprobs(ref_policy, [example for _, example in part])
-        for (i, example), c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
-            cached[i] = replace(example, ref_logprobs=(c, r))
-    return [cached[i] for i in range(len(examples))]
+    lengths = [_length(example) for example in examples]
+    groups = micro_batches(lengths, max_tokens=max_tokens, among=distributed.size())
+    logprobs = torch.empty(len(examples), 2, dtype=torch.float64)
+    with evaluating(ref_policy):
+        found = distributed.deal(
+            lambda rows: response_logprobs(ref_policy, [examples[i] for i in rows]), groups
+        )
+    for rows, sums in zip(groups, found, strict=True):
+        logprobs[rows] = torch.stack(sums, dim=1).cpu().double()  # (b, 2)
+    pairs = zip(examples, logprobs.tolist(), strict=True)
+    return [replace(example, ref_logprobs=(c, r)) for example, (c, r) in pairs]
 
 
 def _reference(

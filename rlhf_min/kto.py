@@ -3,14 +3,16 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .config import KTOConfig
-from .data import Cursor, SFTExample, UnpairedExample, collate, in_groups
+from .data import Cursor, SFTExample, UnpairedExample, collate, in_groups, micro_batches
 from .errors import BadInput, require
 from .optim import Optimizer, State, accumulate, adamw
 from .policy import Policy, disable_dropout, evaluating
@@ -97,12 +99,15 @@ def reference_point(
     """The reference point z of a whole batch, in nats, on the policy's device. Shape ``()``."""
     if config.loss == "apo_zero_unpaired":
         return torch.zeros((), dtype=torch.float32, device=policy.device)
-    sums, pairs = [], mismatched(examples)
+    groups = in_groups(
+        mismatched(examples), _length, max_tokens=config.max_tokens, among=distributed.size()
+    )
+    sums = []
     for model in (policy, ref_policy):
         with evaluating(model):
-            groups = in_groups(pairs, _length, max_tokens=config.max_tokens)
-            sums.append(torch.cat([response_logprobs(model, part) for part in groups]))
-    return kto_kl(sums[0], sums[1].to(policy.device))
+            found = distributed.deal(partial(response_logprobs, model), groups)
+        sums.append(torch.cat(found).to(policy.device))  # (B,)
+    return kto_kl(*sums)
 
 
 def response_logprobs(policy: Policy, examples: Sequence[Row]) -> Tensor:
@@ -259,15 +264,17 @@ def cache_reference(
     ref_policy: Policy, examples: Sequence[UnpairedExample], *, max_tokens: int
 ) -> list[UnpairedExample]:
     """The same rows with the reference's log-probabilities, which never change, written in."""
-    cached: dict[int, UnpairedExample] = {}
-    for part in in_groups(
-        list(enumerate(examples)), lambda x: _length(x[1]), max_tokens=max_tokens
-    ):
-        with evaluating(ref_policy):
-            logprobs = response_logprobs(ref_policy, [example for _, example in part])
-        for (i, example), logprob in zip(part, logprobs.tolist(), strict=True):
-            cached[i] = replace(example, ref_logprob=logprob)
-    return [cached[i] for i in range(len(examples))]
+    lengths = [_length(example) for example in examples]
+    groups = micro_batches(lengths, max_tokens=max_tokens, among=distributed.size())
+    logprobs = torch.empty(len(examples), dtype=torch.float64)
+    with evaluating(ref_policy):
+        found = distributed.deal(
+            lambda rows: response_logprobs(ref_policy, [examples[i] for i in rows]), groups
+        )
+    for rows, sums in zip(groups, found, strict=True):
+        logprobs[rows] = sums.cpu().double()  # (b,)
+    rows_and_logprobs = zip(examples, logprobs.tolist(), strict=True)
+    return [replace(example, ref_logprob=logprob) for example, logprob in rows_and_logprobs]
 
 
 def _reference(ref_policy: Policy, examples: Sequence[UnpairedExample], *, like: Tensor) -> Tensor:

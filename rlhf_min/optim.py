@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from . import distributed
 from .config import Precision, TrainingConfig
 from .data import Cursor, in_groups
 from .errors import NonFinite
@@ -68,6 +70,8 @@ class Optimizer:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's share of the loss."""
+        if distributed.is_idle():
+            loss = loss * 0
         self.scaler.scale(loss).backward()
 
     def step(self, batch: Any = None, metrics: Mapping[str, float] | None = None) -> float:
@@ -87,6 +91,7 @@ class Optimizer:
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:  # of an embedding used without its head
                 p.grad = p.grad.to_dense()
+        distributed.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         total_norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total_norm)
@@ -223,6 +228,7 @@ def accumulate(
     length: Callable[[Example], int],
     max_tokens: int,
     optimizer: Optimizer | None = None,
+    dropout: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a batch, in micro-batches that leave its means and its gradient as they
     would be without micro-batches.
@@ -234,33 +240,55 @@ def accumulate(
         length: of an example, in tokens.
         max_tokens: padded tokens in one forward pass; a matter of memory only.
         optimizer: gets the gradient of the loss and is then ready to step; None to evaluate.
+        dropout: `dropout_rng` of this step, if there is dropout; is given the micro-batch's number.
     """
+
+    def learn(numbered: tuple[int, list[Example]]) -> dict[str, float]:
+        number, part = numbered
+        with contextlib.nullcontext() if dropout is None else dropout(number):
+            with contextlib.nullcontext() if optimizer is None else optimizer.autocast():
+                found = batch_loss(part)
+            if optimizer is not None:
+                optimizer.backward(found.loss * found.count / total)
+        return _shares(found, total)
+
+    # What dropout drops depends on the micro-batch, so it is the same however many share them.
+    among = distributed.size() if dropout is None else 1
+    parts = in_groups(examples, length, max_tokens=max_tokens, among=among)
     means: dict[str, float] = {}
-    for part in in_groups(examples, length, max_tokens=max_tokens):
-        with contextlib.nullcontext() if optimizer is None else optimizer.autocast():
-            found = batch_loss(part)
-        if optimizer is not None:
-            optimizer.backward(found.loss * found.count / total)
-        count = int(found.count)
-        for name, value in found._asdict().items():
-            if name != "count" and value is not None:
-                # In double, or a share of 0.65 would be 0.6499999980; on the CPU, since Apple's
-                # GPUs have none.
-                numbers = value.detach().cpu().double()
-                if name.endswith("_max"):
-                    means[name] = max(means.get(name, -math.inf), float(numbers.max()))
-                    continue
-                sum_ = float(numbers.sum() if numbers.dim() else numbers * count)
-                means[name] = means.get(name, 0.0) + sum_ / total
+    for shares in distributed.deal(learn, list(enumerate(parts))):
+        for name, share in shares.items():
+            before = means.get(name)
+            if name.endswith("_max"):
+                means[name] = share if before is None else max(before, share)
+            else:
+                means[name] = (before or 0.0) + share
     return means
 
 
+def _shares(found: BatchLoss, total: int) -> dict[str, float]:
+    """What a micro-batch adds to the means over `total`; of what is called ``..._max`` the
+    largest."""
+    shares, count = {}, int(found.count)
+    for name, value in found._asdict().items():
+        if name != "count" and value is not None:
+            # In double, or a share of 0.65 would be 0.6499999980; on the CPU, since Apple's
+            # GPUs have none.
+            numbers = value.detach().cpu().double()
+            if name.endswith("_max"):
+                shares[name] = float(numbers.max())
+            else:
+                shares[name] = float(numbers.sum() if numbers.dim() else numbers * count) / total
+    return shares
+
+
 @contextlib.contextmanager
-def dropout_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Dropout knows only torch's global generator. Inside, that one depends on seed and step
-    alone, so that a run can be repeated and resumed; afterwards it is as it was."""
+def dropout_rng(seed: int, step: int, device: torch.device, micro_batch: int = 0) -> Iterator[None]:
+    """Dropout knows only torch's global generator. Inside, that one depends on seed, step and
+    micro-batch alone, so that a run can be repeated, resumed, and shared by processes; afterwards
+    it is as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(1_000_003 * (step + 1) + seed)
+        torch.manual_seed(1_000_003 * (step + 1) + seed + 2**40 * micro_batch)
         yield
 
 

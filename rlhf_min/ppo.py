@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import online
+from . import distributed, online
 from .advantages import gae
 from .config import PPOConfig
-from .data import PromptExample, micro_batches
+from .data import PromptExample, in_groups
 from .errors import require
 from .kl import AdaptiveKL, FixedKL, shape_rewards
 from .loading.reward_function import RewardFunction
@@ -130,46 +130,69 @@ def minibatch_step(
     """One optimizer step on these rows, in micro-batches that leave the gradient as it is."""
     rollout = buffer.rollout
     tokens = int(rollout.mask[rows].sum())
-    lengths = rollout.sequences.attention_mask[rows].sum(1).tolist()
+    lengths = rollout.sequences.attention_mask.sum(1).tolist()
+    parts = in_groups(
+        rows, lengths.__getitem__, max_tokens=config.max_tokens, among=distributed.size()
+    )
+    learn = partial(micro_batch, policy, optimizer, buffer, config, tokens)
     stats = dict.fromkeys(UPDATE_STATS, 0.0)
-    for group in micro_batches(lengths, max_tokens=config.max_tokens):
-        part = [rows[i] for i in group]
-        sequences = rollout.sequences.select(part)
-        mask = sequences.mask  # (b, t), as wide as the longest response of the part
-        cells = part, slice(mask.shape[1])  # of a (B, T): these rows, the first t columns
-        with optimizer.autocast():
-            new = policy(sequences, temperature=config.temperature)
-        policy_loss = ppo_policy_loss(
-            new.logprobs,
-            rollout.logprobs[cells],
-            buffer.advantages[cells],
-            mask,
-            clip=config.clip,
-        )
-        value_loss = ppo_value_loss(
-            new.values,
-            rollout.values[cells],
-            buffer.returns[cells],
-            mask,
-            clip=config.value_clip,
-        )
-        share = int(policy_loss.count) / tokens  # of the minibatch's
-        optimizer.backward(policy_loss.loss * share + config.value_coef * value_loss.loss * share)
-        means = {
-            "policy_loss": policy_loss.loss,
-            "value_loss": value_loss.loss,
-            "clip_fraction": policy_loss.clip_fraction,
-            "value_clip_fraction": value_loss.clip_fraction,
-            "update_k1": policy_loss.k1,
-            "update_k3": policy_loss.k3,
-            "ratio": policy_loss.ratio,
-            "entropy": masked_mean(new.entropy, mask),
-        }
-        for name, mean in means.items():
-            stats[name] += float(mean.detach() * share)
-        stats["ratio_max"] = max(stats["ratio_max"], float(policy_loss.ratio_max))
+    for shares in distributed.deal(learn, parts):
+        for name, share in shares.items():
+            stats[name] = max(stats[name], share) if name == "ratio_max" else stats[name] + share
     stats["grad_norm"] = optimizer.step(buffer, stats)
     return stats
+
+
+def micro_batch(
+    policy: Policy,
+    optimizer: Optimizer,
+    buffer: RolloutBuffer,
+    config: PPOConfig,
+    tokens: int,
+    rows: Sequence[int],
+) -> dict[str, float]:
+    """Add the gradient of these rows' share of the loss.
+
+    Args:
+        tokens: real response tokens of the whole minibatch.
+
+    Returns:
+        What they add to the means over those tokens; ``ratio_max`` as it is.
+    """
+    rollout = buffer.rollout
+    sequences = rollout.sequences.select(rows)
+    mask = sequences.mask  # (b, t), as wide as the longest response of these rows
+    cells = rows, slice(mask.shape[1])  # of a (B, T): these rows, the first t columns
+    with optimizer.autocast():
+        new = policy(sequences, temperature=config.temperature)
+    policy_loss = ppo_policy_loss(
+        new.logprobs,
+        rollout.logprobs[cells],
+        buffer.advantages[cells],
+        mask,
+        clip=config.clip,
+    )
+    value_loss = ppo_value_loss(
+        new.values,
+        rollout.values[cells],
+        buffer.returns[cells],
+        mask,
+        clip=config.value_clip,
+    )
+    share = int(policy_loss.count) / tokens  # of the minibatch's
+    optimizer.backward(policy_loss.loss * share + config.value_coef * value_loss.loss * share)
+    means = {
+        "policy_loss": policy_loss.loss,
+        "value_loss": value_loss.loss,
+        "clip_fraction": policy_loss.clip_fraction,
+        "value_clip_fraction": value_loss.clip_fraction,
+        "update_k1": policy_loss.k1,
+        "update_k3": policy_loss.k3,
+        "ratio": policy_loss.ratio,
+        "entropy": masked_mean(new.entropy, mask),
+    }
+    shares = {name: float(mean.detach() * share) for name, mean in means.items()}
+    return shares | {"ratio_max": float(policy_loss.ratio_max)}
 
 
 UPDATE_STATS = (

@@ -1,6 +1,7 @@
 """The reward model: a classifier of (prompt, response) that learns which response people chose."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,8 +114,8 @@ def train(
         reward_model.train()
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
-        with dropout_rng(config.seed, state.step, reward_model.device):
-            metrics = means(reward_model, batch, config, state.optimizer)
+        dropout = partial(dropout_rng, config.seed, state.step, reward_model.device)
+        metrics = means(reward_model, batch, config, state.optimizer, dropout)
         metrics["grad_norm"] = state.optimizer.step(batch, metrics)
         state.step += 1
         metrics |= {
@@ -142,6 +143,7 @@ def means(
     examples: Sequence[RewardExample],
     config: RewardConfig,
     optimizer: Optimizer | None = None,
+    dropout: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a whole batch; its gradient too, if there is an optimizer."""
     return accumulate(
@@ -151,6 +153,7 @@ def means(
         length=lambda example: example.length,
         max_tokens=config.max_tokens,
         optimizer=optimizer,
+        dropout=dropout,
     )
 
 

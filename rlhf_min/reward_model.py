@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import distributed
 from .data import micro_batches
 from .encoding.cuts import CutReport
 from .encoding.pairs import PairCodec, TextPair
@@ -128,10 +129,17 @@ class RewardModel(nn.Module):
         pairs, report = self.codec.encode(prompts, responses)
         self.cuts.add(report)
         scores = torch.empty(len(pairs), dtype=torch.float64)
+        lengths = [len(pair.ids) for pair in pairs]
+        groups = micro_batches(lengths, max_tokens=SCORED_TOKENS, among=distributed.size())
         with evaluating(self):
-            for rows in micro_batches([len(x.ids) for x in pairs], max_tokens=SCORED_TOKENS):
-                scores[rows] = self.forward_pairs([pairs[i] for i in rows]).cpu().double()
+            found = distributed.deal(
+                lambda rows: self.forward_pairs([pairs[i] for i in rows]), groups
+            )
+        for rows, part in zip(groups, found, strict=True):
+            scores[rows] = part.cpu().double()
         return scores
+
+    score.everywhere = True  # type: ignore[attr-defined]  # see `call_reward`
 
     def checkpoint_gradients(self) -> None:
         """Keep only the layers' inputs for backward, and compute the rest again there."""

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .config import RolloutConfig, RolloutKL
 from .data import PromptExample, Sequences, collate, micro_batches
 from .kl import exact_kl, kl_estimate
@@ -137,21 +139,15 @@ def score_rollout(
     )
     eos_id = policy.tokenizer.eos_token_id
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    groups = micro_batches(lengths, max_tokens=max_tokens, among=distributed.size())
+    score = partial(_score, policy, ref_policy, temperature=temperature, with_kl=kl == "full")
     with evaluating(policy, ref_policy):
-        for rows in micro_batches(lengths, max_tokens=max_tokens):
-            part = sequences.select(rows)
-            width = part.mask.shape[1]
-            full = kl == "full"
-            output = policy(part, temperature=temperature, with_logits=full)
-            ref_output = ref_policy(part, temperature=temperature, with_logits=full)
-            logprobs[rows, :width] = output.logprobs
-            ref_logprobs[rows, :width] = ref_output.logprobs.to(policy.device)
-            entropies[rows, :width] = output.entropy
-            if output.values is not None:
-                values[rows, :width] = output.values
-            if output.logits is not None and ref_output.logits is not None:
-                per_token = exact_kl(output.logits, ref_output.logits.to(policy.device))  # (N,)
-                kls[rows, :width] = scatter_tokens(per_token, part.mask)
+        found = distributed.deal(lambda rows: score(sequences.select(rows)), groups)
+    of_all = logprobs, ref_logprobs, entropies, values, kls  # (B, T) each
+    for rows, of_rows in zip(groups, found, strict=True):
+        for whole, part in zip(of_all, of_rows, strict=True):
+            if part is not None:  # (b, t)
+                whole[rows, : part.shape[1]] = part.to(policy.device)
     if kl != "full":
         kls = kl_estimate(logprobs, ref_logprobs, kind=kl)
     return Rollout(
@@ -166,6 +162,20 @@ def score_rollout(
         entropy=entropies,
         values=values,
     )
+
+
+def _score(
+    policy: Policy, ref_policy: Policy, rows: Sequences, *, temperature: float, with_kl: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What both give for these rows: log-probabilities, those of the reference, entropy, values if
+    there are any, and the exact KL if asked for. ``(b, t)`` each."""
+    output = policy(rows, temperature=temperature, with_logits=with_kl)
+    ref_output = ref_policy(rows, temperature=temperature, with_logits=with_kl)
+    kl = None
+    if output.logits is not None and ref_output.logits is not None:
+        per_token = exact_kl(output.logits, ref_output.logits.to(policy.device))  # (N,)
+        kl = scatter_tokens(per_token, rows.mask)
+    return output.logprobs, ref_output.logprobs, output.entropy, output.values, kl
 
 
 @dataclass(frozen=True)

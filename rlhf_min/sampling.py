@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import distributed
 from .errors import Diverged, require
 from .logprobs import lm_head_logits
 from .policy import Policy, evaluating
@@ -45,14 +46,17 @@ def sample(
     require(temperature > 0, f"the temperature is {temperature}; it must be above 0")
     policy.require_room(([ids] for ids in prompt_ids), new_tokens=max_new_tokens)
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
-    responses: list[Tensor] = []
+    n = len(prompt_ids)
     longest = max(map(len, prompt_ids), default=0) + max_new_tokens
     with evaluating(policy):
-        at_once = rows_at_once(policy.lm, longest)
-        for start in range(0, len(prompt_ids), at_once):
-            rows = slice(start, start + at_once)
-            responses += _sample(policy, prompt_ids[rows], uniforms[rows], temperature, start)
-    return responses
+        at_once = min(rows_at_once(policy.lm, longest), max(1, -(-n // distributed.size())))
+        found = distributed.deal(
+            lambda rows: _sample(
+                policy, prompt_ids[rows], uniforms[rows], temperature, first_row=rows.start
+            ),
+            [slice(start, start + at_once) for start in range(0, n, at_once)],
+        )
+    return [response for responses in found for response in responses]
 
 
 def _sample(

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: imitate demonstrations, on response tokens and EOS only."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 from .config import SFTConfig
@@ -58,8 +59,8 @@ def train(
         policy.train()
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
-        with dropout_rng(config.seed, state.step, policy.device):
-            metrics = means(policy, batch, config, state.optimizer)
+        dropout = partial(dropout_rng, config.seed, state.step, policy.device)
+        metrics = means(policy, batch, config, state.optimizer, dropout)
         metrics["grad_norm"] = state.optimizer.step(batch, metrics)
         state.step += 1
         metrics |= {
@@ -85,6 +86,7 @@ def means(
     examples: Sequence[SFTExample],
     config: SFTConfig,
     optimizer: Optimizer | None = None,
+    dropout: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Loss per response token of a whole batch; its gradient too, if there is an optimizer."""
     return accumulate(
@@ -94,6 +96,7 @@ def means(
         length=_length,
         max_tokens=config.max_tokens,
         optimizer=optimizer,
+        dropout=dropout,
     )
 
 

@@ -83,6 +83,8 @@ class WeightedSum:
     Each part's own mean can be watched by `monitors`, which does not score anything twice.
     """
 
+    everywhere = True  # each part says itself which processes call it, see `call_reward`
+
     def __init__(
         self, parts: Mapping[str, tuple[float, RewardFunction]], notes: Sequence[str] = ()
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..errors import BadInput
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
@@ -32,6 +33,9 @@ def call_reward(
     Further columns of the data are handed over as keyword lists if the callable names them, and
     all of them if it takes ``**columns``. All that it gets is a copy, which it may change.
 
+    If there are several processes the first one calls it, with all texts, since it may keep a state
+    or compare them. One that says ``row_wise = True`` is called by each, with rows of its own.
+
     Returns:
         Shape ``(B,)``, float64, on the CPU.
 
@@ -39,6 +43,28 @@ def call_reward(
         BadInput: if the callable returns anything else than one number for each response, or ends
             the process; if a number is not finite, or too large to train on.
     """
+    if getattr(reward, "everywhere", False):  # it deals out its rows itself
+        return _scores(reward, prompts, responses, columns)
+    if not getattr(reward, "row_wise", False):
+        return distributed.on_main(lambda: _scores(reward, prompts, responses, columns))
+    n = distributed.size()
+    found = distributed.deal(
+        lambda rows: _scores(reward, prompts[rows], responses[rows], columns[rows]),
+        [slice(first, None, n) for first in range(min(n, len(prompts)))],
+    )
+    scores = torch.empty(len(prompts), dtype=torch.float64)
+    for first, part in enumerate(found):
+        scores[first::n] = part
+    return scores
+
+
+def _scores(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Sequence[Mapping[str, Any]],
+) -> Tensor:
+    """What `call_reward` returns, of rows that this process asks for."""
     name = _name(reward)
     data = {key: [row[key] for row in columns] for key in (columns[0] if columns else {})}
     named = {key: _copies(data.get(key, prompts)) for key in _columns_wanted(reward, data)}

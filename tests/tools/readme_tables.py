@@ -114,7 +114,7 @@ PLACES = {
     "is dropout turned off, in PPO (SFT and the reward model keep it)": (
         *("online.py", "disable_dropout(policy)"),
     ),
-    "do policy and reference score the responses": ("rollout.py", "output = policy(part, "),
+    "do policy and reference score the responses": ("rollout.py", "output = policy(rows, "),
     "is the KL of each token estimated": ("rollout.py", "kls = kl_estimate("),
     "is a token drawn": ("sampling.py", "tokens = _inverse_cdf("),
     "are keys and values kept while sampling": (

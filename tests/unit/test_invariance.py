@@ -161,11 +161,11 @@ def test_micro_batches_of_every_size_give_the_gradient_of_the_whole(step, monkey
     # Rows as they come, not sorted by length: micro-batches of unequal rows, and of unequal tokens.
     sizes = []
 
-    def slices(lengths, *, max_tokens):  # noqa: ARG001
+    def slices(lengths, *, max_tokens, among=1):  # noqa: ARG001
         sizes.append(size)
         return [list(range(8))[i : i + size] for i in range(0, 8, size)]
 
-    for module in (data, ppo, rollout):
+    for module in (data, dpo, kto, rollout):
         monkeypatch.setattr(module, "micro_batches", slices)
     size = 8
     whole, expected = step()
