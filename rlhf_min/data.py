@@ -158,8 +158,8 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int, among: int = 1) ->
     Args:
         lengths: of the rows, in tokens.
         max_tokens: padded tokens of a group, at most.
-        among: how many share the groups. Each gets as many, and the largest group is as small as it
-            can be then.
+        among: how many share the groups, in turns. They need no more turns than without this, and
+            the largest group is as small as it can be then.
 
     Example:
         >>> micro_batches([3, 9, 3, 8], max_tokens=18)

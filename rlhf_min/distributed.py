@@ -193,6 +193,9 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def _sum(tensors: Sequence[Tensor]) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():  # without a copy of it
+        dist.all_reduce(tensors[0])
+        return
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
     for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):

@@ -1,5 +1,7 @@
 """From texts to tensors: padding, encoding, cutting, grouping, and the order of the examples."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +126,29 @@ def test_micro_batches_of_equal_rows_keep_their_order():
     assert micro_batches([2, 2, 2], max_tokens=4) == [[0, 1], [2]]
     assert micro_batches([5], max_tokens=1) == [[0]]
     assert micro_batches([], max_tokens=1) == []
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 40), st.integers(2, 4))
+def test_shared_micro_batches_take_as_many_turns_and_the_largest_is_the_least(
+    lengths, max_tokens, among
+):
+    def size(rows):
+        return len(rows) * max(lengths[row] for row in rows)
+
+    whole = micro_batches(lengths, max_tokens=max_tokens)
+    groups = micro_batches(lengths, max_tokens=max_tokens, among=among)
+    turns = -(-len(whole) // among)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert len(groups) <= turns * among
+    # of all ways to cut the sorted rows so often
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    cuts = [
+        [0, *inner, len(order)]
+        for n in range(min(turns * among, len(order)))
+        for inner in combinations(range(1, len(order)), n)
+    ]
+    least = min(max(size(order[a:b]) for a, b in pairwise(cut)) for cut in cuts)
+    assert max(map(size, groups)) == least
 
 
 def test_in_groups():
