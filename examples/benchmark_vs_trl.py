@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.cli import Parser, command
+from rlhf_min.harness.cli import Parser, command, require_one_process
 
 if TYPE_CHECKING:
     from benchmark.rounds import Comparison
@@ -42,6 +42,7 @@ VERSIONS = (
 
 @command
 def main() -> None:
+    require_one_process("this command starts processes of its own")
     options = read_options()
     # Only now, since torch takes seconds to import: what can be refused is refused at once.
     from benchmark import models, scaling

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from rlhf_min.config import MAX_SEED, option
-from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse
+from rlhf_min.harness.cli import OF_TRAINING, RunOptions, command, parse, require_one_process
 from rlhf_min.harness.inputs import model_folders, reward_model_folder
 from rlhf_min.harness.run.terminal import is_read
 
@@ -31,6 +31,7 @@ class ChatOptions(RunOptions):
 
 @command
 def main() -> None:
+    require_one_process("a conversation is with one process")
     options = parse(__doc__, ChatOptions, without=UNUSED, instead=INSTEAD)
     folders = model_folders(options.models, options.run)
     # Only now, since torch takes seconds to import: what can be refused is refused at once.

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from compare.command import parse_options
 
-from rlhf_min.harness.cli import command
+from rlhf_min.harness.cli import command, require_one_process
 
 
 @command
 def main() -> None:
+    require_one_process("both sides of this comparison have one process")
     options = parse_options(__doc__)
     if options.trl_run is not None and options.run is not None:
         from compare import finished

@@ -10,13 +10,14 @@ All is read from the runs' folders, so a run may still be under way, or have bee
 from pathlib import Path
 
 from rlhf_min.errors import BadInput, require
-from rlhf_min.harness.cli import Parser, command
+from rlhf_min.harness.cli import Parser, command, require_one_process
 from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.reading import read_run
 
 
 @command
 def main() -> None:
+    require_one_process("a report is made by one process")
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Folder of a run.")
     parser.add_argument("--out", type=Path, help="The report, a file that ends in .html.")

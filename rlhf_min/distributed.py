@@ -157,11 +157,16 @@ def on_main(work: Callable[[], Result]) -> Result:
 
 def agree(flag: bool) -> bool:
     """Whether any process says so."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """The largest number that any process gives."""
     if size() == 1:
-        return flag
-    said = torch.tensor(int(flag))
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said)
+        return number
+    given = torch.tensor(number)
+    dist.all_reduce(given, dist.ReduceOp.MAX)
+    return int(given)
 
 
 def barrier() -> None:

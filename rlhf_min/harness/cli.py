@@ -17,7 +17,7 @@ from rlhf_min.encoding.template import require_template
 from rlhf_min.errors import BadInput, Diverged, NonFinite, require
 from rlhf_min.harness.parser import Parser, fail
 from rlhf_min.harness.rows.columns import parse_columns
-from rlhf_min.harness.run import system_errors
+from rlhf_min.harness.run import lifeline, processes, system_errors
 from rlhf_min.harness.run.atomic import NotWritten
 from rlhf_min.harness.run.folder import how_to_go_on, recorded
 from rlhf_min.harness.run.signals import Stopped, raising_signals
@@ -192,7 +192,9 @@ class RunOptions:
         given = "device" if getattr(self, role) is None else role
         name = getattr(self, given)
         if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if processes.several():
+            name = _own_device(given, name)
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         there += ["mps"] if torch.backends.mps.is_available() else []
         require(
@@ -209,6 +211,15 @@ class RunOptions:
                     require_source(name)
             except OSError:
                 pass  # loading says what the system refuses
+
+
+def _own_device(given: str, name: str) -> str:
+    """Which of the GPUs of its machine is the one of this process, if it is to have one."""
+    require(
+        not name.startswith("cuda:"),
+        f"--{given} {name} is one GPU for several processes; give cuda, so that each has its own",
+    )
+    return f"cuda:{processes.local_rank()}" if name == "cuda" else name
 
 
 @dataclass(frozen=True)
@@ -260,6 +271,10 @@ class ExperimentOptions(RunOptions):
     ppo_steps: int = option(60, "Rollouts of each PPO run.", above=0)
     looks: int = option(6, "How often each run is measured, the last time at its end.", above=0)
     test_prompts: int = option(600, "Test prompts that it is measured on.", at_least=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_process("this command starts processes of its own")
 
 
 def check_room(config: PPOConfig, max_response_tokens: int) -> None:
@@ -389,37 +404,52 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Run a command's main function; turn its errors into one line and an exit code.
 
     It goes on when nobody reads what it prints. Exit code 2 for bad input and for what the system
-    refuses, 1 for numbers that went wrong and for too little memory, 130 for Ctrl-C, 143 for
-    SIGTERM, 129 for a closed terminal (SIGHUP).
+    refuses, 1 for numbers that went wrong, for too little memory and for a process that was killed,
+    130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal (SIGHUP). Of several processes all
+    have the same.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
         outlive_terminal()
-        try:
-            with raising_signals():
-                main()
-        except NotWritten as error:
-            fail(f"{error}; {system_errors.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
-        except BadInput as error:
-            fail(str(error), 2)
-        except (Diverged, NonFinite) as error:
-            fail(str(error), 1)
-        except OSError as error:
-            fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
-        except (MemoryError, RuntimeError) as error:
-            message = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
-            if message is None:
-                raise
-            fail(f"{message}{how_to_go_on()}", 1)
-        except Stopped as stop:  # on request, so it is no error
-            from rlhf_min.harness.report import finish
-
-            print(stop, file=sys.stderr)  # first, in case that no page can be made
-            finish.show(stop.folder)
-            sys.exit(stop.exit_code)
-        except KeyboardInterrupt as stop:
-            print(f"stopped at once; {KEPT}{how_to_go_on()}", file=sys.stderr)
-            sys.exit(getattr(stop, "exit_code", 130))
+        with lifeline.Joined(how_to_go_on):
+            _run(main)
 
     return wrapped
+
+
+def _run(main: Callable[[], None]) -> None:
+    try:
+        with raising_signals():
+            main()
+    except NotWritten as error:
+        fail(f"{error}; {system_errors.cure(error.__cause__)}; {KEPT}{how_to_go_on()}", 2)
+    except BadInput as error:
+        fail(str(error), 2)
+    except (Diverged, NonFinite) as error:
+        fail(str(error), 1)
+    except OSError as error:
+        fail(f"{system_errors.refused(error)}; {KEPT}{how_to_go_on()}", 2)
+    except (MemoryError, RuntimeError) as error:
+        message = system_errors.out_of_memory(error) or system_errors.out_of_threads(error)
+        if message is None:
+            raise
+        fail(f"{message}{how_to_go_on()}", 1)
+    except Stopped as stop:  # on request, so it is no error
+        from rlhf_min.harness.report import finish
+
+        lifeline.ignore_signals()
+        print(stop, file=sys.stderr)  # first, in case that no page can be made
+        finish.show(stop.folder)
+        lifeline.end()
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt as stop:
+        line, code = f"stopped at once; {KEPT}{how_to_go_on()}", getattr(stop, "exit_code", 130)
+        lifeline.fail(line, code)
+        print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def require_one_process(reason: str) -> None:
+    """Raise `BadInput` if there are several, which this command has no use for."""
+    require(not processes.several(), f"{reason}; start it with python, not with torchrun")

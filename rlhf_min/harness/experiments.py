@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
-from rlhf_min import dpo, estimates, grpo, ppo, rloo
+from rlhf_min import distributed, dpo, estimates, grpo, ppo, rloo
 from rlhf_min.config import DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, RolloutConfig
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.errors import BadInput, NonFinite
@@ -414,6 +414,8 @@ def _reach(values: np.ndarray) -> np.ndarray:  # (steps, seeds) -> (2, steps), d
 
 def save(out: Path, name: str, figure: Figure, **found: Any) -> None:
     """Write the results, after the run's configuration, as JSON, and the figure as PNG and SVG."""
+    if not distributed.is_main():
+        return
     results.write_json(out / f"{name}.json", read_record(out) | found)
     for suffix in ("png", "svg"):
         figure.savefig(out / f"{name}.{suffix}", dpi=110)

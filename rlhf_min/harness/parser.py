@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, NoReturn
 
 from rlhf_min.errors import BadInput
+from rlhf_min.harness.run import lifeline
 
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
 TRUTH |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
@@ -109,8 +110,10 @@ def _help(field: "Field[Any]") -> str:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print an error on one line, and end."""
-    print(f"error: {BadInput(message)}", file=sys.stderr)
+    """Print an error on one line, and end, with all other processes of the run if there are."""
+    line = f"error: {BadInput(message)}"
+    lifeline.fail(line, code)
+    print(line, file=sys.stderr)
     # With no room or no descriptor left, libraries fail once more while Python ends.
     atexit.register(setattr, sys, "unraisablehook", lambda _: None)
     sys.exit(code)

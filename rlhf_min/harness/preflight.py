@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhf_min.data import Sequences, collate
 from rlhf_min.errors import BadInput
 from rlhf_min.harness.rows.files import GB, free_memory
+from rlhf_min.harness.run import processes
 from rlhf_min.logprobs import token_logprobs
 from rlhf_min.optim import Optimizer
 from rlhf_min.policy import Policy, evaluating
@@ -360,11 +361,12 @@ def kept_bytes(model: nn.Module, forward: Callable[[int], Any], tokens: int) -> 
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that is free for this process; infinite where nothing tells."""
+    """Memory that is free for this process, one of several on a machine; infinite where nothing
+    tells."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return free_memory()
+    return free_memory() / processes.local_size()
 
 
 def _collated(policy: Policy, rows: Sequence[Row]) -> Sequences:

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
+from rlhf_min.harness.run import processes
+
 
 class WarnOnly(AbstractContextManager[None]):
     """Inside, a file is written that a run can do without: what fails is a warning, no error.
@@ -36,6 +38,8 @@ def show(folder: Path) -> list[str]:
     Returns:
         The names of the report and the picture, if they are there.
     """
+    if not processes.is_main():
+        return []
     # Not before: they read the stages, and these need torch, which a refused command does without.
     from rlhf_min.harness.report import figures, findings, page
     from rlhf_min.harness.run.reading import read_run

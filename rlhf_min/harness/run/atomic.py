@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.run import processes
 from rlhf_min.harness.run.layout import OLD, discard
 
 
@@ -54,8 +55,11 @@ def saving(folder: Path, *, begun: bool = False) -> Iterator[Path]:
 def write_file(file: Path, content: str | bytes) -> None:
     """Write a file that is whole or, if the disk refuses it, as it was before.
 
-    Names of files that are not UTF-8 may stand in a text; they are written with escapes.
+    Names of files that are not UTF-8 may stand in a text; they are written with escapes. Of several
+    processes the first writes.
     """
+    if not processes.is_main():
+        return
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
     new = file.with_name(f".{file.name}")

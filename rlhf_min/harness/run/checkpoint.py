@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_min import distributed
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run.atomic import publish, saving
 from rlhf_min.harness.run.identity import (
@@ -253,7 +254,8 @@ class Writer:
 def begin(
     folder: Path, snapshot: Snapshot, *, finished: bool, sizes: Mapping[str, int]
 ) -> Callable[[], None]:
-    """Give the system all that a checkpoint holds; then training may go on.
+    """Give the system all that a checkpoint holds; then training may go on. Of several processes
+    the first writes.
 
     Args:
         finished: the stage is over.
@@ -283,6 +285,8 @@ def begin(
     changed = trained_tensors(snapshot.module)
     weights = {name: x.detach().contiguous() for name, x in changed.items()}
     parts = {WEIGHTS: weights, **_shared_out(tensors)}
+    if not distributed.is_main():
+        return lambda: None
     with saving(folder) as new:
         # They wait for the system's memory more than for us.
         in_threads(save_file, parts.values(), [new / name for name in parts])
@@ -325,6 +329,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def keep(folder: Path, newest: Path, n: int) -> None:
     """Delete all checkpoints but the newest and the n - 1 before it, and those that hold files of
     the user's."""
+    if not distributed.is_main():
+        return
     paths = checkpoints(folder)
     place = paths.index(newest)
     for path in [*paths[: max(0, place + 1 - n)], *paths[place + 1 :]]:

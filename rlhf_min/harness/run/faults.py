@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_min.errors import BadInput, Diverged, NonFinite
+from rlhf_min.harness.run import lifeline
 from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.checkpoint import Snapshot, checkpoints
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, LAST_GOOD
@@ -78,6 +79,7 @@ def explained(
     try:
         yield
     except NonFinite as raised:
+        lifeline.take_the_word()
         error = _with_rows(raised, snapshot)
         fault = unsound(snapshot.module, snapshot.texts)
         last_good = folder / LAST_GOOD / snapshot.stage
@@ -96,6 +98,7 @@ def explained(
         broken = _broken(snapshot, fault, metrics[-1] if metrics else {})
         raise _with_earlier(broken, folder, snapshot, saved) from raised
     except Diverged as error:
+        lifeline.take_the_word()
         fault = None if isinstance(error, _Broken) else unsound(snapshot.module, snapshot.texts)
         if fault is not None:
             raise _with_earlier(_broken(snapshot, fault, {}), folder, snapshot) from error

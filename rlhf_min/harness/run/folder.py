@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_min.errors import BadInput, require
+from rlhf_min.harness.run import processes
 from rlhf_min.harness.run.atomic import write_file
 from rlhf_min.harness.run.layout import (
     BEST,
@@ -60,6 +61,10 @@ def check_out(options: Any, default: str) -> Path:
     Raises:
         BadInput: if ``--out`` exists without ``--overwrite``, or holds something else than a run.
     """
+    return processes.on_main(lambda: _folder_for(options, default))
+
+
+def _folder_for(options: Any, default: str) -> Path:
     if options.resume is not None:
         return Path(options.resume)
     if options.out is None:
@@ -118,6 +123,7 @@ def start_log(out: Path, options: Any, *configs: Any, monitors: Iterable[str] = 
 
     require_measured(options.keep_best, _stages(options, configs), monitors)
     changed = None if options.resume is None else _check_same(out, options, configs)
+    processes.barrier()  # all have read what the first one is going to change
     seed_all((options, *configs))
     return MetricsLog(
         lambda: reopen_run(out) if options.resume is not None else open_run(out, options, *configs),
@@ -156,8 +162,12 @@ def open_run(out: Path, *configs: Any) -> Path:
     """Create the run's folder with `run.json`: when and how it began, configuration, versions.
 
     Raises:
-        BadInput: if the folder cannot be made.
+        BadInput: if the folder cannot be made, or another process does not see it.
     """
+    return _seen_by_all("--out", processes.on_main(lambda: _open(out, configs)))
+
+
+def _open(out: Path, configs: Sequence[Any]) -> Path:
     try:
         if (out / RUN).is_file():
             require(
@@ -185,8 +195,13 @@ def reopen_run(out: Path) -> Path:
     """Remove what a killed process left half written, and say what differs from then.
 
     Raises:
-        BadInput: if the folder cannot be written, or another process is at this run.
+        BadInput: if the folder cannot be written, another process is at this run, or one of those
+            that are to go on with it does not see it.
     """
+    return _seen_by_all("--resume", processes.on_main(lambda: _reopen(out)))
+
+
+def _reopen(out: Path) -> Path:
     try:
         _lock(out)
         places = ("", f"{BEST}/", f"{LAST_GOOD}/", f"{CHECKPOINTS}/*/")
@@ -200,12 +215,22 @@ def reopen_run(out: Path) -> Path:
                 continue
             print(f"removed, since it was only half written: {path}")
             discard(path, whole) if was_replaced else shutil.rmtree(path)
-        record, now = read_record(out), _circumstances()
+        record, now = {"processes": 1, **read_record(out)}, _circumstances()
         for name in now:
             if record.get(name) != now[name]:
                 print(f"{name} was {record.get(name)}, now {now[name]}: the bits may differ")
     except OSError as error:
         raise BadInput(f"--resume {out}: cannot be written: {error.strerror}") from error
+    return out
+
+
+def _seen_by_all(option: str, out: Path) -> Path:
+    """The folder, which processes on other machines must share."""
+    _held.setdefault(out.resolve(), None)  # the lock is that of the first process
+    require(
+        (out / RUN).is_file(),
+        f"{option} {out} is not there for all processes; give a folder that all machines share",
+    )
     return out
 
 
@@ -339,6 +364,7 @@ def _circumstances() -> dict[str, Any]:
 
     return {
         "versions": {name: version(name) for name in PACKAGES},
+        "processes": processes.size(),
         "threads": torch.get_num_threads(),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rlhf_min import distributed
 from rlhf_min.errors import BadInput, require
 from rlhf_min.harness.run import checkpoint, faults
 from rlhf_min.harness.run.atomic import NotWritten, flush, write_file
@@ -28,7 +29,13 @@ from rlhf_min.harness.run.layout import (
     users_paths_below,
 )
 from rlhf_min.harness.run.saving import Saving, StageSaver, measures
-from rlhf_min.harness.run.signals import Stopped, StopRequest, catching_signals, to_resume
+from rlhf_min.harness.run.signals import (
+    Interrupted,
+    Stopped,
+    StopRequest,
+    catching_signals,
+    to_resume,
+)
 from rlhf_min.harness.trackers import Track, start_tracker
 
 # Without a thread beside the run: each step looks at the clock.
@@ -81,7 +88,9 @@ class MetricsLog:
 
     def has_checkpoint(self, stage: str) -> bool:
         """Whether the run is resumed and this stage goes on from somewhere."""
-        return self.resuming and bool(checkpoints(self._checkpoints(stage)))
+        return self.resuming and distributed.on_main(
+            lambda: bool(checkpoints(self._checkpoints(stage)))
+        )
 
     def resume(self, snapshot: Snapshot) -> None:
         """Put a stage back to its newest checkpoint, if the run is resumed and there is one.
@@ -108,6 +117,7 @@ class MetricsLog:
         self.rows = _read_rows(self.folder / METRICS, self._sizes.get(METRICS, 0))
 
         # Until here nothing was changed, from here on nothing is refused.
+        distributed.barrier()
         if newest is None:
             print(f"{snapshot.stage}: there is no checkpoint of it, so it starts anew")
         else:
@@ -167,14 +177,16 @@ class MetricsLog:
                 in_bar |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
                 bar.set_postfix(in_bar, refresh=False)
                 ended = step >= total or getattr(snapshot.state, "too_far", False)
-                stop = request.signal is not None  # looked at once: it may come at any time
-                saver.after_step(metrics, ended=ended, stop=stop)
+                stop, late = _agreed(request, late=saver.is_late())
+                saver.after_step(metrics, ended=ended, late=late, stop=stop)
                 if stop and not ended:
                     raise self._stopped(snapshot, step, saver.saved, request)
-            saver.at_end(last, stop=request.signal is not None)
+            saver.at_end(last, stop=_agreed(request)[0])
             self._resumable &= saver.saved == step
-            if request.signal is not None:
+            if _agreed(request)[0]:
                 raise self._stopped(snapshot, step, saver.saved, request)
+        if request.signal is not None:  # it came while this process waited for what others say
+            raise Interrupted(request.signal)
         best = self._saving.keep_best or ""
         measured = any(best in row for row in self.rows if row["stage"] == stage)
         if last and measures(stage, best) and not measured:
@@ -187,6 +199,8 @@ class MetricsLog:
 
         A finished run that is resumed is measured again, and would hold them twice.
         """
+        if not distributed.is_main():
+            return
         file = self.folder / SAMPLES
         if anew and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -203,8 +217,9 @@ class MetricsLog:
         self.rows.append(row)
         self.append(METRICS, [{k: _json_number(v) for k, v in row.items()}])
         if self._trackers is None:
+            names = self._report_to if distributed.is_main() else ()
             self._trackers = [
-                start_tracker(name, self.folder, anew=self._changed) for name in self._report_to
+                start_tracker(name, self.folder, anew=self._changed) for name in names
             ]
         for track in self._trackers:
             track(stage, step, metrics)
@@ -215,6 +230,8 @@ class MetricsLog:
         Raises:
             NotWritten: if they cannot be written.
         """
+        if not distributed.is_main():
+            return
         file = self.folder / name
         try:
             with file.open("a", encoding="utf-8") as out:
@@ -224,6 +241,8 @@ class MetricsLog:
 
     def _flushed_sizes(self) -> dict[str, int]:
         """Bytes of the files of lines, when all that was written to them is on the disk."""
+        if not distributed.is_main():
+            return {}
         files = [file for file in self._growing() if file.exists()]
         for path in (*files, self.folder):
             flush(path)
@@ -290,6 +309,8 @@ class MetricsLog:
 
     def _forget_later(self) -> None:
         """Remove what was written after the step that the run goes on from."""
+        if not distributed.is_main():
+            return
         for file in self._growing():
             if file.exists():
                 os.truncate(file, self._sizes.get(file.name, 0))
@@ -298,6 +319,14 @@ class MetricsLog:
                 remove(later)
         for path in users_paths_below(self.folder / CHECKPOINTS):
             print(f"left alone, since no run wrote it: {path}")
+
+
+def _agreed(request: StopRequest, *, late: bool = False) -> tuple[bool, bool]:
+    """Whether a signal stops the run after this step, and whether the clock says that a checkpoint
+    is due: signals and clocks are another process's own. A stop is saved in any case."""
+    number, is_late = divmod(distributed.largest(2 * (request.signal or 0) + late), 2)
+    request.signal = number or None
+    return number > 0, is_late > 0
 
 
 def note(folder: Path, stage: str, **facts: Any) -> None:
@@ -310,6 +339,8 @@ def note(folder: Path, stage: str, **facts: Any) -> None:
         stage: or ``data``, for what holds for all of them.
         facts: JSON values.
     """
+    if not distributed.is_main():
+        return
     file = folder / NOTES
     try:
         before = json.loads(file.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_min import distributed
 from rlhf_min.data import collate
 from rlhf_min.errors import require
 from rlhf_min.harness.run.atomic import complete_folder
@@ -31,6 +32,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
             folder stays.
     """
     _require_finite(policy, folder)
+    if not distributed.is_main():
+        return
     with complete_folder(folder) as new:
         _save_model(policy.lm, new)
         policy.tokenizer.save_pretrained(new)
@@ -42,6 +45,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
 def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
     _require_finite(reward_model, folder)
+    if not distributed.is_main():
+        return
     with complete_folder(folder) as new:
         _save_model(reward_model.model, new)
         reward_model.tokenizer.save_pretrained(new)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_min import distributed
 from rlhf_min.errors import require
 from rlhf_min.harness.run import faults
-from rlhf_min.harness.run.atomic import NotWritten
+from rlhf_min.harness.run.atomic import NotWritten, write_file
 from rlhf_min.harness.run.checkpoint import Snapshot, Writer
 from rlhf_min.harness.run.layout import BEST, CHECKPOINTS, stage_modules
 
@@ -62,7 +63,7 @@ class StageSaver:
         self._saved_at = time.monotonic()
         self.saved = snapshot.state.step  # the step of the last checkpoint
         self._best_folder = run / BEST / snapshot.stage
-        self._best = self._best_before()  # the larger the better
+        self._best = distributed.on_main(self._best_before)  # the larger the better
 
     def __enter__(self) -> "StageSaver":
         return self
@@ -70,17 +71,24 @@ class StageSaver:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._writer.__exit__(kind, error, traceback)
 
-    def after_step(self, metrics: Mapping[str, float], *, ended: bool, stop: bool) -> None:
+    def is_late(self) -> bool:
+        """Whether the clock says that a checkpoint is due."""
+        return self._saving.every is None and time.monotonic() - self._saved_at > SAVE_SECONDS
+
+    def after_step(
+        self, metrics: Mapping[str, float], *, ended: bool, late: bool, stop: bool
+    ) -> None:
         """Save what is to be saved between two steps.
 
         Args:
             metrics: of the step.
             ended: it was the last one, so that `at_end` comes next.
+            late: `is_late` says so, in any of the processes.
             stop: a signal ends the run here.
         """
         self._writer.check()
         self._keep_best(metrics)
-        if not ended and (self._is_due() or (stop and self._resumable)):
+        if not ended and (late or self._is_due() or (stop and self._resumable)):
             faults.require_sound(self._snapshot, {})
             self._save(finished=False)
             self.saved = self._snapshot.state.step
@@ -100,16 +108,18 @@ class StageSaver:
             try:
                 self._save(finished=True)
                 self._writer.wait()  # a signal that comes meanwhile counts too
-                self.saved = self._snapshot.state.step
+                written = True
             except NotWritten as error:  # the model, which is smaller, may still fit
                 then = "the model itself is saved next; this stage cannot be resumed"
                 print(f"warning: {error}; {then}", file=sys.stderr)
+                written = False
+            if not distributed.agree(not written):
+                self.saved = self._snapshot.state.step
         self._writer.wait()
 
     def _is_due(self) -> bool:
-        if self._saving.every is None:
-            return time.monotonic() - self._saved_at > SAVE_SECONDS
-        return self._saving.every > 0 and self._snapshot.state.step % self._saving.every == 0
+        every = self._saving.every or 0
+        return every > 0 and self._snapshot.state.step % every == 0
 
     def _save(self, *, finished: bool) -> None:
         # All lines until here must be on the disk before the checkpoint that counts on them.
@@ -127,7 +137,7 @@ class StageSaver:
             self._snapshot.save_model(self._best_folder)
             best = {"metric": name, "step": self._snapshot.state.step, "value": metrics[name]}
             file = self._best_folder / BEST_FILE
-            file.write_text(json.dumps(best) + "\n", encoding="utf-8")
+            write_file(file, json.dumps(best) + "\n")
             self._best = value
 
     def _best_before(self) -> float | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_min.harness.run import processes
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
@@ -27,7 +29,9 @@ class Stopped(Exception):
 
 def to_resume(folder: Path) -> str:
     """The command line that takes up a run, as it can be typed."""
-    return f"python {_typed(sys.argv[0])} --resume {_typed(str(folder))}"
+    of_several = f"torchrun --nproc_per_node {processes.local_size()}"
+    start = of_several if processes.several() else "python"
+    return f"{start} {_typed(sys.argv[0])} --resume {_typed(str(folder))}"
 
 
 def _typed(word: str) -> str:
