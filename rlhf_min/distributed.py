@@ -7,6 +7,7 @@ gradients are summed, once for each optimizer step. With one process nothing her
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def is_main() -> bool:
 def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """What `work` makes of each part, in their order, on every process.
 
-    Each process does every `size`-th part. What it raises is raised everywhere.
+    Each process does every `size`-th part. What one of them raises is raised everywhere; of several
+    errors that of the first part, as with one process.
 
     Args:
         work: returns what can be pickled.
@@ -91,10 +93,12 @@ def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """
     if size() == 1:
         return [work(part) for part in parts]
-    mine, error = [], None
+    mine: list[Result] = []
+    error = None
     try:
         with _on_its_own():
-            mine = [_on_cpu(work(part)) for part in parts[rank() :: _world.size]]
+            for part in parts[_world.rank :: _world.size]:
+                mine.append(_on_cpu(work(part)))
             if _world.sharded and len(mine) < -(-len(parts) // _world.size):
                 _keep_company(work, parts[0])
     except Exception as raised:  # of any kind: the others wait for this process
@@ -102,10 +106,12 @@ def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
             raise
         error = raised
     gathered: list[Any] = [None] * _world.size
-    dist.all_gather_object(gathered, (mine, error))
-    errors = [raised for _, raised in gathered if raised is not None]
-    if errors:
-        raise errors[0] if error is None else error
+    dist.all_gather_object(gathered, (mine, _sendable(error)))
+    for i in range(len(parts)):
+        source = i % _world.size
+        done, met = gathered[source]
+        if i // _world.size == len(done):
+            raise error if source == _world.rank and error is not None else met
     return [gathered[i % _world.size][0][i // _world.size] for i in range(len(parts))]
 
 
@@ -116,6 +122,15 @@ def _on_its_own() -> Iterator[None]:
         yield
     finally:
         _world.alone = False
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error as another process can make it anew: itself, or its kind and message."""
+    try:
+        copy.copy(error)
+    except Exception:  # of any kind: it wants other arguments than its message
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _keep_company(work: Callable[[Part], Result], part: Part) -> None:
@@ -141,6 +156,7 @@ def is_idle() -> bool:
 def on_main(work: Callable[[], Result]) -> Result:
     """What `work` returns, or raises, on the first process, which alone does it."""
     found: list[Any] = [None, None]
+    error = None
     if size() == 1:
         return work()
     if is_main():
@@ -148,10 +164,10 @@ def on_main(work: Callable[[], Result]) -> Result:
             with _on_its_own():
                 found[0] = work()
         except Exception as raised:  # of any kind: the others wait for this process
-            found[1] = raised
+            error, found[1] = raised, _sendable(raised)
     dist.broadcast_object_list(found)
     if found[1] is not None:
-        raise found[1]
+        raise error or found[1]
     return found[0]
 
 

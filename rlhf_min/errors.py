@@ -40,6 +40,9 @@ class NonFinite(ArithmeticError):
         )
         self.step, self.tensor, self.batch, self.rows = step, tensor, batch, list(rows)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step, self.tensor, self.batch, self.rows)
+
 
 class Diverged(ArithmeticError):
     """Weights, or what they give, are infinite or NaN: no such model is kept."""
