@@ -30,7 +30,7 @@ pytestmark = pytest.mark.real
 
 GIB = 2**30
 MOST = 12 * GIB
-ROWS, PROMPT, RESPONSE = 4, 32, 32
+ROWS, PROMPT, RESPONSE = 4, 8, 8
 # The config.json of gpt2-medium and of bert-base-cased, where they differ from the defaults.
 GPT2_MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 BERT_BASE_CASED = {"vocab_size": 28996}
