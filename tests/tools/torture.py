@@ -14,13 +14,15 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,21 +124,37 @@ def command_line(algorithm: str, work: Path) -> list[str]:
     return options
 
 
-def start(algorithm: str, arguments: list[str], log: Path, point: Callable[[], None]) -> int:
-    """Start a command in a fork, which has everything imported; its process id."""
+def start(
+    command: str,
+    arguments: list[str],
+    log: Path,
+    point: Callable[[], None],
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Start a command in a fork, which has everything imported; its process id.
+
+    Args:
+        command: the name of its file, or of the algorithm that it trains.
+        point: called before it.
+    """
     process = os.fork()
     if process:
         return process
+    os.environ |= environment or {}
     with log.open("a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+        for number, name in enumerate(("stdout", "stderr"), start=1):
+            stream = os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         # Bars share a lock between forks, and whoever is killed may hold it.
         tqdm.set_lock(threading.RLock())
         point()
-        sys.argv = [f"{ALGORITHMS[algorithm]}.py", *arguments]
+        sys.argv = [f"{ALGORITHMS.get(command, command)}.py", *arguments]
         code: Any = 0
         try:
-            MODULES[algorithm].main()
+            (MODULES.get(command) or load(command)).main()
         except SystemExit as error:
             code = error.code
         except BaseException:
@@ -145,6 +163,66 @@ def start(algorithm: str, arguments: list[str], log: Path, point: Callable[[], N
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(int(code or 0))
+
+
+def environments(n: int) -> list[dict[str, str]]:
+    """What ``torchrun`` tells each of n processes on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free a moment later
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": n}
+    common["LOCAL_WORLD_SIZE"] = n
+    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(n)]
+    return [{name: str(value) for name, value in of_rank.items()} for of_rank in ranks]
+
+
+def launch(algorithm: str, arguments: list[str], log: Path, n: int) -> tuple[int, list[int]]:
+    """Start a command in n processes, below one that does what ``torchrun`` does: if one of them
+    fails it stops the others, and it hands its signals on.
+
+    Returns:
+        The process id of the launcher, which ends with 0 if all do, and those of the others.
+    """
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if launcher:
+        os.close(writer)
+        with os.fdopen(reader, encoding="utf-8") as lines:
+            return launcher, [int(line) for line in lines]
+    os.close(reader)
+    close = partial(os.close, writer)
+    processes = [
+        start(algorithm, arguments, log, close, {**own, "TORCHELASTIC_RUN_ID": "none"})
+        for own in environments(n)
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: [os.kill(x, signal.SIGTERM) for x in processes])
+    with os.fdopen(writer, "w", encoding="utf-8") as lines:
+        lines.writelines(f"{process}\n" for process in processes)
+    failed, running = False, set(processes)
+    while running:
+        process, status = os.wait()
+        running.remove(process)
+        if status and not failed:
+            failed = True
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    os._exit(int(failed))
+
+
+def wait_until_gone(processes: list[int], seconds: float) -> None:
+    """Wait for processes that are nobody's children any more, at most so long."""
+    until = time.monotonic() + seconds
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < until, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    """Whether it runs; one that has ended and that nobody has asked for does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
 
 
 def wait(process: int) -> int:

@@ -88,9 +88,10 @@ class MetricsLog:
 
     def has_checkpoint(self, stage: str) -> bool:
         """Whether the run is resumed and this stage goes on from somewhere."""
-        return self.resuming and distributed.on_main(
-            lambda: bool(checkpoints(self._checkpoints(stage)))
-        )
+        if not self.resuming:
+            return False
+        folder = self._checkpoints(stage)  # which all have open before the first looks into it
+        return distributed.on_main(lambda: bool(checkpoints(folder)))
 
     def resume(self, snapshot: Snapshot) -> None:
         """Put a stage back to its newest checkpoint, if the run is resumed and there is one.
