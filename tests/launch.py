@@ -22,7 +22,7 @@ SECONDS = 60.0  # the most that processes may take; whoever waits for another on
 
 
 def in_processes(n: int, work: Callable[[], Any], *, seconds: float = SECONDS) -> list[Any]:
-    """What `work` returns in each of n processes that have joined each other.
+    """What `work` returns, without tensors, in each of n processes that have joined each other.
 
     They are forks: they have all that is imported, and patched, in this one. What one of them
     raises fails the test, and so does waiting longer than `seconds`.
@@ -69,6 +69,7 @@ def _join(rank: int, n: int, port: int, work: Callable[[], Any], sender: Connect
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # a fork could not use what this process has begun
     try:
         distributed.start()
         result = work()
@@ -86,14 +87,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def torchrun(n: int, script: Path, *arguments: Any, seconds: float = SECONDS) -> str:
-    """Run a script in n processes, of one thread each; what they say.
+def torchrun(
+    n: int, script: Path, *arguments: Any, seconds: float = SECONDS, gpus: bool = False
+) -> str:
+    """Run a script in n processes, of one thread each, on the CPU or on a GPU each; what they say.
 
     It fails the test if a process fails, or if they take longer than `seconds`.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(n), str(script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
