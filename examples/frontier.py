@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_min.config import DPOConfig, GRPOConfig, PPOConfig, RLOOConfig
-from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, ExperimentOptions, command, parse
+from rlhf_min.harness.cli import OF_LARGE_MODELS, OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
@@ -40,7 +40,9 @@ class FrontierOptions(ExperimentOptions):
 
 @command
 def main() -> None:
-    options = parse(__doc__, FrontierOptions, without=(*OF_OWN_ROWS, *OF_LORA), instead=INSTEAD)
+    options = parse(
+        __doc__, FrontierOptions, without=(*OF_OWN_ROWS, *OF_LARGE_MODELS), instead=INSTEAD
+    )
     started = time.perf_counter()
     out = check_out(options, "frontier")
     # Only now, since torch takes seconds to import: what can be refused is refused at once.

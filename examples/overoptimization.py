@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_min.config import PPOConfig, option
-from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, ExperimentOptions, command, parse
+from rlhf_min.harness.cli import OF_LARGE_MODELS, OF_OWN_ROWS, ExperimentOptions, command, parse
 from rlhf_min.harness.run.folder import check_out
 
 SHOWN = {"kl": "KL, nats", "score": "score", "gold_reward": "gold reward"}
 TICKS = (0, 0.5, 2, 5, 10, 20, 40, 70, 100, 150, 200, 300)  # nats
-UNUSED = (*OF_OWN_ROWS, *OF_LORA)
+UNUSED = (*OF_OWN_ROWS, *OF_LARGE_MODELS)
 INSTEAD = {"data": "--data has no true reward; the embedded world has"}
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from rlhf_min.config import DPOConfig, KTOConfig, ReferenceFree, SFTConfig, WithReference, option
-from rlhf_min.harness.cli import OF_LORA, OF_OWN_ROWS, RunOptions, command, parse
+from rlhf_min.harness.cli import OF_LARGE_MODELS, OF_OWN_ROWS, RunOptions, command, parse
 from rlhf_min.harness.run.folder import check_out, start_log
 
 LOSSES = [*get_args(WithReference), *get_args(ReferenceFree), "kto"]
 OWN = {"robust": {"label_smoothing": 0.1}}  # what has to be said of the pairs
-UNUSED = (*OF_OWN_ROWS, *OF_LORA, "reward_model", "reward_device", "heldout_share")
+UNUSED = (*OF_OWN_ROWS, *OF_LARGE_MODELS, "reward_model", "reward_device", "heldout_share")
 INSTEAD = {"data": "--data has no true reward; the embedded world has"}
 
 

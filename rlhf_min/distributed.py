@@ -78,6 +78,16 @@ def is_main() -> bool:
     return _world.rank == 0
 
 
+def shard_models() -> None:
+    """From now on what is trained is split among the processes, if there are several."""
+    _world.sharded = _world.size > 1
+
+
+def is_sharded() -> bool:
+    """Whether what is trained is split among the processes."""
+    return _world.sharded
+
+
 def deal(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """What `work` makes of each part, in their order, on every process.
 

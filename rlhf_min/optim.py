@@ -16,6 +16,7 @@ from . import distributed
 from .config import Precision, TrainingConfig
 from .data import Cursor, in_groups
 from .errors import NonFinite
+from .speed.sharding import full, part_of
 
 Example = TypeVar("Example")
 
@@ -128,7 +129,7 @@ class Optimizer:
     def _gradient_at_fault(self) -> str:
         for group in self.optimizer.param_groups:
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                if p.grad is not None and not bool(torch.isfinite(full(p.grad)).all()):
                     return f"gradient of {name}"
         return "gradient"
 
@@ -153,6 +154,10 @@ class Optimizer:
             for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():
+            for name, x in moments.items():
+                if isinstance(x, Tensor) and x.shape == p.shape:  # the count of steps has none
+                    moments[name] = part_of(x, p)
         scheduler, groups = self.scheduler, self.optimizer.param_groups
         if isinstance(scheduler, LambdaLR):  # what `adamw` makes: a rate is base * lambda(step)
             base_lrs, lambdas = scheduler.base_lrs, scheduler.lr_lambdas
@@ -173,7 +178,7 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     # Row by row first: one float32 sum over the 38 million squares of an embedding is a thousandth
     # too small on a CPU, and takes twice as long, since it uses one thread.
     rows = [torch.linalg.vector_norm(g, dim=-1) if g.ndim > 1 else g for g in gradients]
-    return nn.utils.get_total_norm(rows)
+    return full(nn.utils.get_total_norm(rows))
 
 
 def adamw(

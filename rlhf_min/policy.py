@@ -18,6 +18,7 @@ from .logprobs import entropy, lm_head_logits, token_logprobs
 from .speed.fast import checkpoint_layers, separate_trunk, speed_up
 from .speed.forward import hidden_states, layout_of, logprobs_and_states
 from .speed.packing import padded
+from .speed.sharding import full
 
 Critic = Literal["none", "shared", "separate"]
 
@@ -239,7 +240,8 @@ class Policy(nn.Module):
     def critic_tensors(self) -> dict[str, Tensor]:
         """The value head's tensors and, if there is one, the separate critic's."""
         state = self.state_dict()
-        return {k: v for k, v in state.items() if k.startswith(("value_head.", "critic_trunk."))}
+        names = [k for k in state if k.startswith(("value_head.", "critic_trunk."))]
+        return {name: full(state[name]) for name in names}
 
     def load_critic(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `critic_tensors`; every name must be there, and no other."""

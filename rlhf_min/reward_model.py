@@ -19,6 +19,7 @@ from .loading.models import Reading, label_number, load_classifier
 from .logprobs import at_least_float32, label_logprob
 from .policy import evaluating
 from .speed.fast import checkpoint_layers, speed_up
+from .speed.sharding import missing_passes
 
 SCORED_TOKENS = 16384  # padded tokens of scores that are computed at once; memory only
 SIMILAR_TOKENS = 512  # of the rows of similar length that a reward model takes at once
@@ -95,7 +96,10 @@ class RewardModel(nn.Module):
             return self._scores(pairs)
         # Rows of similar length pass together, so that little of the work is padding.
         groups = micro_batches([len(pair.ids) for pair in pairs], max_tokens=SIMILAR_TOKENS)
+        missing = missing_passes(self, len(groups))
         parts = [self._scores([pairs[i] for i in rows]) for rows in groups]
+        for _ in range(missing):
+            parts[0] = parts[0] + 0 * self._scores(pairs[:1])
         order = torch.tensor([i for rows in groups for i in rows])
         return torch.cat(parts)[order.argsort().to(self.device)]
 

@@ -10,6 +10,7 @@ from .errors import Diverged, require
 from .logprobs import lm_head_logits
 from .policy import Policy, evaluating
 from .speed.cache import KeyValueCache, rows_at_once
+from .speed.sharding import whole
 
 NO_TOKEN = -1  # where the logits hold NaN, for which searchsorted would draw the last token
 
@@ -48,7 +49,7 @@ def sample(
     uniforms = torch.rand(len(prompt_ids), max_new_tokens, generator=rng, dtype=torch.float64)
     n = len(prompt_ids)
     longest = max(map(len, prompt_ids), default=0) + max_new_tokens
-    with evaluating(policy):
+    with whole(policy) as policy, evaluating(policy):
         at_once = min(rows_at_once(policy.lm, longest), max(1, -(-n // distributed.size())))
         found = distributed.deal(
             lambda rows: _sample(

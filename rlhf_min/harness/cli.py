@@ -36,10 +36,10 @@ KEPT = "what was saved before is as it was"
 OF_TRAINING = (
     *("allow_config_change", "save_every", "keep_last", "keep_best"),
     *("heldout_share", "gradient_checkpointing", "skip_preflight", "report_to"),
-    *("lora_rank", "lora_alpha", "lora_targets", "lora_merge"),
+    *("lora_rank", "lora_alpha", "lora_targets", "lora_merge", "shard"),
 )
-# What an experiment, which trains whole models beside each other, has no use for.
-OF_LORA = tuple(name for name in OF_TRAINING if name.startswith("lora_"))
+# What an experiment, which trains small models beside each other, has no use for.
+OF_LARGE_MODELS = ("lora_rank", "lora_alpha", "lora_targets", "lora_merge", "shard")
 # What means nothing on the embedded world.
 OF_OWN_ROWS = ("columns", "split", "limit", "heldout_data", "heldout_split", "heldout_share")
 
@@ -131,6 +131,11 @@ class RunOptions:
     )
     lora_merge: bool = option(
         False, "Save the finished model whole, its adapters added to its weights."
+    )
+    shard: bool = option(
+        False,
+        "Split what is trained among the processes of torchrun, for models too large for one "
+        "(FSDP2). Changes nothing where there is one process.",
     )
     plain: bool = option(
         False, "Compute as a textbook does, slower: for reading along, and for breakpoints."
@@ -338,6 +343,11 @@ def _check_lora(configs: Sequence[Any], started_from: str) -> None:
             "--lora_alpha, --lora_targets and --lora_merge are of adapters; give --lora_rank too",
         )
         return
+    require(
+        not options.shard,
+        "--shard splits models that are trained whole; of an adapter there is little to split: "
+        "leave out --shard or --lora_rank",
+    )
     require(find_spec("peft") is not None, "--lora_rank needs one more package: pip install peft")
     require(
         getattr(options, started_from) is not None,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging as transformers_logging
 
+from rlhf_min import distributed
 from rlhf_min.encoding.codec import Codec
 from rlhf_min.encoding.template import CHAT
 from rlhf_min.errors import require
@@ -113,7 +114,8 @@ def _lora(options: RunOptions, seed: int) -> LoRA | None:
 
 
 def _prepare(options: RunOptions) -> None:
-    """What must be so before a model is read: threads, devices that are there, a quiet library.
+    """What must be so before a model is read: threads, devices that are there, a quiet library,
+    and whether what is trained will be split.
 
     Raises:
         BadInput: if a device is not there.
@@ -122,5 +124,7 @@ def _prepare(options: RunOptions) -> None:
         torch.set_num_threads(options.threads)
     options.torch_device("policy_device")
     options.torch_device("reward_device")
+    if options.shard:
+        distributed.shard_models()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -29,6 +29,7 @@ from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.speed.cache import cache_bytes
 from rlhf_min.speed.forward import CHUNK_TOKENS
+from rlhf_min.speed.sharding import is_split, kept_here, whole
 
 # How far two computations of the same number may differ: a log-probability or a score.
 TOLERANCE = {"float64": 1e-9, "fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
@@ -227,9 +228,9 @@ def passes_agree(policy: Policy, rows: Sequence[Row]) -> Check:
 def head_equals_model(policy: Policy, row: Row, tolerance: float) -> Check:
     """Our chunked head gives the log-probabilities of the model's own logits."""
     batch = _collated(policy, [row])
-    with evaluating(policy):
+    with evaluating(policy), whole(policy) as itself:
         ours = policy(batch).logprobs[0]
-        logits = policy.lm(input_ids=batch.ids, use_cache=False).logits[0, len(row[0]) - 1 : -1]
+        logits = itself.lm(input_ids=batch.ids, use_cache=False).logits[0, len(row[0]) - 1 : -1]
     theirs = token_logprobs(logits, batch.responses[0])
     return Check(
         "head against the model's own logits",
@@ -279,18 +280,22 @@ def policy_memory(
     ids = row[0][None, :PROMPT_TOKENS].to(policy.device)
     trunks = 1 if policy.critic_trunk is None else 2
     policy.train()
-    fixed, per_token = kept_bytes(
-        policy,
-        lambda n: policy.lm.base_model(input_ids=ids.repeat(n, 1), use_cache=False),
-        ids.numel(),
-    )
+    with whole(policy) as itself:
+        fixed, per_token = kept_bytes(
+            itself,
+            lambda n: itself.lm.base_model(input_ids=ids.repeat(n, 1), use_cache=False),
+            ids.numel(),
+        )
     at_once = tokens if policy.plain else min(CHUNK_TOKENS, tokens)
     vocabulary = len(policy.lm.get_output_embeddings().weight)
     passes = {
         "activations": trunks * (fixed + tokens * per_token),
         "logits": at_once * vocabulary * LOGITS_COPIES * 4,
     }
-    yield from memory(policy, frozen, optimizer, passes, cached_tokens * cache_bytes(policy.lm))
+    sampling = cached_tokens * cache_bytes(policy.lm)
+    if is_split(policy):  # of which each process samples with a whole one
+        sampling += sum(p.nbytes for p in policy.lm.parameters())
+    yield from memory(policy, frozen, optimizer, passes, sampling)
 
 
 def memory(
@@ -306,14 +311,14 @@ def memory(
         passes: bytes of a forward and backward pass.
         cache: bytes of the key-value cache, which is gone when a pass begins.
     """
-    gradients = sum(p.nbytes for p in optimizer.parameters)
+    gradients = sum(kept_here(p).nbytes for p in optimizer.parameters)
     learning = {"gradients": gradients, **passes}
     parts: dict[torch.device, dict[str, float]] = defaultdict(lambda: {"weights": 0.0})
     parts[trained.device] |= {"Adam": 2 * gradients}
     parts[trained.device] |= learning if sum(learning.values()) > cache else {"cache": cache}
     # An adapted policy and its reference have frozen weights in common.
     for p in {p for model in [trained, *frozen] for p in model.parameters()}:
-        parts[p.device]["weights"] += p.nbytes
+        parts[p.device]["weights"] += kept_here(p).nbytes
     for device, need in parts.items():
         total, room = sum(need.values()), available_bytes(device) + need["weights"]
         largest = max(need, key=lambda name: need[name])

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import require
+from ..speed.sharding import gathered, is_split
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -248,12 +249,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def copied(model: Model, device: torch.device | None = None) -> Model:
     """A copy to train or to freeze. Of an adapted model only what is trained is copied: the frozen
-    weights are the same tensors, so the copy must stay where they are.
+    weights are the same tensors, so the copy must stay where they are. Of one that is split among
+    the processes the copy is whole.
 
     Args:
         device: where the copy will be put; None for where the model is. On another one it has all
             weights for itself.
     """
+    if is_split(model):
+        return gathered(model)
     shared: dict[int, Any] = {}
     if is_adapted(model) and _is_on(model, device):
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}

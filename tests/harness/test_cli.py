@@ -61,8 +61,8 @@ COMMANDS = {
 }
 # What a command has no use for, and so does not know.
 OF_TRAINING = "allow_config_change save_every keep_last keep_best heldout_share "
-OF_LORA = "lora_rank lora_alpha lora_targets lora_merge "
-OF_TRAINING += f"gradient_checkpointing skip_preflight report_to {OF_LORA}"
+OF_LARGE = "lora_rank lora_alpha lora_targets lora_merge shard "
+OF_TRAINING += f"gradient_checkpointing skip_preflight report_to {OF_LARGE}"
 OF_OWN_ROWS = "data columns split limit heldout_data heldout_split "
 UNKNOWN = {
     "train_sft": "reward_model reward_device",
@@ -71,9 +71,9 @@ UNKNOWN = {
     "arithmetic": "reward_model",
     "evaluate_models": f"{OF_TRAINING} model resume heldout_data heldout_split",
     "chat": f"{OF_TRAINING} {OF_OWN_ROWS} model out overwrite resume",
-    "overoptimization": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
-    "frontier": f"{OF_OWN_ROWS} {OF_LORA} heldout_share",
-    "preference_losses": f"{OF_OWN_ROWS} {OF_LORA} heldout_share reward_model reward_device",
+    "overoptimization": f"{OF_OWN_ROWS} {OF_LARGE} heldout_share",
+    "frontier": f"{OF_OWN_ROWS} {OF_LARGE} heldout_share",
+    "preference_losses": f"{OF_OWN_ROWS} {OF_LARGE} heldout_share reward_model reward_device",
 }
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_min import distributed
 from rlhf_min.errors import BadInput, require
@@ -39,6 +40,7 @@ from rlhf_min.harness.run.saved_models import unsound
 from rlhf_min.harness.run.signals import Stopped
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
+from rlhf_min.speed.sharding import full, is_split, part_of
 
 FORMAT = 4
 RECORD, WEIGHTS = "checkpoint.json", "weights.safetensors"
@@ -167,9 +169,12 @@ class Checkpoint:
                 )
             self._warn_of_changes(snapshot)
             _load_weights(snapshot.module, self.folder / WEIGHTS)
-            # Copies: what `load_file` returns would hold the files, long after they are deleted.
             files = [load_file(self.folder / name) for name in STATES]
-            tensors = {name: x.clone() for file in files for name, x in file.items()}
+            tensors = {name: x for file in files for name, x in file.items()}
+            # Copies: what `load_file` returns would hold the files, long after they are deleted. Of
+            # a tensor that is split, each process copies its part only, where it belongs.
+            split = is_split(snapshot.module)
+            tensors = {k: x if split and x.ndim else x.clone() for k, x in tensors.items()}
             snapshot.state.restore(_joined(self.record["state"], tensors))
             fault = unsound(snapshot.module, snapshot.texts)
             require(fault is None, f"{self.folder}: {fault} is not finite; start a new run")
@@ -283,7 +288,7 @@ def begin(
         "random": _split(_random_states(), tensors, "random"),
     }
     changed = trained_tensors(snapshot.module)
-    weights = {name: x.detach().contiguous() for name, x in changed.items()}
+    weights = {name: _to_write(x) for name, x in changed.items()}
     parts = {WEIGHTS: weights, **_shared_out(tensors)}
     if not distributed.is_main():
         return lambda: None
@@ -346,7 +351,7 @@ def keep(folder: Path, newest: Path, n: int) -> None:
 def _split(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """The value as JSON, with its tensors moved to `tensors` under their paths."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous()
+        tensors[name] = _to_write(value)
         return {"$tensor": name}
     if isinstance(value, dict):
         items = {key: _split(item, tensors, f"{name}.{key}") for key, item in value.items()}
@@ -360,6 +365,14 @@ def _split(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _to_write(tensor: Tensor) -> Tensor:
+    """The whole tensor, on the process that writes it. Of one that is split each has a part."""
+    kept = tensor.detach()
+    if isinstance(tensor, DTensor):
+        kept = full(kept).cpu()  # beside the model there may be no room for it
+    return kept.contiguous() if distributed.is_main() else kept.new_empty(0)
 
 
 def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -406,7 +419,7 @@ def _load_weights(module: nn.Module, file: Path) -> None:
                 f"{file}: {name} is {tuple(was.shape)} {was.dtype}, the model's is "
                 f"{tuple(tensor.shape)} {tensor.dtype}",
             )
-            tensor.copy_(was)
+            tensor.copy_(part_of(was, tensor))
 
 
 def _identity(file: Path) -> list[int]:

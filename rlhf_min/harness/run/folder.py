@@ -44,7 +44,7 @@ PACKAGES = ("rlhf_min", "torch", "transformers")
 # What a run may be continued with otherwise: none of it changes what is computed.
 FREE = frozenset(
     "resume allow_config_change out overwrite save_every keep_last keep_best skip_preflight "
-    "report_to device policy_device reward_device threads".split()
+    "report_to device policy_device reward_device threads shard".split()
 )
 OF_THE_START = frozenset({"out", "overwrite", "resume", "allow_config_change"})
 # What JSON that is damaged, or is not what was written, raises.

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
+from rlhf_min.speed.sharding import full, is_split
 
 # Of a config, what no number depends on, or what is looked at in the weights.
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
@@ -63,6 +64,8 @@ def weight_digests(module: nn.Module, *, without: Collection[str] = ()) -> dict[
     """The CRC-32 of each parameter and saved buffer, but of those of some names."""
     saved = module.state_dict().keys() - set(without)
     tensors = {name: x for name, x in named_tensors(module).items() if name in saved}
+    if is_split(module):  # one after the other, which are gathered in the same order everywhere
+        return {name: _crc32(full(x)) for name, x in tensors.items()}
     return dict(zip(tensors, in_threads(_crc32, tensors.values()), strict=True))
 
 

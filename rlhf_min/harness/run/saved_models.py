@@ -1,7 +1,7 @@
 """Trained models: saved as folders that plain ``from_pretrained`` of ``transformers`` loads, if
 their weights and what these give are finite."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from rlhf_min.loading import adapters
 from rlhf_min.loading.models import quiet
 from rlhf_min.policy import VALUE_FILE, Policy, evaluating
 from rlhf_min.reward_model import RewardModel
+from rlhf_min.speed.sharding import full, whole
 
 TEXTS, TOKENS, CHARACTERS = 3, 16, 400  # that a model is tried on: few texts, and little of them
 
@@ -32,24 +33,28 @@ def save_policy(policy: Policy, folder: Path) -> None:
             folder stays.
     """
     _require_finite(policy, folder)
-    if not distributed.is_main():
-        return
+    critic = policy.critic_tensors()
+    with whole(policy, here=distributed.is_main()) as itself:
+        if distributed.is_main():
+            _write_policy(itself, critic, folder)
+
+
+def _write_policy(policy: Policy, critic: Mapping[str, Tensor], folder: Path) -> None:
     with complete_folder(folder) as new:
         _save_model(policy.lm, new)
         policy.tokenizer.save_pretrained(new)
-        if policy.value_head is not None:
-            tensors = {k: v.contiguous().cpu() for k, v in policy.critic_tensors().items()}
-            save_file(tensors, new / VALUE_FILE)
+        if critic:
+            save_file({k: v.contiguous().cpu() for k, v in critic.items()}, new / VALUE_FILE)
 
 
 def save_reward_model(reward_model: RewardModel, folder: Path) -> None:
     """Write config, ``model.safetensors``, tokenizer and ``model.pt``; raises as `save_policy`."""
     _require_finite(reward_model, folder)
-    if not distributed.is_main():
-        return
-    with complete_folder(folder) as new:
-        _save_model(reward_model.model, new)
-        reward_model.tokenizer.save_pretrained(new)
+    with whole(reward_model, here=distributed.is_main()) as itself:
+        if distributed.is_main():
+            with complete_folder(folder) as new:
+                _save_model(itself.model, new)
+                itself.tokenizer.save_pretrained(new)
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:
@@ -88,7 +93,7 @@ def unsound(module: nn.Module, texts: Sequence[str] = ()) -> str | None:
     given = _answers(module, [text[:CHARACTERS] for text in texts[:TEXTS]])
     for name, answer in given.items():
         if not bool(answer.isfinite().all()):
-            sizes = ((float(p.detach().abs().max()), k) for k, p in module.named_parameters())
+            sizes = ((float(full(p.detach()).abs().max()), k) for k, p in module.named_parameters())
             largest, weight = max(sizes)
             return f"{name} (the largest weight is {largest:.2g}, in {weight})"
     return None
@@ -98,7 +103,7 @@ def nonfinite_weight(module: nn.Module) -> str | None:
     """The name of the first parameter that holds an infinite number or NaN."""
     for name, p in module.named_parameters():
         # One pass without a copy; isfinite().all() takes sixty times as long on a CPU.
-        if p.numel() and not bool(torch.stack(p.detach().aminmax()).isfinite().all()):
+        if p.numel() and not bool(torch.stack(full(p.detach()).aminmax()).isfinite().all()):
             return name
     return None
 

@@ -27,9 +27,10 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Record, Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, run_stage
+from rlhf_min.harness.stages.run_stage import policy_and_reference, run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
+from rlhf_min.speed.sharding import shard
 
 STAGE = "dpo"
 TITLE, ROWS = "DPO", "pairs"
@@ -160,9 +161,9 @@ def run(
         "no pair is left to train on: all are equal as tokens or equal after the cut; raise "
         "--max_response_tokens, and --max_length with it, or give other pairs",
     )
-    policy, ref_policy = start, None
+    policy, ref_policy = shard(start), None
     if not config.reference_free:
-        policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
+        policy, ref_policy = policy_and_reference(start, "none", ref_device)
     state = dpo.new_state(policy, ref_policy, examples, config)
     if config.reference_free and config.cache_reference:  # now, while it is what it starts as
         with state.optimizer.autocast():

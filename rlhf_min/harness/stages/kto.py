@@ -26,7 +26,7 @@ from rlhf_min.harness.run.checkpoint import Snapshot
 from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
-from rlhf_min.harness.stages.run_stage import copy_policy, run_stage
+from rlhf_min.harness.stages.run_stage import policy_and_reference, run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
 
@@ -154,7 +154,7 @@ def run(
     told = [f"KTO on {len(examples)} labelled responses; {encoding}", *balance(examples, config)]
     report = print_report(*told)
     kto.check_heldout(heldout, config)  # before the run has a folder
-    policy, ref_policy = copy_policy(start, critic="none"), start.reference(ref_device)
+    policy, ref_policy = policy_and_reference(start, "none", ref_device)
     state = kto.new_state(policy, ref_policy, examples, config)
     snapshot = Snapshot(
         STAGE,

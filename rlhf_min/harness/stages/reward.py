@@ -37,6 +37,7 @@ from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.optim import Optimizer, State
 from rlhf_min.policy import Policy, evaluating
 from rlhf_min.reward_model import RewardModel
+from rlhf_min.speed.sharding import put_together, shard, whole
 
 STAGE = "reward_model"
 TITLE, ROWS = "Reward model", "pairs"
@@ -117,10 +118,12 @@ def head_is_trainable(
     config: reward.RewardConfig,
 ) -> Check:
     """The loss has a gradient in the classifier's last layer."""
-    weight, norm = reward_model._last_layer.weight, 0.0
-    if weight.requires_grad:
-        loss = reward.batch_loss(reward_model.eval(), examples, center_coef=config.center_coef).loss
-        norm = float(torch.autograd.grad(loss, weight)[0].norm())
+    norm = 0.0
+    with whole(reward_model) as model:
+        weight = model._last_layer.weight
+        if weight.requires_grad:
+            loss = reward.batch_loss(model.eval(), examples, center_coef=config.center_coef).loss
+            norm = float(torch.autograd.grad(loss, weight)[0].norm())
     return Check(
         "classifier without gradient",
         0 if 0 < norm < math.inf else 1,
@@ -136,11 +139,12 @@ def memory(
 ) -> Iterator[Check]:
     """What training a reward model needs; `tokens` as in `preflight.policy_memory`."""
     reward_model.train()
-    fixed, per_token = preflight.kept_bytes(
-        reward_model,
-        lambda n: reward_model.forward_pairs([row.chosen_pair] * n),
-        len(row.chosen_pair.ids),
-    )
+    with whole(reward_model) as model:
+        fixed, per_token = preflight.kept_bytes(
+            model,
+            lambda n: model.forward_pairs([row.chosen_pair] * n),
+            len(row.chosen_pair.ids),
+        )
     yield from preflight.memory(
         reward_model, [], optimizer, {"activations": fixed + tokens * per_token}, 0
     )
@@ -178,7 +182,7 @@ def run(
     """
     responses = [p["chosen"] for p in inputs.pairs] + [p["rejected"] for p in inputs.pairs]
     examples, heldout, report = _prepared(reward_model, inputs)
-    state = reward.new_state(reward_model, examples, config)
+    state = reward.new_state(shard(reward_model), examples, config)
     snapshot = Snapshot(
         STAGE,
         reward_model,
@@ -201,6 +205,7 @@ def run(
         report=report,
         show=("loss", "eval/accuracy"),
     )
+    put_together(reward_model)  # to score as often as there are texts
     pairs = [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in heldout]
     chosen, rejected = reward.pair_scores(reward_model, pairs)
     faults.require_finite(STAGE, {"a held-out score": float((chosen + rejected).sum())})

@@ -32,7 +32,7 @@ from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.harness.run.reading import Run
 from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages import reward, sft
-from rlhf_min.harness.stages.run_stage import copy_policy, run_stage, sample_responses
+from rlhf_min.harness.stages.run_stage import policy_and_reference, run_stage, sample_responses
 from rlhf_min.loading.reward_function import RewardFunction, call_reward
 from rlhf_min.masking import masked_mean
 from rlhf_min.policy import Critic, Policy
@@ -258,7 +258,7 @@ def run(
     unused = unserved(reward_model, list(inputs.prompts[0]))
     prompts, eval_prompts, encoding = _encoded(codec, inputs)
     report = print_report(*unused, f"{title} on {len(prompts)} prompts; {encoding}")
-    policy, ref_policy = copy_policy(start, critic=critic_of(config)), start.reference(ref_device)
+    policy, ref_policy = policy_and_reference(start, critic_of(config), ref_device)
     state = algorithm.new_state(policy, prompts, config)
     scorers = {f"reward_model_{i}": x for i, x in enumerate(models_in(reward_model))}
     snapshot = Snapshot(

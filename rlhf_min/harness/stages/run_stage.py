@@ -15,6 +15,7 @@ from rlhf_min.harness.run.log import MetricsLog, note
 from rlhf_min.loading import adapters
 from rlhf_min.policy import Critic, Policy
 from rlhf_min.sampling import sample
+from rlhf_min.speed.sharding import shard
 
 
 def run_stage(
@@ -62,6 +63,15 @@ def copy_policy(policy: Policy, *, critic: Critic) -> Policy:
     if critic == policy.critic:
         copied.load_critic(policy.critic_tensors())
     return copied
+
+
+def policy_and_reference(
+    start: Policy, critic: Critic, ref_device: torch.device | None
+) -> tuple[Policy, Policy]:
+    """A copy of the start to train, and its frozen reference. If models are split, each of them is
+    before the next one is made whole."""
+    policy = shard(copy_policy(shard(start), critic=critic))
+    return policy, shard(start.reference(ref_device))
 
 
 def sample_texts(

@@ -21,6 +21,7 @@ from rlhf_min.harness.run.saved_models import save_policy
 from rlhf_min.harness.stages.run_stage import run_stage
 from rlhf_min.optim import State
 from rlhf_min.policy import Policy
+from rlhf_min.speed.sharding import shard
 
 STAGE = "sft"
 TITLE, ROWS = "SFT", "demonstrations"
@@ -59,7 +60,7 @@ def run(
     heldout, heldout_cut = codec.encode_demonstrations(inputs.heldout_demonstrations)
     encoding = describe(cut, codec) + describe_heldout(heldout_cut, len(heldout))
     report = print_report(f"SFT on {len(examples)} demonstrations; {encoding}")
-    state = sft.new_state(policy, examples, config)
+    state = sft.new_state(shard(policy), examples, config)
     snapshot = Snapshot(
         STAGE,
         policy,
