@@ -39,11 +39,7 @@ from rlhf_min.harness.run.checkpoint import Checkpoint, Snapshot, Writer
 from rlhf_min.policy import Policy
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import RolloutBuffer
-
-try:
-    from rlhf_min.speed.sharding import full, shard
-except ImportError:  # TODO: until it is there
-    shard = full = lambda x: x
+from rlhf_min.speed.sharding import full, is_split, shard
 
 DEVICE = torch.device("cpu")
 STOP = 3  # the step after which a run is saved, to be taken up by others
@@ -254,6 +250,7 @@ def snapshot(run: Run) -> Snapshot:
 
 def finished(run: Run) -> Found:
     """All that comes of it."""
+    assert is_split(run.module) == distributed.is_sharded()
     metrics = [without_time(metrics) for metrics in run.steps]
     after = list(run.after())
     named = run.module.named_parameters()
@@ -312,7 +309,10 @@ def main() -> None:
             for name in RUNS:
                 saved(name, options.out / kind / "saved" / name)
         if options.resume:
+            # Split weights by whole ones and the other way round, if there is a choice.
             for place in sorted(options.resume.glob("*/saved")):
+                if place.parent.name == kind and len(kinds) > 1:
+                    continue
                 found = all_found(sharded=sharded, resume=place)
                 write(options.out / kind / f"resumed-{place.parent.name}", found)
     distributed.end()

@@ -4,7 +4,6 @@ Three launches by ``torchrun`` make all runs: of one process, of two, and of thr
 saved on the way, and taken up by one and by three.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from rlhf_min.optim import Optimizer
 SECONDS = 170.0
 SCRIPT = Path(runs.__file__)
 EACH_RUN = pytest.mark.parametrize("name", runs.RUNS)
-SHARDING = "rlhf_min.speed.sharding" in sys.modules
-KINDS = pytest.mark.parametrize("kind", ["parallel", *["sharded"] * SHARDING])
-MORE = ["--sharded"] if SHARDING else []
+KINDS = pytest.mark.parametrize("kind", ["parallel", "sharded"])
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +41,12 @@ def one(folder, two):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return launched(2, folder, "--save", *MORE)
+    return launched(2, folder, "--save", "--sharded")
 
 
 @pytest.fixture(scope="module")
 def three(folder, two):
-    return launched(3, folder, "--resume", two, *MORE)
+    return launched(3, folder, "--resume", two, "--sharded")
 
 
 def launched(n, folder, *arguments, gpus=False):
@@ -160,19 +157,18 @@ def rest_of(found):
 @KINDS
 @pytest.mark.parametrize("n", [1, 3])
 def test_what_two_have_saved_others_take_up(n, kind, name, alone, one, three):
-    """Whether their weights are sharded or not."""
-    taken_up_by = ["parallel"] if n == 1 else ["parallel", *["sharded"] * SHARDING]
-    for how in taken_up_by:
-        folder = (one if n == 1 else three) / how / f"resumed-{kind}"
-        for found in of_each_process(folder, n):
-            assert furthest(found[name], rest_of(alone[name])) <= SHARED
+    """One process, or three whose weights are split if those of the two were not."""
+    how = "sharded" if n == 3 and kind == "parallel" else "parallel"
+    folder = (one if n == 1 else three) / how / f"resumed-{kind}"
+    for found in of_each_process(folder, n):
+        assert furthest(found[name], rest_of(alone[name])) <= SHARED
 
 
 @EACH_RUN
 def test_what_is_saved_does_not_say_who_saved_it(name, two, tmp_path):
     runs.saved(name, tmp_path)
     expected = {file.name: file.stat().st_size for file in tmp_path.glob("*/*.safetensors")}
-    for kind in ("parallel", *["sharded"] * SHARDING):
+    for kind in ("parallel", "sharded"):
         saved = (two / kind / "saved" / name).glob("*/*")
         files = {file.name: file.stat().st_size for file in saved}
         assert files.pop("checkpoint.json")
@@ -195,7 +191,7 @@ def one_gpu(folder):
 
 @pytest.fixture(scope="module")
 def two_gpus(folder):
-    return launched(2, folder / "cuda", "--device", "cuda", "--save", *MORE, gpus=True)
+    return launched(2, folder / "cuda", "--device", "cuda", "--save", "--sharded", gpus=True)
 
 
 @two_gpus_only
