@@ -458,10 +458,10 @@ TRAINER = [
         "nothing is compiled; what is fast is in `speed/`, and `plain` leaves it out",
     ),
     Field(
-        "",
+        "shard",
         "local_rank average_tokens_across_devices accelerator_config parallelism_config deepspeed "
         "fsdp fsdp_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
         "ddp_static_graph ddp_backend ddp_timeout log_on_each_node save_on_each_node",
-        "one process, and a model is on one device",
+        "`torchrun` shares the work, `shard` splits the model",
     ),
 ]

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import check_quickstart
 import lora_memory
+import pandas as pd
 import pytest
 import torch
 from small import bert, bert_syllables, gpt2, syllables
 from test_house import EXAMPLES, SOURCES, definitions, imports, module_name, tree
+from torch.distributed.run import get_args_parser
+from transformers import AutoTokenizer
 
 from rlhf_min.estimates import Estimate
 from rlhf_min.harness import experiments
@@ -40,8 +43,10 @@ FOLDERS = (
     "tests/parity",
 )
 FROM_TRL = "examples/compare/coming_from_trl.md"
-# Of each folder its README, and one page more, by its own name.
-FILES = {folder: ROOT / folder / "README.md" for folder in FOLDERS} | {FROM_TRL: ROOT / FROM_TRL}
+PROCESSES = "examples/several_processes.md"
+# Of each folder its README, and two pages more, by their own names.
+FILES = {folder: ROOT / folder / "README.md" for folder in FOLDERS}
+FILES |= {page: ROOT / page for page in (FROM_TRL, PROCESSES)}
 TEXTS = {name: file.read_text(encoding="utf-8") for name, file in FILES.items()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -145,8 +150,12 @@ def test_the_shell_understands_each_block():
 def test_an_option_that_is_named_is_known(folder):
     paths = [*SOURCES, *EXAMPLES, *(ROOT / "tests").rglob("*.py"), ROOT / ".ci/run"]
     known = re.findall(r"\w[\w-]*", "\n".join(path.read_text(encoding="utf-8") for path in paths))
+    if folder == PROCESSES:
+        known += [option.lstrip("-") for option in get_args_parser()._option_string_actions]
+        known += ["num-gpus", "module", "ntasks-per-node"]  # of ray, deepspeed and srun
     code = blocks(folder, "sh") + re.findall(r"`([^`]+)`", FENCE.sub("", TEXTS[folder]))
-    named = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", "\n".join(code)))
+    # What has a point in it, as in --actor.optim, is of another project.
+    named = set(re.findall(r"(?<![\w-])--(\w[\w-]*)(?![\w.-])", "\n".join(code)))
     assert named <= {*known, "help"}
 
 
@@ -163,7 +172,7 @@ def commands():
             for name, value in re.findall(r"for (\w+) in (\S+)", code):
                 code = code.replace(f"${name}", value)
             for part in re.split(r"&&|;|\||\n", code):
-                if found := re.search(r"\bpython (\S+\.py)(.*)", part):
+                if found := re.search(r"\b(?:python|torchrun\b.*?) (\S+\.py)(.*)", part):
                     yield found[1], *shlex.split(found[2], comments=True)
 
 
@@ -213,6 +222,28 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 5
     assert all(len([float(x) for x in line.split()]) == 2 for line in printed)
+
+
+def test_what_goes_to_other_projects_gives_the_scores_of_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = RewardModel(bert().float(), bert_syllables())
+    save_reward_model(model, tmp_path / "runs/reward/reward_model")
+    save_policy(Policy(gpt2().float(), syllables()), tmp_path / "runs/sft/sft")
+    row = {"prompt": "ba be", "chosen": "bi bo", "rejected": "bu"}
+    Path("pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    names: dict = {}
+    for code in blocks(PROCESSES, "python"):
+        exec(compile(code, PROCESSES, "exec"), names)
+
+    score = float(model.score(["ba be"], ["bi bo"])[0])
+    found = names["reward_func"](["ba be\nbi bo<eos>"], ["ba be\n"], ["ba be"])
+    assert found["rewards"].tolist() == [pytest.approx(score)]
+    (written,) = pd.read_parquet("prompts.parquet").to_dict("records")
+    truth = written["reward_model"]["ground_truth"]
+    assert names["compute_score"]("ours", " bi bo", truth) == pytest.approx(score)
+    tokenizer = AutoTokenizer.from_pretrained("runs/sft/sft")
+    assert tokenizer.apply_chat_template(written["prompt"], tokenize=False) == "ba be\n"
+    assert names["friendliness"].row_wise
 
 
 # Figures
