@@ -115,7 +115,9 @@ def test_two_leave_what_one_leaves(one, work, tmp_path):
     for name in ("samples.jsonl", "tokens.jsonl"):
         lines = [len((run / name).read_text("utf-8").splitlines()) for run in (out, one[1])]
         assert lines[0] == lines[1]
-    assert json.loads((out / "run.json").read_text("utf-8"))["processes"] == 2
+    record = json.loads((out / "run.json").read_text("utf-8"))
+    assert record["processes"] == 2
+    assert record["command"].startswith("torchrun --nproc_per_node 2 train_ppo.py --max_length")
     # Each line is there once, and no other.
     plain = [re.sub(r"[\d.e+-]+|\S*/\S*", "#", text.splitlines()[-1]) for text in (told, one[0])]
     assert plain[0] == plain[1]
@@ -258,9 +260,9 @@ def test_a_full_disk_of_the_first_ends_all(work, tmp_path):
 # Killed
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_killed_process_ends_all_with_one_line(rank, work, tmp_path):
-    arguments = [*command_line("ppo", work), "--out", tmp_path / "run"]
+@pytest.mark.parametrize(("rank", "more"), [(0, []), (1, ["--shard"]), (2, [])])
+def test_a_killed_process_ends_all_with_one_line(rank, more, work, tmp_path):
+    arguments = [*command_line("ppo", work), *more, "--out", tmp_path / "run"]
     codes, told = together(work, "ppo", 3, *arguments, points={rank: lambda: at_step(5, die)})
     assert codes == [-signal.SIGKILL if rank == x else 1 for x in range(3)]
     assert errors_in(told) == [

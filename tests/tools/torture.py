@@ -4,10 +4,12 @@
 
 Half of the kills come at random moments, half at named points of saving. Each resumed run must have
 the same bits as the uninterrupted one in its weights, its optimizer and random states, its metrics
-but for times, and its samples. Small models; every run is a process of its own.
+but for times, and its samples. Small models; every run is a process of its own, or with
+--processes several, of which one is killed, or their launcher.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -22,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +56,7 @@ OPTIONS = {
 OPTIONS["grpo"] = [*OPTIONS["ppo"], "--group_size", "2"]
 OPTIONS["rloo"] = OPTIONS["grpo"]
 OPTIONS["ppo"] = [*OPTIONS["ppo"], "--kl_control", "adaptive", "--normalise_scores"]
+AFTER = 10.0  # seconds in which all processes are gone when one was killed
 SAMPLING = {"ppo", "grpo", "rloo"}
 
 
@@ -175,13 +179,25 @@ def environments(n: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in of_rank.items()} for of_rank in ranks]
 
 
-def launch(algorithm: str, arguments: list[str], log: Path, n: int) -> tuple[int, list[int]]:
+def launch(
+    algorithm: str,
+    arguments: list[str],
+    log: Path,
+    n: int,
+    point: Callable[[], None] = lambda: None,
+) -> tuple[int, list[int]]:
     """Start a command in n processes, below one that does what ``torchrun`` does: if one of them
-    fails it stops the others, and it hands its signals on.
+    fails it stops the others.
+
+    Args:
+        point: called before it in the first process, which alone writes.
 
     Returns:
         The process id of the launcher, which ends with 0 if all do, and those of the others.
     """
+    if n == 1:
+        process = start(algorithm, arguments, log, point)
+        return process, [process]
     reader, writer = os.pipe()
     launcher = os.fork()
     if launcher:
@@ -189,12 +205,16 @@ def launch(algorithm: str, arguments: list[str], log: Path, n: int) -> tuple[int
         with os.fdopen(reader, encoding="utf-8") as lines:
             return launcher, [int(line) for line in lines]
     os.close(reader)
-    close = partial(os.close, writer)
     processes = [
-        start(algorithm, arguments, log, close, {**own, "TORCHELASTIC_RUN_ID": "none"})
+        start(
+            algorithm,
+            arguments,
+            log,
+            partial(first_of_all, writer, point if own["RANK"] == "0" else None),
+            {**own, "TORCHELASTIC_RUN_ID": "none"},
+        )
         for own in environments(n)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(x, signal.SIGTERM) for x in processes])
     with os.fdopen(writer, "w", encoding="utf-8") as lines:
         lines.writelines(f"{process}\n" for process in processes)
     failed, running = False, set(processes)
@@ -208,8 +228,15 @@ def launch(algorithm: str, arguments: list[str], log: Path, n: int) -> tuple[int
     os._exit(int(failed))
 
 
+def first_of_all(writer: int, point: Callable[[], None] | None) -> None:
+    """What a process does before its command: let go of the pipe that its launcher writes to."""
+    os.close(writer)
+    if point:
+        point()
+
+
 def wait_until_gone(processes: list[int], seconds: float) -> None:
-    """Wait for processes that are nobody's children any more, at most so long."""
+    """Wait for processes, which may be nobody's children any more, at most so long."""
     until = time.monotonic() + seconds
     while left := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < until, f"still there: {left}"
@@ -259,29 +286,51 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Kill:
+    """Where a run is killed.
+
+    Args:
+        name: of a point, or any other for a moment.
+        where: from 0 to 1, from the first to the last one.
+        victim: of several processes the number of the one that is killed at a moment, where the
+            last one is the launcher. At a point it is the first, which alone writes.
+    """
+
+    name: str
+    where: float
+    victim: int
+
+
 def kill_once(
-    algorithm: str, work: Path, run: Path, log: Path, kill: tuple[str, float], seconds: float
+    algorithm: str, work: Path, run: Path, log: Path, kill: Kill, seconds: float, n: int
 ) -> bool:
-    """Start or resume a run and kill it; whether it was killed before its end."""
-    name, where = kill
-    point = POINTS.get(name)
-    n = 1 + int(4 * where)  # of the few checkpoints that a run writes
-    process = start(
-        algorithm,
-        arguments_for(algorithm, work, run),
-        log,
-        (lambda: point(n)) if point else lambda: None,
+    """Start or resume a run of n processes and kill it; whether it was killed before its end."""
+    point, lines = POINTS.get(kill.name), fault_lines(log)
+    nth = 1 + int(4 * kill.where)  # of the few checkpoints that a run writes
+    arguments = arguments_for(algorithm, work, run)
+    launcher, processes = launch(
+        algorithm, arguments, log, n, (lambda: point(nth)) if point else lambda: None
     )
     if not point:
-        time.sleep(where * seconds)
-        os.kill(process, signal.SIGKILL)
-    code = wait(process)
-    assert code in (0, -signal.SIGKILL), f"{name}: exit code {code}, see {log}"
-    return code == -signal.SIGKILL
+        time.sleep(max(kill.where * seconds, 0.2 * (n > 1)))  # until they know their launcher
+        with contextlib.suppress(ProcessLookupError):  # it has ended before
+            os.kill([*processes, launcher][kill.victim], signal.SIGKILL)
+    wait_until_gone([launcher, *processes], AFTER + 3 * seconds * bool(point))
+    code = wait(launcher)
+    assert code in (0, -signal.SIGKILL, n > 1), f"{kill}: exit code {code}, see {log}"
+    assert fault_lines(log) - lines <= 1, f"{kill}: more than one line, see {log}"
+    return code != 0
 
 
-def torture(kills: int, seed: int, work: Path, algorithms: list[str]) -> Counter[str]:
-    """Kill and resume until there were so many kills; what happened how often."""
+def fault_lines(log: Path) -> int:
+    """How often it is said what was killed, or what else has failed."""
+    return log.read_text(encoding="utf-8").count("error: ") if log.exists() else 0
+
+
+def torture(kills: int, seed: int, work: Path, algorithms: list[str], n: int = 1) -> Counter[str]:
+    """Kill and resume runs of n processes until there were so many kills; what happened how
+    often."""
     rng, counts = random.Random(seed), Counter[str]()
     wanted: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -289,7 +338,7 @@ def torture(kills: int, seed: int, work: Path, algorithms: list[str]) -> Counter
     for algorithm in algorithms:
         run, started = work / f"whole-{algorithm}", time.perf_counter()
         log = work / f"whole-{algorithm}.log"
-        code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
+        code = wait(launch(algorithm, arguments_for(algorithm, work, run), log, n)[0])
         assert code == 0, log.read_text(encoding="utf-8")
         seconds[algorithm] = time.perf_counter() - started
         wanted[algorithm] = result(run)
@@ -300,9 +349,15 @@ def torture(kills: int, seed: int, work: Path, algorithms: list[str]) -> Counter
         for again in range(2 if rng.random() < 0.2 else 1):  # now and then the resumed run too
             named = (number // len(algorithms) + again) % 2 == 0
             name = names[(number // (2 * len(algorithms))) % len(names)] if named else "any moment"
-            if kill_once(algorithm, work, run, log, (name, rng.random()), seconds[algorithm]):
+            victim = rng.randrange(n + 1) if n > 1 else 0
+            kill = Kill(name, rng.random(), victim)
+            if kill_once(algorithm, work, run, log, kill, seconds[algorithm], n):
                 counts.update(["kills", f"kills of {algorithm}", f"kills {name}"])
-        code = wait(start(algorithm, arguments_for(algorithm, work, run), log, lambda: None))
+                if n > 1:
+                    killed = 0 if named else victim
+                    whom = "the launcher" if killed == n else f"process {killed}"
+                    counts[f"kills of {whom}"] += 1
+        code = wait(launch(algorithm, arguments_for(algorithm, work, run), log, n)[0])
         found = result(run) if code == 0 else {}
         wrong = sorted(
             key
@@ -354,14 +409,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="Of each run; one is killed.")
     parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--shard", action="store_true", help="Split what they train.")
     options = parser.parse_args(arguments)
+    COMMON.extend(["--shard"] * options.shard)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        counts = torture(options.kills, options.seed, Path(work), options.only)
+        counts = torture(options.kills, options.seed, Path(work), options.only, options.processes)
     for what, count in sorted(counts.items()):
         print(f"{count:5} {what}")
     print(

@@ -28,7 +28,7 @@ from rlhf_min.harness.run.layout import (
     left_over,
     stage_modules,
 )
-from rlhf_min.harness.run.signals import to_resume
+from rlhf_min.harness.run.signals import started_by, to_resume
 from rlhf_min.loading.sources import split_label
 
 if typing.TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _open(out: Path, configs: Sequence[Any]) -> Path:
         _lock(out)
         begun = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join([*started_by(), *sys.argv]),
         }
         _write_record(out, {**begun, "config": _config_values(configs), **_circumstances()})
     except OSError as error:

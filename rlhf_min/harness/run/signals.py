@@ -29,9 +29,14 @@ class Stopped(Exception):
 
 def to_resume(folder: Path) -> str:
     """The command line that takes up a run, as it can be typed."""
-    of_several = f"torchrun --nproc_per_node {processes.local_size()}"
-    start = of_several if processes.several() else "python"
-    return f"{start} {_typed(sys.argv[0])} --resume {_typed(str(folder))}"
+    return f"{' '.join(started_by())} {_typed(sys.argv[0])} --resume {_typed(str(folder))}"
+
+
+def started_by() -> list[str]:
+    """What stands before the command, so that as many processes are started as this is one of."""
+    if not processes.several():
+        return ["python"]
+    return ["torchrun", "--nproc_per_node", str(processes.local_size())]
 
 
 def _typed(word: str) -> str:
