@@ -13,13 +13,13 @@ from functools import partial
 import pytest
 import torch
 import torture
-from torture import at_call, command_line, die, environments, prepare, wait
+from torture import at_call, before, command_line, die, environments, prepare, wait
 
 from rlhf_min.errors import BadInput
 from rlhf_min.harness import preflight
 from rlhf_min.harness.cli import RunOptions
 from rlhf_min.harness.rows.files import free_memory
-from rlhf_min.harness.run import atomic, faults, saving
+from rlhf_min.harness.run import atomic, faults, folder, saving
 from rlhf_min.harness.run.log import MetricsLog
 
 NUMBERS = itertools.count()
@@ -125,10 +125,15 @@ def test_two_leave_what_one_leaves(one, work, tmp_path):
 
 
 def test_the_next_free_folder_is_one_for_all(work, tmp_path):
+    """The first process looks for it; another one might look when the first has made it."""
+
+    def never_looks():
+        os.chdir(tmp_path)
+        at_call(folder, "_folder_for", 1, before)
+
+    points = {0: partial(os.chdir, tmp_path), 1: never_looks}
     for name in ("sft", "sft-2"):
-        codes, told = together(
-            work, "sft", 2, *command_line("sft", work), points=in_folders(tmp_path, tmp_path)
-        )
+        codes, told = together(work, "sft", 2, *command_line("sft", work), points=points)
         assert codes == [0, 0], told
         assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sft", "sft-2"]
