@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -364,14 +365,14 @@ def test_a_first_step_that_is_skipped_moves_the_schedule_alone(recwarn):
     assert recwarn.list == []  # there is one where the schedule is ahead of the optimizer
 
 
-def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
-    def kept(seed, step):
-        with dropout_rng(seed, step, torch.device("cpu")):
+def test_dropout_differs_with_seed_step_and_micro_batch():
+    def kept(seed, step, micro_batch):
+        with dropout_rng(seed, step, torch.device("cpu"), micro_batch):
             return tuple(nn.functional.dropout(torch.ones(64)).tolist())
 
-    cases = [(seed, step) for seed in range(3) for step in range(3)]
-    assert len({kept(*case) for case in cases}) == 9
-    assert kept(2, 1) == kept(2, 1)
+    cases = list(itertools.product(range(3), repeat=3))
+    assert len({kept(*case) for case in cases}) == 27
+    assert kept(2, 1, 2) == kept(2, 1, 2)
 
 
 def test_a_language_model_decays_its_matrices_only():
