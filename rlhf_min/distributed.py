@@ -21,7 +21,7 @@ from torch import Tensor
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-BUCKET_BYTES = 2**26  # of gradients that are summed at once; memory and messages only
+LARGE = 2**18  # numbers of a gradient that is summed on its own; fewer wait for others
 # Whoever waits is ended with the process that fails, see the harness. A reward may take hours.
 PATIENCE = timedelta(days=30)
 
@@ -209,25 +209,16 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
         return
     known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
     dist.all_reduce(known, dist.ReduceOp.MAX)
-    bucket: list[Tensor] = []
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in (p for p, there in zip(parameters, known.tolist(), strict=True) if there):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if bucket and (p.grad.dtype, p.grad.device) != (bucket[0].dtype, bucket[0].device):
-            _sum(bucket)
-            bucket = []
-        bucket.append(p.grad)
-        if sum(g.numel() * g.element_size() for g in bucket) >= BUCKET_BYTES:
-            _sum(bucket)
-            bucket = []
-    if bucket:
-        _sum(bucket)
-
-
-def _sum(tensors: Sequence[Tensor]) -> None:
-    if len(tensors) == 1 and tensors[0].is_contiguous():  # without a copy of it
-        dist.all_reduce(tensors[0])
-        return
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(summed.view_as(x))
+        if p.numel() >= LARGE:
+            p.grad = p.grad.contiguous()
+            dist.all_reduce(p.grad)
+        else:
+            small.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
+    for grads in small.values():
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))

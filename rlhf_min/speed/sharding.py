@@ -7,6 +7,8 @@ the backward pass, each process keeping its part of the sum. All processes make 
 
 import contextlib
 import copy
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,6 +25,8 @@ from .. import distributed
 from ..errors import require
 
 Model = TypeVar("Model", bound=nn.Module)
+
+M_MMAP_THRESHOLD = -3  # of mallopt: from so many bytes on, a block is the system's own
 
 # Of each model that is split: the same modules whole, with weights that are not there.
 _outlines: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
@@ -51,12 +55,20 @@ def shard(model: Model) -> Model:
     root = getattr(model, "model", model)
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.size(),))
     units: list[Any] = [*_layers(model), root]  # the rest of the weights is the root's
+    _give_back_memory()
     for unit in units:
         # The root lets go after forward too: else it would keep them where no backward follows.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_gradient_divide_factor(1.0)  # losses divide by the counts of all processes
     return model
+
+
+def _give_back_memory() -> None:
+    """On a CPU: what a pass has gathered goes back to the system, layer by layer. The C library of
+    Linux would soon keep blocks of up to 32 MB for itself, in a heap that only grows."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def is_split(model: nn.Module) -> bool:
