@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+import whole_runs
 from launch import in_processes, torchrun
 from tolerances import EXACT, SHARED
 
@@ -17,8 +17,8 @@ from rlhf_min import distributed
 from rlhf_min.optim import Optimizer
 
 SECONDS = 170.0
-SCRIPT = Path(runs.__file__)
-EACH_RUN = pytest.mark.parametrize("name", runs.RUNS)
+SCRIPT = Path(whole_runs.__file__)
+EACH_RUN = pytest.mark.parametrize("name", whole_runs.RUNS)
 KINDS = pytest.mark.parametrize("kind", ["parallel", "sharded"])
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     """By this process."""
-    return {name: runs.whole(name) for name in runs.RUNS}
+    return {name: whole_runs.whole(name) for name in whole_runs.RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def furthest(found, expected):
 
 def of_each_process(folder, n):
     """What each found, if there are so many."""
-    processes = runs.read(folder)
+    processes = whole_runs.read(folder)
     assert len(processes) == n
     return processes
 
@@ -98,7 +98,7 @@ def test_the_runs_are_such_that_sharing_them_could_go_wrong(name, monkeypatch):
 
     monkeypatch.setattr(Optimizer, "backward", counted)
     monkeypatch.setattr(Optimizer, "step", noted)
-    found = runs.whole(name)
+    found = whole_runs.whole(name)
     assert len(found.metrics) >= 4
     assert max(n for n, _ in steps) >= 3
     assert min(n for n, _ in steps) == 1
@@ -127,11 +127,13 @@ def test_several_processes_have_the_numbers_of_one(n, kind, name, alone, two, th
 
 def test_two_processes_again_have_their_bits_again(two, tmp_path):
     """Here without torchrun."""
-    in_processes(2, lambda: runs.write(tmp_path, runs.all_found(sharded=False)), seconds=SECONDS)
-    first = runs.read(two / "parallel")[0]
+    in_processes(
+        2, lambda: whole_runs.write(tmp_path, whole_runs.all_found(sharded=False)), seconds=SECONDS
+    )
+    first = whole_runs.read(two / "parallel")[0]
     for found in of_each_process(tmp_path, 2):
-        apart = {name: furthest(found[name], first[name]) for name in runs.RUNS}
-        assert apart == dict.fromkeys(runs.RUNS, EXACT)
+        apart = {name: furthest(found[name], first[name]) for name in whole_runs.RUNS}
+        assert apart == dict.fromkeys(whole_runs.RUNS, EXACT)
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
@@ -139,18 +141,18 @@ def test_two_processes_again_have_their_bits_again(two, tmp_path):
 def test_two_forks_have_the_numbers_of_one(name, kind, tmp_path):
     def work():
         distributed._world.sharded = kind == "sharded"
-        runs.write(tmp_path, {name: runs.whole(name)})
+        whole_runs.write(tmp_path, {name: whole_runs.whole(name)})
 
     in_processes(2, work)
-    expected = runs.whole(name)
+    expected = whole_runs.whole(name)
     for found in of_each_process(tmp_path, 2):
         assert furthest(found[name], expected) <= SHARED
 
 
 def rest_of(found):
     """What comes after it was saved."""
-    rows = len(found.sampled) * runs.STOP // len(found.metrics)
-    return replace(found, metrics=found.metrics[runs.STOP :], sampled=found.sampled[rows:])
+    rows = len(found.sampled) * whole_runs.STOP // len(found.metrics)
+    return replace(found, metrics=found.metrics[whole_runs.STOP :], sampled=found.sampled[rows:])
 
 
 @EACH_RUN
@@ -166,7 +168,7 @@ def test_what_two_have_saved_others_take_up(n, kind, name, alone, one, three):
 
 @EACH_RUN
 def test_what_is_saved_does_not_say_who_saved_it(name, two, tmp_path):
-    runs.saved(name, tmp_path)
+    whole_runs.saved(name, tmp_path)
     expected = {file.name: file.stat().st_size for file in tmp_path.glob("*/*.safetensors")}
     for kind in ("parallel", "sharded"):
         saved = (two / kind / "saved" / name).glob("*/*")

@@ -1,10 +1,10 @@
 """How much faster two processes are than one, of one thread each, and how much memory each takes.
 
-    python tests/tools/processes.py --rounds 5 --out processes.json
+    python tests/tools/processes.py --out processes.json
 
 DPO, and PPO with a separate critic, on GPT-2 small in fp32 with random weights. Runs of one
-process, of two, and of two among which the weights are split alternate, each by ``torchrun``. A run
-makes a step to warm up; the seconds of the others count, until the slowest process is there.
+process and of two alternate, each by ``torchrun``, and there is one of two among which the weights
+are split. A step ends when the slowest process is there.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def dpo_steps(size: Size) -> Iterator[Any]:
 
 
 def ppo_steps(size: Size) -> Iterator[Any]:
-    """A rollout of the size's prompts, learned from twice in two minibatches."""
+    """A rollout of 64 prompts, learned from in two minibatches."""
+    size = replace(size, prompts=64)
     policy = policy_of(size, "separate")
     ref_policy = shard(policy.reference())
     shard(policy)
@@ -73,7 +75,7 @@ def ppo_steps(size: Size) -> Iterator[Any]:
         steps=1000,
         batch_size=size.prompts,
         minibatch_size=size.prompts // 2,
-        epochs=2,
+        epochs=1,
         critic="separate",
         max_new_tokens=size.max_new_tokens // 2,  # random weights never end
         max_tokens=160,
@@ -89,6 +91,7 @@ def noise(_prompts: list[str], responses: list[str]) -> list[float]:
 
 
 STEPS = {"dpo": dpo_steps, "ppo": ppo_steps}
+STEPS_OF_A_RUN = {"dpo": 3, "ppo": 1}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -97,7 +100,6 @@ def work(options: argparse.Namespace) -> None:
     distributed.start()
     distributed._world.sharded = options.sharded
     steps = STEPS[options.work](SIZES[options.size])
-    next(steps)
     seconds = []
     for _ in range(options.steps):
         distributed.barrier()
@@ -117,9 +119,11 @@ def measure(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {kind: {"seconds": [], "bytes": []} for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
-        common = ["--work", algorithm, "--size", options.size, "--steps", options.steps]
-        for _ in range(options.rounds):
+        common = ["--work", algorithm, "--size", options.size, "--steps", STEPS_OF_A_RUN[algorithm]]
+        for i in range(options.rounds):
             for kind, (n, more) in KINDS.items():
+                if i > 0 and "--sharded" in more:
+                    continue  # it is there for its memory
                 torchrun(n, Path(__file__), *common, *more, "--out", out, seconds=SECONDS)
                 run = json.loads(out.read_text(encoding="utf-8"))
                 found[kind]["seconds"] += run["seconds"]
@@ -151,11 +155,11 @@ def told(algorithm: str, found: dict[str, Any]) -> str:
 def main() -> int:
     """The script; 0 if what is promised holds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="Steps of a run that count.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="Only for the processes themselves.")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--out", help="JSON file to write.")
-    parser.add_argument("--work", choices=list(STEPS), help="Only for the processes themselves.")
+    parser.add_argument("--work", choices=list(STEPS), help="The same.")
     parser.add_argument("--sharded", action="store_true", help="The same.")
     options = parser.parse_args()
     if options.work:

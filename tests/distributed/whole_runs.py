@@ -1,6 +1,6 @@
 """Whole runs of every stage, in float64 and small, to be repeated by several processes.
 
-    torchrun --nproc_per_node 2 tests/distributed/runs.py FOLDER
+    torchrun --nproc_per_node 2 tests/distributed/whole_runs.py FOLDER
 
 Each process writes what it found to FOLDER: the weights and the metrics of each run, and what was
 sampled. Rows are ragged, no batch divides by 2 or 3, batches consist of several micro-batches, and
