@@ -115,7 +115,7 @@ def train(
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
         dropout = partial(dropout_rng, config.seed, state.step, reward_model.device)
-        metrics = means(reward_model, batch, config, state.optimizer, dropout)
+        metrics = means(reward_model, batch, config, state.optimizer, dropout=dropout)
         metrics["grad_norm"] = state.optimizer.step(batch, metrics)
         state.step += 1
         metrics |= {

@@ -60,7 +60,7 @@ def train(
         learning_rate = state.optimizer.learning_rate
         batch = state.cursor.take(config.batch_size)
         dropout = partial(dropout_rng, config.seed, state.step, policy.device)
-        metrics = means(policy, batch, config, state.optimizer, dropout)
+        metrics = means(policy, batch, config, state.optimizer, dropout=dropout)
         metrics["grad_norm"] = state.optimizer.step(batch, metrics)
         state.step += 1
         metrics |= {

@@ -258,21 +258,26 @@ def _in_room(ids: Ids, room: float) -> Ids:
     return ids | {"prompt_ids": prompt[int(over) :]} if over > 0 else ids
 
 
-def mean_of_means(means: Any, *arguments: Any) -> dict[str, float]:
+def mean_of_means(means: Any, *arguments: Any, **dropout: Any) -> dict[str, float]:
     """`means` over a `Batch` as trl takes it: of each micro-batch, and then of these."""
     *models, batch, config, optimizer = arguments
     share = _Share(optimizer, 1 / len(batch.parts))
-    found = [means(*models, part, config, share) for part in batch.parts]
+    found = [means(*models, part, config, share, **dropout) for part in batch.parts]
     return {name: math.fsum(m[name] for m in found) / len(found) for name in found[0]}
 
 
 def _first_counted(
-    means: Any, policy: Policy, examples: Sequence[SFTExample], config: Any, optimizer: Any
+    means: Any,
+    policy: Policy,
+    examples: Sequence[SFTExample],
+    config: Any,
+    optimizer: Any,
+    **dropout: Any,
 ) -> dict[str, float]:
     """`sft.means` with one token more in each row to divide by."""
     tokens = sum(len(x.response_ids) for x in examples)
     share = tokens / (tokens + len(examples))
-    found = means(policy, examples, config, _Share(optimizer, share))
+    found = means(policy, examples, config, _Share(optimizer, share), **dropout)
     return {name: value * share for name, value in found.items()}
 
 
