@@ -2,12 +2,17 @@
 ``pytest -m real`` those with real weights or models of full size, which are skipped otherwise."""
 
 import os
+import signal
 
 import pytest
 
 # Models of the tests are so small that a second thread only waits: beside other busy processes it
 # multiplies the time. Set before torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what runs in the background without SIGINT, and tests send it to their processes.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
