@@ -331,6 +331,8 @@ def parse(
     if configs:
         configs[0].check_models()
         _check_lora(configs, started_from)
+        if configs[0].shard and not processes.several():
+            print("--shard changes nothing, since there is one process; torchrun starts several")
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 

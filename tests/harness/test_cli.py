@@ -490,6 +490,16 @@ def test_the_help_says_who_published_a_setting(run, capsys):
     assert "Pretrained models: 0.1 (Rafailov et al. 2023)." in line
 
 
+@pytest.mark.parametrize(
+    ("argv", "processes", "told"), [("--shard", 1, 1), ("--shard", 2, 0), ("", 1, 0)]
+)
+def test_shard_says_where_it_changes_nothing(argv, processes, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *argv.split()])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    parse("", RunOptions)
+    assert capsys.readouterr().out.count("--shard changes nothing") == told
+
+
 def test_threads_are_set(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["x", "--threads", "2"])
